@@ -1,0 +1,106 @@
+"""A baseline: prune a model folder with llm-compressor's Wanda on given token ids, and time it.
+
+    python benchmarks/llmcompressor_wanda.py MODEL_DIR IDS.safetensors|IDS.npz --sparsity 0.5 [--threads N]
+
+Runs on the CPU, in an environment of its own (mlprune neither imports nor needs llm-compressor):
+
+    python -m venv ENV && ENV/bin/pip install torch==2.13.0 && ENV/bin/pip install llmcompressor==0.14.0.1
+
+IDS holds `input_ids`, int64 [samples, length], every row full. The last line on stdout is JSON:
+`seconds` is the one `oneshot` call (tracing the model, calibrating, pruning and propagating each decoder
+layer; nothing is saved) and `load_seconds` is reading the model and the tokenizer. Importing the
+libraries and reading IDS are in neither.
+
+It departs from llm-compressor's defaults in three places, and the first two make it faster:
+the batch is `--batch-size` sequences and not 1; the ids come as a ready DataLoader, unshuffled, so
+nothing is tokenised; and `lm_head` is left dense. What Wanda does here stays its own: the default
+sequential pipeline, one decoder layer at a time, each layer's input coming from the layers pruned
+before it, eager attention (llm-compressor forces it), and the `0:0` mask, which drops
+int(columns * sparsity) weights of each row.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llm-compressor moves to an accelerator where it sees one
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def read_ids(path: Path) -> torch.Tensor:
+    """`input_ids` of a .safetensors or .npz file, int64 [samples, length]."""
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            ids = torch.from_numpy(arrays["input_ids"])
+    else:
+        ids = load_file(path)["input_ids"]
+    if ids.dtype != torch.int64 or ids.ndim != 2:
+        raise SystemExit(f"{path}: input_ids must be int64 [samples, length], not {ids.dtype} {list(ids.shape)}")
+    return ids
+
+
+def sparsity_of(model: torch.nn.Module) -> float:
+    """The share of zeros in the weights of every Linear but lm_head."""
+    weights = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    ]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def main() -> None:
+    """Load, prune, and print the JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("ids", type=Path)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a forward pass")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    ids = read_ids(args.ids)
+
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)  # oneshot would load one itself otherwise
+    load_seconds = time.perf_counter() - start
+
+    batches = DataLoader([{"input_ids": row} for row in ids], batch_size=args.batch_size)
+    # "re:.*lm_head", not "lm_head": the names that Wanda matches end in a dot, so the plain one misses
+    recipe = WandaPruningModifier(
+        sparsity=args.sparsity, mask_structure="0:0", targets=["Linear"], ignore=["re:.*lm_head"]
+    )
+    start = time.perf_counter()
+    oneshot(model=model, processor=tokenizer, dataset=batches, recipe=recipe)
+    seconds = time.perf_counter() - start
+
+    names = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+    result = {
+        "seconds": round(seconds, 3),
+        "load_seconds": round(load_seconds, 3),
+        "sparsity_actual": round(sparsity_of(model), 6),
+        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names},
+        "threads": torch.get_num_threads(),
+        "batch_size": args.batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

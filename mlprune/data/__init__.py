@@ -1,0 +1,1 @@
+"""Text to token batches: parallel corpora, demonstrations, calibration and evaluation sets."""

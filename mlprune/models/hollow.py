@@ -1,0 +1,182 @@
+"""A hollow model: the Hugging Face model of which only one shard's layers are there.
+
+Hugging Face's own loader fills it, so that tied weights, converted keys, rebuilt buffers and sharded
+checkpoints are its business: the class hollows itself at the end of `__init__`, before weights are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from mlprune.errors import ModelError
+from mlprune.models.source import ModelSource
+
+# model_type -> whether its layers return a tuple. Each is held to the whole model, bit for bit, in
+# tests/test_replay.py; a family joins by a line here and a config there.
+FAMILIES = {
+    "bloom": True,
+    "gemma": False,
+    "gemma2": False,
+    "gemma3_text": False,
+    "gpt2": False,
+    "gpt_neox": False,
+    "llama": False,
+    "mistral": False,
+    "mixtral": False,
+    "olmo2": False,
+    "opt": False,
+    "phi3": False,
+    "qwen2": False,
+    "qwen3": False,
+    "qwen3_moe": False,
+    "smollm3": False,
+    "xglm": False,
+}
+
+
+def check_family(config: PretrainedConfig, name: str) -> None:
+    """Raise ModelError unless layers of such a model may be held apart: nothing but hidden states between."""
+    family = config.model_type
+    shared = [
+        key
+        for key in ("num_kv_shared_layers", "hidden_size_per_layer_input")
+        if getattr(config.get_text_config(), key, 0)
+    ]
+    if shared:
+        remedy = f"its layers share state ({', '.join(shared)}), so it cannot be cut into shards"
+        raise ModelError("model.path", f"{name!r} ({family})", remedy)
+    if family not in FAMILIES:
+        remedy = f"unsupported family; supported: {', '.join(FAMILIES)}"
+        raise ModelError("model.path", f"{name!r} ({family})", remedy)
+
+
+def layer_count(config: PretrainedConfig) -> int:
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model class of a configuration of a supported family."""
+    cls: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
+    return cls
+
+
+def decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """The shallowest ModuleList of `count` entries, and its name."""
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    name, layers = min(lists, key=lambda item: item[0].count("."))
+    return name, layers
+
+
+@dataclass(frozen=True)
+class Span:
+    """The decoder layers [first, end) of a model of `count` layers."""
+
+    first: int
+    end: int
+    count: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.count
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.end)
+
+
+class Absent(nn.Module):
+    """Stands where a layer is not: keeps the plain attributes that the model's forward reads of it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            if isinstance(value, str | int | float | bool) and name not in vars(self):
+                setattr(self, name, value)
+
+
+def hollow_out(model: PreTrainedModel, span: Span) -> None:
+    """Take away what is not the span's: other layers, the embedding, the head. The rest is small; it stays."""
+    _, layers = decoder_layers(model, span.count)
+    for index, layer in enumerate(layers):
+        if index not in span.layers:
+            layers[index] = Absent(layer)
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    if not (span.is_first or (span.is_last and tied)):
+        _replace(model, model.get_input_embeddings())
+    if not span.is_last:
+        _replace(model, model.get_output_embeddings())
+    names = dict(model.named_parameters(remove_duplicate=False))
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if target in names and source in names
+    }
+
+
+def _replace(model: nn.Module, gone: nn.Module) -> None:
+    name = next(name for name, module in model.named_modules() if module is gone)
+    model.set_submodule(name, nn.Identity())
+
+
+def load_hollow(
+    source: ModelSource, span: Span, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The model of `source` with only `span`'s weights in memory, in evaluation mode on `device`.
+
+    Raises ModelError when the checkpoint lacks a weight of the span.
+    """
+    cls = model_class(source.config())
+
+    def init(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        hollow_out(self, span)
+
+    members = {"__init__": init, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
+    hollow: Any = type(cls.__name__, (cls,), members)
+    with quiet_transformers():
+        model, info = hollow.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=None if source.allow_pickle else True,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError("model.path", repr(source.name), f"the checkpoint lacks {missing[0]}{more}")
+    loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
+    return loaded
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The whole model without its weights: shapes only."""
+    with quiet_transformers(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars and notices, which know nothing of shards."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,115 @@
+"""Running single layers of somebody else's model, exactly as its own forward would.
+
+Every layer is replaced by a recorder. One Hugging Face forward a micro-batch, which computes nothing but the
+embedding, masks, positions and rotary tables, records what each layer would be given; then the real layers,
+held aside, are called with it in whatever order is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlprune.models.hollow import FAMILIES, Absent, Span, decoder_layers, load_hollow
+from mlprune.models.matrices import is_experts, run_experts
+from mlprune.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model's forward gives one layer, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One micro-batch, ready for replay: what enters layer 0 (on the first shard), and each layer's call."""
+
+    embedded_BTH: Tensor
+    calls: Mapping[int, Call]
+
+
+class Recorder(Absent):
+    """Stands where a decoder layer was: notes its call, and hands the hidden states on."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__(layer)
+        self._returns_tuple = returns_tuple
+        self.hidden: Tensor | None = None
+        self.call: Call | None = None
+        self.instead: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.call = hidden, Call(args, kwargs)
+        out = hidden if self.instead is None else self.instead
+        return (out, None) if self._returns_tuple else out
+
+
+class ReplayModel:
+    """One shard's layers, held aside, and the hollow model around them that records and finishes."""
+
+    def __init__(self, source: ModelSource, span: Span, dtype: torch.dtype, device: torch.device) -> None:
+        self.span, self.device, self.dtype = span, device, dtype
+        self._model = load_hollow(source, span, dtype, device)
+        config = self._model.config
+        self._width = int(config.get_text_config().hidden_size)
+        self.prefix, slots = decoder_layers(self._model, span.count)
+        self.layers = {index: slots[index] for index in span.layers}
+        for layer in self.layers.values():
+            for module in layer.modules():
+                if is_experts(module):
+                    module.forward = partial(run_experts, module)
+        self._recorders = [Recorder(layer, FAMILIES[config.model_type]) for layer in slots]
+        for index, recorder in enumerate(self._recorders):
+            slots[index] = recorder
+
+    def record(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Recorded:
+        """Run everything but the layers, and note what the layers of this shard would be given."""
+        inputs = self._inputs(input_ids_BT, attention_mask_BT)
+        self._model.base_model(**inputs, use_cache=False)
+        calls = {index: self._recorders[index].call for index in self.span.layers}
+        embedded = self._recorders[0].hidden
+        self._forget()
+        assert embedded is not None
+        return Recorded(embedded, {index: call for index, call in calls.items() if call is not None})
+
+    def run(self, layer: nn.Module, hidden_BTH: Tensor, call: Call) -> Tensor:
+        out = layer(hidden_BTH, *call.args, **call.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple | list) else out
+        return result
+
+    def logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+        """Norm, head and whatever the family does after it, of what left the last layer: [B, T, V]."""
+        self._recorders[-1].instead = hidden_BTH
+        try:
+            inputs = self._inputs(input_ids_BT, attention_mask_BT)
+            logits: Tensor = self._model(**inputs, use_cache=False).logits
+        finally:
+            self._forget()
+        return logits
+
+    def _inputs(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
+        mask = attention_mask_BT.to(self.device)
+        if self.span.is_first:
+            return {"input_ids": input_ids_BT.to(self.device), "attention_mask": mask}
+        # the embedding is not here, and what it would give is not used
+        shape = (*input_ids_BT.shape, self._width)
+        return {
+            "inputs_embeds": torch.zeros(shape, dtype=self.dtype, device=self.device),
+            "attention_mask": mask,
+        }
+
+    def _forget(self) -> None:
+        for recorder in self._recorders:
+            recorder.hidden = recorder.call = recorder.instead = None
+
+    def other_weights(self) -> dict[str, Tensor]:
+        """What the hollow model holds beside its layers, by checkpoint name."""
+        return {name: parameter.data for name, parameter in self._model.named_parameters()}

@@ -1,0 +1,191 @@
+"""The seam between the arithmetic and the cluster: all shards of one model, in order.
+
+What is asked of a pipeline is written once, in `Pipeline`; its two forms differ only in how a worker is
+called. A call returns a promise: the value itself in a process, an object reference over Ray. A promise may
+be given to a later call, so that hidden states go from shard to shard without passing here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet
+from mlprune.models.hollow import Span
+from mlprune.shards.worker import LayerMasks, Recipe, ShardWorker
+
+Progress = Callable[[int, int], None]  # done, of how many
+
+# hidden states on their way between two shards: as much as fits a modest object store many times over
+CHUNK_BYTES = 256 * 2**20
+CHUNKS_A_SHARD = 4
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a variant's masks came to over the whole model."""
+
+    dropped: int
+    weights: int
+    digest: str  # of every mask's bits, the same for any number of shards
+    unseen: tuple[str, ...]  # matrices of experts that no calibration token reached: scored by |W| alone
+
+    @property
+    def sparsity(self) -> float:
+        return self.dropped / self.weights
+
+
+class Pipeline(ABC):
+    """A model in shards. `token_bytes`: bytes of one token's hidden state."""
+
+    def __init__(self, spans: Sequence[Span], token_bytes: int) -> None:
+        self.spans = tuple(spans)
+        self._token_bytes = token_bytes
+
+    @abstractmethod
+    def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a worker's method; a promise of what it returns. Arguments may be promises."""
+
+    @abstractmethod
+    def get(self, promise: Any) -> Any:
+        """The value of a promise. Raises what the worker raised."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the workers."""
+
+    def everywhere(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker at the same time; the values, in order of shards."""
+        return [self.get(p) for p in [self.call(shard, method, *args) for shard in range(len(self.spans))]]
+
+    # what is asked of a model
+
+    def restore(self, key: str) -> tuple[bool, tuple[str, ...]]:
+        """Whether the store had all moments of a calibration set, and which of its files were corrupt."""
+        found = self.everywhere("restore_moments", key)
+        return all(part.complete for part in found), tuple(file for part in found for file in part.corrupt)
+
+    def gather(self, calibration: CalibrationSet, progress: Progress | None = None) -> None:
+        """Pass a calibration set through the dense model; keep its moments, in the workers and on disk."""
+        self.everywhere("forget_moments", calibration.key)
+        for _ in self._pass("forward", calibration.batches, progress, gather=calibration.key):
+            pass
+        self.everywhere("save_moments", calibration.key)
+
+    def prune(self, recipe: Recipe) -> Pruned:
+        """Make a variant's masks from gathered moments: every shard its own, at the same time."""
+        return _pruned([layer for part in self.everywhere("mask", recipe) for layer in part])
+
+    def prune_sequentially(self, recipe: Recipe, sets: Sequence[CalibrationSet]) -> Pruned:
+        """Make a variant's masks layer by layer, each from inputs that the pruned layers before it computed."""
+        batches = [calibration.batches for calibration in sets]
+        hidden = None
+        for shard in range(len(self.spans)):
+            hidden = self.call(shard, "prune_through", recipe, batches, hidden)
+        self.get(hidden)
+        return _pruned([layer for part in self.everywhere("summary", recipe.variant.key) for layer in part])
+
+    def likelihood(
+        self, evaluation: EvaluationSet, variant: str | None = None, progress: Progress | None = None
+    ) -> list[float]:
+        """The negative log-likelihood of each line of the set, in nats; `variant` None is the dense model."""
+        nll = [0.0] * len(evaluation.lines)
+        done = self._pass("likelihood", evaluation.batches, progress, variant=variant)
+        values = (value for chunk in done for value in chunk)
+        for batch, of_rows in zip(evaluation.batches, values, strict=True):
+            for row, value in zip(batch.rows, of_rows.tolist(), strict=True):
+                nll[row] = value
+        return nll
+
+    def release(self, variant: str) -> None:
+        self.everywhere("release", variant)
+
+    def weights(self, variant: str | None) -> Iterator[dict[str, Tensor]]:
+        """The whole model's weights, masked by `variant`: what is beside the layers, then layer by layer."""
+        for shard, span in enumerate(self.spans):
+            if span.is_first or span.is_last:
+                yield self.get(self.call(shard, "other_weights"))
+        for shard, span in enumerate(self.spans):
+            for index in span.layers:
+                yield self.get(self.call(shard, "layer_weights", index, variant))
+
+    # how a pass goes
+
+    def _pass(
+        self, last: str, batches: Sequence[Batch], progress: Progress | None, **kwargs: Any
+    ) -> Iterator[list[Tensor]]:
+        """Send chunks through all shards, the next on its way while one works; what the last shard returns.
+
+        At most two chunks a shard are on their way: what waits takes memory.
+        """
+        waiting: list[tuple[Any, int]] = []
+        done, total = 0, len(batches)
+
+        def take() -> list[Tensor]:
+            nonlocal done
+            promise, size = waiting.pop(0)
+            value: list[Tensor] = self.get(promise)
+            done += size
+            if progress:
+                progress(done, total)
+            return value
+
+        for chunk in self._chunks(batches):
+            if len(waiting) >= 2 * len(self.spans):
+                yield take()
+            waiting.append((self._send(last, chunk, kwargs), len(chunk)))
+        while waiting:
+            yield take()
+
+    def _send(self, last: str, chunk: Sequence[Batch], kwargs: dict[str, Any]) -> Any:
+        hidden = None
+        for shard, span in enumerate(self.spans):
+            hidden = self.call(shard, last if span.is_last else "forward", chunk, hidden, **kwargs)
+        return hidden
+
+    def _chunks(self, batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
+        """Consecutive micro-batches: enough chunks to keep every shard busy, none larger than CHUNK_BYTES."""
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        wanted = 1 if len(self.spans) == 1 else CHUNKS_A_SHARD * len(self.spans)
+        limit = min(tokens / wanted, CHUNK_BYTES / self._token_bytes)
+        chunk: list[Batch] = []
+        size = 0
+        for batch in batches:
+            if chunk and size + batch.input_ids.numel() > limit:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(batch)
+            size += batch.input_ids.numel()
+        if chunk:
+            yield chunk
+
+
+def _pruned(layers: Sequence[LayerMasks]) -> Pruned:
+    return Pruned(
+        dropped=sum(layer.dropped for layer in layers),
+        weights=sum(layer.weights for layer in layers),
+        digest=hashlib.sha256("".join(layer.digest for layer in layers).encode()).hexdigest()[:32],
+        unseen=tuple(name for layer in layers for name in layer.unseen),
+    )
+
+
+class LocalPipeline(Pipeline):
+    """All shards in this process, one after another."""
+
+    def __init__(self, workers: Sequence[ShardWorker], token_bytes: int) -> None:
+        super().__init__([worker.span for worker in workers], token_bytes)
+        self._workers = list(workers)
+
+    def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._workers[shard], method)(*args, **kwargs)
+
+    def get(self, promise: Any) -> Any:
+        return promise
+
+    def close(self) -> None:
+        self._workers.clear()

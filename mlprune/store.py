@@ -1,0 +1,82 @@
+"""Dense moments on disk: by content hash, one file a layer, so that any number of shards reads them.
+
+    <root>/<hash of model fingerprint, calibration set and dtype>/layer-0007.safetensors
+
+A file is written whole or not at all, and carries a checksum of its tensors.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mlprune.pruning.moments import Moments
+
+FORMAT = "1"
+
+
+class CorruptMoments(Exception):
+    """A file of moments does not hold what was written to it."""
+
+
+class MomentStore:
+    """The moments of one model in one dtype, under `root`."""
+
+    def __init__(self, root: Path, fingerprint: str, dtype: str) -> None:
+        self._root, self._model = root, f"{FORMAT} {fingerprint} {dtype}"
+
+    def file(self, calibration_key: str, layer: int) -> Path:
+        key = hashlib.sha256(f"{self._model} {calibration_key}".encode()).hexdigest()[:32]
+        return self._root / key / f"layer-{layer:04d}.safetensors"
+
+    def save(self, calibration_key: str, layer: int, moments: Mapping[str, Moments]) -> None:
+        """Write a layer's moments: matrix name -> Moments."""
+        tensors = {name: seen.sumsq_I.cpu().contiguous() for name, seen in moments.items()}
+        tokens = {name: seen.tokens for name, seen in moments.items()}
+        metadata = {"tokens": json.dumps(tokens), "sha256": _checksum(tensors, tokens)}
+        write_whole(self.file(calibration_key, layer), safetensors.torch.save(tensors, metadata))
+
+    def load(self, calibration_key: str, layer: int) -> dict[str, Moments] | None:
+        """What was saved, or None if nothing was. Raises CorruptMoments when the checksum does not match."""
+        file = self.file(calibration_key, layer)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tokens = json.loads(metadata["tokens"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CorruptMoments(str(file)) from error
+        if metadata.get("sha256") != _checksum(tensors, tokens):
+            raise CorruptMoments(str(file))
+        return {name: Moments(tokens[name], tensor) for name, tensor in tensors.items()}
+
+
+def _checksum(tensors: Mapping[str, Tensor], tokens: Mapping[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(tokens.items()))).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whoever dies or writes beside us."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
