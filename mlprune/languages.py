@@ -13,5 +13,5 @@ def name_of(code: str, key: str = "language") -> str:
     if code.isalpha() and code.islower() and len(code) in (2, 3):
         language = langcodes.get(code)
         if language.is_valid():
-            return language.display_name()
+            return str(language.display_name())
     raise SpecError(key, repr(code), "not an ISO 639 code of a language; write en, fr, sw, ...")

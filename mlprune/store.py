@@ -1,8 +1,10 @@
-"""Dense moments on disk: by content hash, one file a layer, so that any number of shards reads them.
+"""What outlives a process: dense moments and the results of trials, by content hash.
 
-    <root>/<hash of model fingerprint, calibration set and dtype>/layer-0007.safetensors
+    moments/<hash of model fingerprint, calibration set and dtype>/layer-0007.safetensors
+    results/<hash of all that a trial's numbers depend on>.json
 
-A file is written whole or not at all, and carries a checksum of its tensors.
+Moments are one file a layer, so that any number of shards reads them, and carry a checksum. Every file is
+written whole or not at all.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -18,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlprune.pruning.moments import Moments
+from mlprune.variants import Variant
 
 FORMAT = "1"
 
 
-class CorruptMoments(Exception):
+class CorruptMomentsError(Exception):
     """A file of moments does not hold what was written to it."""
 
 
@@ -38,13 +42,13 @@ class MomentStore:
 
     def save(self, calibration_key: str, layer: int, moments: Mapping[str, Moments]) -> None:
         """Write a layer's moments: matrix name -> Moments."""
-        tensors = {name: seen.sumsq_I.cpu().contiguous() for name, seen in moments.items()}
+        tensors = {name: seen.sumsq_I.cpu().clone() for name, seen in moments.items()}
         tokens = {name: seen.tokens for name, seen in moments.items()}
         metadata = {"tokens": json.dumps(tokens), "sha256": _checksum(tensors, tokens)}
         write_whole(self.file(calibration_key, layer), safetensors.torch.save(tensors, metadata))
 
     def load(self, calibration_key: str, layer: int) -> dict[str, Moments] | None:
-        """What was saved, or None if nothing was. Raises CorruptMoments when the checksum does not match."""
+        """What was saved, or None if nothing was. Raises CorruptMomentsError when the checksum does not match."""
         file = self.file(calibration_key, layer)
         if not file.exists():
             return None
@@ -54,10 +58,41 @@ class MomentStore:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             tokens = json.loads(metadata["tokens"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CorruptMoments(str(file)) from error
+            raise CorruptMomentsError(str(file)) from error
         if metadata.get("sha256") != _checksum(tensors, tokens):
-            raise CorruptMoments(str(file))
+            raise CorruptMomentsError(str(file))
         return {name: Moments(tokens[name], tensor) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished trial came to. `variant` is None for the dense model."""
+
+    key: str
+    variant: Variant | None
+    metrics: Mapping[str, float]
+    digest: str = ""  # of the masks
+    unseen: tuple[str, ...] = ()  # matrices of experts that no calibration token reached
+
+
+class ResultStore:
+    """Finished trials, a JSON file each, under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def save(self, result: Result) -> None:
+        content = json.dumps(asdict(result), indent=1, sort_keys=True)
+        write_whole(self._root / f"{result.key}.json", content.encode())
+
+    def load(self, key: str) -> Result | None:
+        """The result, or None if the trial has not finished (a file that cannot be read is no result)."""
+        try:
+            values = json.loads((self._root / f"{key}.json").read_text())
+            variant = Variant(**values["variant"]) if values["variant"] else None
+            return Result(key, variant, values["metrics"], values["digest"], tuple(values["unseen"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
 
 def _checksum(tensors: Mapping[str, Tensor], tokens: Mapping[str, int]) -> str:

@@ -15,7 +15,6 @@ from mlprune.errors import SpecError
 from mlprune.languages import name_of
 
 LANGUAGES_OF_KIND = {"mono": 1, "translation": 2}
-PROPAGATIONS = ("sequential", "dense")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Calibration:
             parts.append((Demonstration.parse(demonstration, key), Fraction(weight)))
         if len({part for part, _ in parts}) < len(parts):
             raise SpecError(key, repr(text), "name each part of a mixture once")
-        total = sum(weight for _, weight in parts)
+        total = sum((weight for _, weight in parts), Fraction(0))
         if abs(total - 1) > Fraction(1, 1000):  # thirds are written 0.333
             raise SpecError(key, repr(text), f"the weights sum to {float(total):g}; they must sum to 1")
         return cls(tuple(parts))

@@ -409,7 +409,7 @@ def test_the_key_changes_with_one_token() -> None:
 
 def test_keys_are_the_same_in_a_process_with_another_hash_seed() -> None:
     here = [calibrated().key, evaluated().key, *map(str, held_out(sample()))]
-    code = "from tests import test_data as t; print(t.calibrated().key, t.evaluated().key, *t.held_out(t.sample()))"
+    code = "from tests.test_data import *; print(calibrated().key, evaluated().key, *held_out(sample()))"
     for seed in ("1", "2"):
         environment = os.environ | {
             "PYTHONHASHSEED": seed,

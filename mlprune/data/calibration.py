@@ -154,9 +154,7 @@ def evaluation_set(
 
 def _check_fits(corpus: Corpus, line: Line, tokens: int, max_positions: int | None) -> None:
     if max_positions is not None and tokens > max_positions:
-        remedy = (
-            f"line {line.number} of {line.language} is {tokens} tokens with its context; the model takes "
-        )
+        remedy = f"line {line.number} of {line.language} is {tokens} tokens with its context; the model takes "
         raise CorpusError(KEY, repr(corpus.name), f"{remedy}{max_positions}: shorten the line")
 
 

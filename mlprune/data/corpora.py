@@ -240,9 +240,7 @@ def _saved(path: Path, fault: _Fault) -> _Columns:
 def _hub(where: str, fault: _Fault) -> _Columns:
     source, _, split = where.partition("@")
     name, _, config = source.partition(":")
-    return _dataset(
-        lambda datasets: datasets.load_dataset(name, config or None, split=split or "train"), fault
-    )
+    return _dataset(lambda datasets: datasets.load_dataset(name, config or None, split=split or "train"), fault)
 
 
 def _dataset(load: Callable[[Any], Any], fault: _Fault) -> _Columns:
@@ -253,9 +251,7 @@ def _dataset(load: Callable[[Any], Any], fault: _Fault) -> _Columns:
         dataset = load(datasets)
     except Exception as error:  # of many unrelated types: the hub's, the network's, the builder's, pyarrow's
         reason = " ".join(str(error).split()) or type(error).__name__
-        remedy = (
-            f"cannot be loaded as a Hugging Face dataset ({reason:.200}); check its name, config and split, "
-        )
+        remedy = f"cannot be loaded as a Hugging Face dataset ({reason:.200}); check its name, config and split, "
         raise fault(remedy + "or give a folder or file of parallel text") from error
     names = dataset.column_names
     columns: dict[str, Callable[[], Sequence[object]]] = {

@@ -64,9 +64,7 @@ def _check_room(cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache).free
     except OSError as error:
-        raise StorageError(
-            "MLPRUNE_CACHE", str(cache), f"name a writable folder ({error.strerror})"
-        ) from error
+        raise StorageError("MLPRUNE_CACHE", str(cache), f"name a writable folder ({error.strerror})") from error
     if not os.access(cache, os.W_OK):
         raise StorageError("MLPRUNE_CACHE", str(cache), "not writable: name another folder")
     if free < NEEDED_BYTES:
@@ -170,9 +168,7 @@ def _check_loads(folder: Path) -> None:
 
 
 def _cannot_convert(why: str) -> ModelError:
-    remedy = (
-        f"transformers {transformers.__version__} does not convert it ({why}): install the tested versions"
-    )
+    remedy = f"transformers {transformers.__version__} does not convert it ({why}): install the tested versions"
     return ModelError("model.path", "demo", remedy)
 
 

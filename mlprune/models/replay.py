@@ -111,5 +111,6 @@ class ReplayModel:
             recorder.hidden = recorder.call = recorder.instead = None
 
     def other_weights(self) -> dict[str, Tensor]:
-        """What the hollow model holds beside its layers, by checkpoint name."""
-        return {name: parameter.data for name, parameter in self._model.named_parameters()}
+        """What the hollow model holds beside its layers, by name; of tied weights, the one that is saved."""
+        tied = self._model.all_tied_weights_keys
+        return {name: data for name, data in self._model.state_dict().items() if name not in tied}

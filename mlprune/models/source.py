@@ -4,7 +4,7 @@ A name is `demo`, a folder, or a Hugging Face hub id. Whatever it is, the outcom
 weights and tokenizer, and a fingerprint of its content by which moments and masks are stored.
 
 Weights are found as transformers finds them: `model.safetensors`, else its index, else `pytorch_model.bin`,
-else its index; the last two only if the user trusts the model, because reading a pickle runs what is in it.
+else its index; the last two only if the user trusts the model, because a pickle can carry code.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class ModelSource:
             if path.is_file():
                 return self._files_of_index(path) if name.endswith(".json") else [path]
         if any((self.folder / name).is_file() for name in PICKLED_WEIGHTS):
-            remedy = "its weights are pickled, and loading them runs code: convert it to safetensors, or set "
+            remedy = "its weights are pickled, and a pickle can carry code: convert it to safetensors, or set "
             raise self._error(remedy + "model.allow_pickle=true if you trust it")
         wanted = " or ".join(PICKLED_WEIGHTS if self.allow_pickle else SAFE_WEIGHTS)
         hint = "" if self.allow_pickle else " (pickled weights are read only with model.allow_pickle=true)"
@@ -146,9 +146,7 @@ def _folder_of(name: str, progress: Progress | None) -> Path | None:
     return None
 
 
-def _fetch(
-    name: str, revision: str | None, extra: Sequence[str], *, weights: bool, allow_pickle: bool
-) -> Path:
+def _fetch(name: str, revision: str | None, extra: Sequence[str], *, weights: bool, allow_pickle: bool) -> Path:
     """The hub's files for a model; pickled weights only where there are no others."""
     patterns = [*HUB_FILES, *extra]
     folder = _snapshot(name, revision, [*patterns, *(["*.safetensors"] if weights else [])])
@@ -162,9 +160,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
 
     ignored = list(HUB_IGNORED)
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:  # the hub's, the network's and the disk's failures share no class
         raise ModelError("model.path", name, _hub_remedy(error, name, revision)) from error
 

@@ -23,7 +23,9 @@ Progress = Callable[[int, int], None]  # done, of how many
 
 # hidden states on their way between two shards: as much as fits a modest object store many times over
 CHUNK_BYTES = 256 * 2**20
-CHUNKS_A_SHARD = 4
+# More chunks keep more shards busy; but every chunk of an evaluation makes the masked layers anew.
+GATHER_CHUNKS = 4  # a shard
+LIKELIHOOD_CHUNKS = 2  # a shard, if there are several
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Pipeline(ABC):
     def gather(self, calibration: CalibrationSet, progress: Progress | None = None) -> None:
         """Pass a calibration set through the dense model; keep its moments, in the workers and on disk."""
         self.everywhere("forget_moments", calibration.key)
-        for _ in self._pass("forward", calibration.batches, progress, gather=calibration.key):
+        for _ in self._pass(
+            "forward", calibration.batches, GATHER_CHUNKS * len(self.spans), progress, gather=calibration.key
+        ):
             pass
         self.everywhere("save_moments", calibration.key)
 
@@ -95,7 +99,8 @@ class Pipeline(ABC):
     ) -> list[float]:
         """The negative log-likelihood of each line of the set, in nats; `variant` None is the dense model."""
         nll = [0.0] * len(evaluation.lines)
-        done = self._pass("likelihood", evaluation.batches, progress, variant=variant)
+        chunks = LIKELIHOOD_CHUNKS * len(self.spans) if len(self.spans) > 1 else 1
+        done = self._pass("likelihood", evaluation.batches, chunks, progress, variant=variant)
         values = (value for chunk in done for value in chunk)
         for batch, of_rows in zip(evaluation.batches, values, strict=True):
             for row, value in zip(batch.rows, of_rows.tolist(), strict=True):
@@ -117,7 +122,7 @@ class Pipeline(ABC):
     # how a pass goes
 
     def _pass(
-        self, last: str, batches: Sequence[Batch], progress: Progress | None, **kwargs: Any
+        self, last: str, batches: Sequence[Batch], wanted: int, progress: Progress | None, **kwargs: Any
     ) -> Iterator[list[Tensor]]:
         """Send chunks through all shards, the next on its way while one works; what the last shard returns.
 
@@ -135,7 +140,7 @@ class Pipeline(ABC):
                 progress(done, total)
             return value
 
-        for chunk in self._chunks(batches):
+        for chunk in self._chunks(batches, wanted):
             if len(waiting) >= 2 * len(self.spans):
                 yield take()
             waiting.append((self._send(last, chunk, kwargs), len(chunk)))
@@ -148,10 +153,9 @@ class Pipeline(ABC):
             hidden = self.call(shard, last if span.is_last else "forward", chunk, hidden, **kwargs)
         return hidden
 
-    def _chunks(self, batches: Sequence[Batch]) -> Iterator[Sequence[Batch]]:
-        """Consecutive micro-batches: enough chunks to keep every shard busy, none larger than CHUNK_BYTES."""
+    def _chunks(self, batches: Sequence[Batch], wanted: int) -> Iterator[Sequence[Batch]]:
+        """Consecutive micro-batches, about `wanted` chunks of them, none larger than CHUNK_BYTES."""
         tokens = sum(batch.input_ids.numel() for batch in batches)
-        wanted = 1 if len(self.spans) == 1 else CHUNKS_A_SHARD * len(self.spans)
         limit = min(tokens / wanted, CHUNK_BYTES / self._token_bytes)
         chunk: list[Batch] = []
         size = 0

@@ -37,8 +37,14 @@ class ModelShape:
     hidden: int  # hidden width
     intermediate: int  # the widest input of a matrix
     vocabulary: int
+    positions: int | None  # tokens that the model takes at most
     has_experts: bool
     dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.hidden * self.dtype.itemsize
 
 
 def model_shape(config: PretrainedConfig, dtype: torch.dtype, name: str) -> ModelShape:
@@ -67,6 +73,7 @@ def model_shape(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mode
         hidden=int(text.hidden_size),
         intermediate=max(widths.values()),
         vocabulary=int(text.vocab_size),
+        positions=getattr(text, "max_position_embeddings", None),
         has_experts=any(has_experts(layer) for layer in layers),
         dtype=dtype,
     )
@@ -80,9 +87,7 @@ def check_pattern(shape: ModelShape, pattern: Pattern, key: str) -> None:
     """Raise SpecError when a matrix's input width is no multiple of the pattern's group."""
     for name, width in shape.widths.items():
         if pattern.group and width % pattern.group:
-            remedy = (
-                f"the {width} inputs of layer {name} are not divisible by {pattern.group}; use unstructured"
-            )
+            remedy = f"the {width} inputs of layer {name} are not divisible by {pattern.group}; use unstructured"
             raise SpecError(key, repr(str(pattern)), remedy)
 
 
@@ -147,7 +152,7 @@ def shard_memory(shape: ModelShape, span: Span, tokens: int, sets: int, variants
     return ShardMemory(
         weights=sum(shape.layers[index] for index in span.layers) + ends,
         masked_layer=shape.largest_layer * (shape.dtype.itemsize + 4 + 1),  # a copy, its scores, its mask
-        hidden=2 * tokens * shape.hidden * shape.dtype.itemsize,
+        hidden=2 * tokens * shape.token_bytes,
         activations=ACTIVATIONS_OF_A_LAYER * MICRO_BATCH_TOKENS * shape.intermediate * 4,
         moments=sets * widths * 8,
         masks=int(variants * shape.pruned * share / 8),
@@ -169,7 +174,5 @@ def check_memory(needs: Sequence[ShardMemory], name: str) -> None:
         have = psutil.virtual_memory().available
         need, where = sum(need.total for need in needs), "this machine's free memory"
     if need > have:
-        remedy = (
-            f"needs {need / 2**30:.1f} GiB of {have / 2**30:.1f} GiB, {where}; take more shards or bfloat16"
-        )
+        remedy = f"needs {need / 2**30:.1f} GiB of {have / 2**30:.1f} GiB, {where}; take more shards or bfloat16"
         raise ModelError("model.path", repr(name), remedy)

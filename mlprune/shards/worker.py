@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import psutil
 import torch
@@ -26,7 +25,7 @@ from mlprune.models.source import ModelSource
 from mlprune.pruning.masks import PackedMask, keep_mask
 from mlprune.pruning.moments import Moments, mixed
 from mlprune.pruning.scores import score_named
-from mlprune.store import CorruptMoments, MomentStore
+from mlprune.store import CorruptMomentsError, MomentStore
 from mlprune.variants import Pattern, Variant
 
 # logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte
@@ -35,7 +34,7 @@ LOGIT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that turns moments into a variant's masks: the variant, the seed, and which sets in which shares."""
+    """All that turns moments into masks: the variant, the seed, and which calibration sets in which shares."""
 
     variant: Variant
     seed: int
@@ -74,6 +73,9 @@ class ShardWorker:
         self._moments: dict[str, dict[int, dict[str, Moments]]] = {}
         self._masks: dict[str, dict[int, dict[str, PackedMask]]] = {}
         self._summaries: dict[str, list[LayerMasks]] = {}
+
+    def ready(self) -> None:
+        """Answers once the layers are loaded."""
 
     # passes
 
@@ -159,7 +161,7 @@ class ShardWorker:
         for index in self.span.layers:
             try:
                 moments = self._store.load(key, index)
-            except CorruptMoments as error:
+            except CorruptMomentsError as error:
                 corrupt.append(str(error))
                 continue
             if moments is not None:
@@ -257,7 +259,7 @@ class ShardWorker:
     def layer_weights(self, index: int, variant: str | None) -> dict[str, Tensor]:
         """A layer's weights on the CPU, masked by `variant`, by their names in the whole model."""
         with self._residency.borrow(index) as layer:
-            weights = {name: parameter.data for name, parameter in layer.named_parameters()}
+            weights = dict(layer.state_dict())
             if variant:
                 weights.update(masked(layer, self._masks[variant][index]))
             prefix = f"{self._model.prefix}.{index}."

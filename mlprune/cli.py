@@ -1,0 +1,155 @@
+"""The command line. Commands are thin: they make a spec, call one function, and show what it returns.
+
+Heavy imports are inside the commands, so that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlprune.errors import MlpruneError, UserError
+
+if TYPE_CHECKING:
+    from mlprune.config import SweepSpec
+    from mlprune.sweep import SweepOutcome
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mlprune")
+def main() -> None:
+    """Prune multilingual language models, and find out which calibration text keeps your languages alive."""
+
+
+def _command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What all commands share: --set, --corpus, --json, --debug, and one line for a mistake."""
+
+    @functools.wraps(function)
+    def run(debug: bool, json_file: str | None, **options: Any) -> None:
+        try:
+            value = function(**options)
+        except UserError as error:
+            _fail(error, debug, 2)
+        except MlpruneError as error:
+            _fail(error, debug, 1)
+        else:
+            if json_file is not None:
+                _write_json(json_file, value)
+
+    decorators = [
+        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the spec."),
+        click.option("--corpus", metavar="PATH", help="Parallel text: sample, a folder, a file, or a data set."),
+        click.option(
+            "--json", "json_file", metavar="FILE", help="Write the result as JSON; - is standard output."
+        ),
+        click.option("--debug", is_flag=True, help="Show the traceback of a mistake."),
+    ]
+    for decorator in reversed(decorators):
+        run = decorator(run)
+    return main.command(name=function.__name__.removesuffix("_command"))(run)
+
+
+def _fail(error: MlpruneError, debug: bool, code: int) -> None:
+    if debug:
+        raise error
+    click.echo(f"mlprune: {' '.join(str(error).split())}", err=True)
+    sys.exit(code)
+
+
+def _write_json(file: str, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if file == "-":
+        click.echo(text)
+    else:
+        Path(file).write_text(text + "\n", encoding="utf-8")
+
+
+def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) -> SweepSpec:
+    """The spec of that name, with the options that were given and then every --set."""
+    from mlprune.config import as_assignments, load_spec
+
+    return load_spec(name, [*as_assignments(settings), *assignments])
+
+
+@_command
+@click.argument("spec", default="quickstart")
+@click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
+def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, ...]) -> Any:
+    """Run the sweep SPEC: a file, or the name of one that comes with mlprune."""
+    checked = _spec(spec, assignments, {"calibration.corpus": corpus})
+    from mlprune import report
+    from mlprune.sweep import plan_sweep, run_sweep
+
+    if dry_run:
+        plan = plan_sweep(checked)
+        report.show_plan(plan)
+        return report.plan_values(plan)
+    outcome: SweepOutcome = run_sweep(checked)
+    report.show_outcome(outcome)
+    return report.outcome_values(outcome)
+
+
+@_command
+@click.argument("model", required=False)
+@click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
+@click.option("--run", "run_id", metavar="ID", help="The trial of a sweep, by its MLflow run.")
+@click.option("--calibration", metavar="KIND", help="mono:fr, translation:en-fr, mix:KIND=WEIGHT,...")
+@click.option("--score", help="random, magnitude or wanda.")
+@click.option("--sparsity", type=float, help="Share of weights to drop, in [0, 1).")
+@click.option("--pattern", help="unstructured, or n:m as 2:4.")
+@click.option("--propagation", help="sequential or dense.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+def prune(
+    model: str | None,
+    spec: str,
+    run_id: str | None,
+    corpus: str | None,
+    assignments: tuple[str, ...],
+    output: Path,
+    **chosen: Any,
+) -> Any:
+    """Prune MODEL (a folder, a hub id, or demo) and write the checkpoint to a new folder.
+
+    Without --propagation a layer's inputs come from the pruned layers before it (sequential).
+    """
+    from mlprune import winner
+
+    settings = {"model.path": model, "calibration.corpus": corpus}
+    if run_id is not None:
+        checked, variant = winner.choose_run(run_id, chosen, settings, assignments)
+    else:
+        checked, variant = winner.choose(spec, chosen, settings, assignments)
+    manifest = winner.prune(checked, variant, output)
+    click.echo(f"{variant.label}: {manifest['sparsity']['actual']:.2%} of the weights dropped", err=True)
+    click.echo(f"written to {output}; score it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
+    return manifest
+
+
+@_command
+@click.argument("model")
+@click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
+@click.option("--languages", metavar="LIST", help="As en,fr; ISO 639 codes that the corpus has.")
+def evaluate(
+    model: str, spec: str, languages: str | None, corpus: str | None, assignments: tuple[str, ...]
+) -> Any:
+    """Score MODEL (a folder, a hub id, or demo): perplexity and bits per byte of held-out lines."""
+    listed = [code for code in languages.split(",") if code] if languages is not None else None
+    settings = {
+        "model.path": model,
+        "calibration.corpus": corpus,
+        "evaluation.perplexity.languages": listed,
+    }
+    checked = _spec(spec, assignments, settings)
+    from mlprune import report
+    from mlprune.winner import evaluate_checkpoint
+
+    metrics = evaluate_checkpoint(checked)
+    report.show_metrics(model, checked.evaluation.perplexity.languages, metrics)
+    return {"model": model, "metrics": dict(metrics)}

@@ -1,0 +1,250 @@
+"""The spec of a sweep: one YAML file, frozen, every key with a default but `search`, unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mlprune.errors import SpecError
+from mlprune.languages import name_of
+from mlprune.variants import Calibration, Pattern
+
+DEFAULT_STORAGE = "mlprune-store"
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: in YAML 1.1 the code of Norwegian, `no`, is false."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of YAML text; no tag of it runs code."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(_Section):
+    """Which model, and what is allowed in reading it."""
+
+    path: str = "demo"  # a folder, a hub id, or demo
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class PipelineSpec(_Section):
+    """How the model is held."""
+
+    shards: Count | Literal["auto"] = "auto"
+    residency: Literal["auto", "resident"] = "auto"
+
+
+class CalibrationSpec(_Section):
+    """What every calibration set of the sweep has in common."""
+
+    corpus: str = "sample"
+    samples: Count = 32
+    shots: Count = 4
+    max_tokens: Annotated[int, Field(ge=2)] = 256
+    seed: int = 0
+
+
+class SearchSpec(_Section):
+    """The lists whose product is the grid; with `samples`, that many of it, by `searcher`."""
+
+    calibration: tuple[str, ...] = ()
+    score: Annotated[tuple[str, ...], Field(min_length=1)]
+    sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)]
+    pattern: Annotated[tuple[str, ...], Field(min_length=1)] = ("unstructured",)
+    propagation: Annotated[tuple[Literal["sequential", "dense"], ...], Field(min_length=1)] = ("sequential",)
+    samples: Count | None = None
+    searcher: Literal["random", "optuna"] = "random"
+    objective: Literal["mean", "worst"] = "mean"
+
+    @field_validator("calibration")
+    @classmethod
+    def _calibrations(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Calibration.parse(text, f"search.calibration[{n}]")) for n, text in enumerate(values))
+
+    @field_validator("pattern")
+    @classmethod
+    def _patterns(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Pattern.parse(text, f"search.pattern[{n}]")) for n, text in enumerate(values))
+
+    @model_validator(mode="after")
+    def _optuna_needs_samples(self) -> SearchSpec:
+        if self.searcher == "optuna" and self.samples is None:
+            raise SpecError(
+                "search.samples", None, "searcher optuna needs the number of trials; write samples: 20"
+            )
+        return self
+
+
+class PerplexitySpec(_Section):
+    """Likelihood of held-out lines."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1)] = ("en", "fr", "de")
+    lines: Count = 64
+
+    @field_validator("languages")
+    @classmethod
+    def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for n, code in enumerate(values):
+            name_of(code, f"evaluation.perplexity.languages[{n}]")
+        return tuple(dict.fromkeys(values))
+
+
+class EvaluationSpec(_Section):
+    """What every trial is measured by."""
+
+    perplexity: PerplexitySpec = PerplexitySpec()
+
+
+class TrackingSpec(_Section):
+    """Where MLflow is. uri null: an sqlite file in the storage; experiment null: the sweep's name."""
+
+    uri: str | None = None
+    experiment: str | None = None
+
+
+class SweepSpec(_Section):
+    """A whole sweep."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "sweep"
+    model: ModelSpec = ModelSpec()
+    pipeline: PipelineSpec = PipelineSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    search: SearchSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
+    storage: Annotated[str, Field(validate_default=True)] = DEFAULT_STORAGE
+    tracking: TrackingSpec = TrackingSpec()
+
+    @field_validator("storage")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        return str(Path(value).expanduser().absolute())  # trials run in directories of their own
+
+    def yaml(self) -> str:
+        """The whole spec, defaults written out, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def key(self) -> str:
+        """A content hash of what the sweep computes; where it runs and is stored does not count."""
+        content = self.model_dump_json(exclude={"pipeline", "storage", "tracking"})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def storage_folder(self) -> Path:
+        return Path(self.storage)
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.tracking.uri or f"sqlite:///{self.storage_folder}/mlflow.db"
+
+
+def spec_from(values: Mapping[str, Any]) -> SweepSpec:
+    """Check plain values whole. Raises SpecError for the first thing wrong with them."""
+    try:
+        return SweepSpec.model_validate(values)
+    except ValidationError as error:
+        raise _spec_error(error) from None
+
+
+def _spec_error(error: ValidationError) -> SpecError:
+    first = error.errors()[0]
+    names = [part for part in first["loc"] if part not in ("int", "constrained-int") and not _is_union(part)]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        return SpecError(key, repr(first["input"]), f"unknown key; {_known_beside(names)}")
+    if first["type"] == "missing":
+        return SpecError(key, "nothing", "this key is needed")
+    remedy = first["msg"].replace("Input should be", "must be").replace("String should", "must")
+    if names[:2] == ["search", "sparsity"] and first["type"] in ("greater_than_equal", "less_than"):
+        remedy = "sparsity must be in [0, 1)"
+    return SpecError(key, repr(first["input"]), remedy)
+
+
+def _is_union(part: str | int) -> bool:
+    return isinstance(part, str) and (part.startswith(("literal[", "constrained-")))
+
+
+def _known_beside(names: list[str | int]) -> str:
+    section: Any = SweepSpec
+    for name in names[:-1]:
+        section = section.model_fields[name].annotation
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(names[-1]), known, 1)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def sweeps_folder() -> Path:
+    """The specs that come with the package: inside it when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "sweeps"
+    return inside if inside.is_dir() else package.parent / "sweeps"
+
+
+def load_spec(name: str, assignments: Iterable[str] = ()) -> SweepSpec:
+    """Read a spec by path, or by the name of one that comes with the package; then set `key=value`s."""
+    file = Path(name)
+    if not file.is_file():
+        file = sweeps_folder() / f"{name.removesuffix('.yaml')}.yaml"
+    if not file.is_file() or (file.parent == sweeps_folder() and "/" in name):
+        known = ", ".join(sorted(path.stem for path in sweeps_folder().glob("*.yaml")))
+        raise SpecError("spec", repr(name), f"no such file, and no sweep of that name; known: {known}")
+    try:
+        values = read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError("spec", repr(name), "not YAML: " + " ".join(str(error).split())) from None
+    if not isinstance(values, dict):
+        raise SpecError("spec", repr(name), "a spec is a YAML mapping of keys to values")
+    return spec_from(with_assignments(values, assignments))
+
+
+def as_assignments(settings: Mapping[str, Any]) -> list[str]:
+    """`key=value` of every setting that is not None: what options have in common with --set."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+
+
+def with_assignments(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """`values` with each `section.key=value` set; the value is read as YAML."""
+    result: dict[str, Any] = dict(values)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not all(key.split(".")):
+            raise SpecError("--set", repr(assignment), "write key=value, as pipeline.shards=3")
+        try:
+            value = read_yaml(text)
+        except yaml.YAMLError:
+            raise SpecError(key, repr(text), "the value is not YAML") from None
+        section = result
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = section.get(parent)
+            section[parent] = dict(inner) if isinstance(inner, dict) else {}
+            section = section[parent]
+        section[last] = value
+    return result

@@ -1,0 +1,1 @@
+"""What is asked of a pipeline and a variant: likelihoods in, metrics out."""

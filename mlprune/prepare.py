@@ -1,0 +1,239 @@
+"""A spec, to everything that is known before a weight is loaded; every mistake is answered here."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+
+import torch
+
+from mlprune.config import SearchSpec, SweepSpec
+from mlprune.console import step, warn
+from mlprune.data.calibration import CalibrationSet, EvaluationSet, calibration_set, evaluation_set
+from mlprune.data.corpora import open_corpus
+from mlprune.errors import SpecError
+from mlprune.models.hollow import Span
+from mlprune.models.source import ModelSource, find_model
+from mlprune.pruning.scores import score_named
+from mlprune.shards.actors import RayPipeline, local_ray
+from mlprune.shards.pipeline import LocalPipeline, Pipeline, Pruned
+from mlprune.shards.planner import (
+    ModelShape,
+    ShardMemory,
+    auto_shards,
+    check_memory,
+    check_pattern,
+    cut,
+    model_shape,
+    shard_memory,
+)
+from mlprune.shards.worker import Recipe, ShardWorker
+from mlprune.store import MomentStore, ResultStore
+from mlprune.variants import Calibration, Demonstration, Pattern, Variant
+
+
+def variant_of(calibration: str | None, score: str, sparsity: float, pattern: str, propagation: str) -> Variant:
+    """A trial in canonical form, so that what would be the same masks is the same trial.
+
+    A score that reads no moments needs no calibration and no propagation; an n:m pattern fixes the sparsity.
+    """
+    if not score_named(score).reads_moments:
+        calibration, propagation = None, "dense"
+    fixed = Pattern.parse(pattern).sparsity
+    return Variant(calibration, score, float(sparsity if fixed is None else fixed), pattern, propagation)
+
+
+def parts_of(variant: Variant) -> tuple[tuple[Demonstration, Fraction], ...]:
+    """The demonstrations that the variant is calibrated on, with their weights."""
+    return Calibration.parse(variant.calibration).parts if variant.calibration else ()
+
+
+def variants_of(search: SearchSpec) -> tuple[Variant, ...]:
+    """The grid, each different trial once, in the order of the spec. Raises SpecError for an unknown score."""
+    for n, name in enumerate(search.score):
+        if score_named(name, f"search.score[{n}]").reads_moments and not search.calibration:
+            raise SpecError("search.calibration", "[]", f"{name} needs calibration; write [mono:en], say")
+    grid = product(
+        search.calibration or (None,), search.score, search.sparsity, search.pattern, search.propagation
+    )
+    return tuple(dict.fromkeys(variant_of(*point) for point in grid))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Checked, tokenised, cut: ready to load weights."""
+
+    spec: SweepSpec
+    source: ModelSource
+    shape: ModelShape
+    spans: tuple[Span, ...]
+    memory: tuple[ShardMemory, ...]
+    fingerprint: str
+    sets: dict[str, CalibrationSet]  # by demonstration
+    evaluation: EvaluationSet | None  # None where nothing is evaluated
+
+    def store(self) -> MomentStore:
+        return MomentStore(self.spec.storage_folder / "moments", self.fingerprint, str(self.shape.dtype))
+
+    def results(self) -> ResultStore:
+        return ResultStore(self.spec.storage_folder / "results")
+
+    def recipe(self, variant: Variant) -> Recipe:
+        shares = tuple((self.sets[str(part)].key, weight) for part, weight in parts_of(variant))
+        return Recipe(variant, self.spec.calibration.seed, shares)
+
+    def sets_of(self, variant: Variant) -> list[CalibrationSet]:
+        return [self.sets[str(part)] for part, _ in parts_of(variant)]
+
+    def result_key(self, variant: Variant | None) -> str:
+        """A content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
+        assert self.evaluation is not None
+        content = [self.fingerprint, str(self.shape.dtype), self.evaluation.key]
+        if variant is not None:
+            recipe = self.recipe(variant)
+            content += [variant.key, *(f"{key}={share}" for key, share in recipe.parts)]
+            content += [str(recipe.seed)] if variant.score == "random" else []
+        return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
+
+
+def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
+    """Check the spec against model and corpus; tokenise; cut the model into shards. Loads no weights.
+
+    `evaluate` False: nothing will be evaluated, so the corpus need not have the evaluation's languages.
+    """
+    variants = list(variants)
+    source = find_model(
+        spec.model.path,
+        revision=spec.model.revision,
+        trust_remote_code=spec.model.trust_remote_code,
+        allow_pickle=spec.model.allow_pickle,
+        progress=step,
+    )
+    config = source.config()
+    shape = model_shape(config, source.dtype(spec.model.dtype), source.name)
+    for pattern in dict.fromkeys(variant.pattern for variant in variants):
+        check_pattern(shape, Pattern.parse(pattern), "search.pattern")
+    _check_positions(spec, shape)
+    shards = auto_shards(len(shape.layers)) if spec.pipeline.shards == "auto" else spec.pipeline.shards
+    spans = cut(shape, shards)
+    sets, evaluation = _text(spec, variants, source, shape, evaluate)
+    memory = _memory(shape, spans, sets.values(), evaluation)
+    check_memory(memory, source.name)
+    with step("fingerprint of the model"):
+        fingerprint = source.fingerprint()
+    return Prepared(spec, source, shape, spans, memory, fingerprint, sets, evaluation)
+
+
+def _text(
+    spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, shape: ModelShape, evaluate: bool
+) -> tuple[dict[str, CalibrationSet], EvaluationSet | None]:
+    """Every calibration set that the variants need, by demonstration, and the evaluation set."""
+    demonstrations = dict.fromkeys(part for variant in variants for part, _ in parts_of(variant))
+    asked = spec.evaluation.perplexity
+    needed = [code for part in demonstrations for code in part.languages]
+    needed += asked.languages if evaluate else ()
+    if not needed:
+        return {}, None
+    corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(needed))
+    tokenizer = source.tokenizer()
+    sets = {
+        str(part): calibration_set(
+            corpus,
+            part,
+            tokenizer,
+            samples=spec.calibration.samples,
+            shots=spec.calibration.shots,
+            max_tokens=spec.calibration.max_tokens,
+            seed=spec.calibration.seed,
+            pad_free=shape.has_experts,
+        )
+        for part in demonstrations
+    }
+    if not evaluate:
+        return sets, None
+    evaluation = evaluation_set(
+        corpus,
+        asked.languages,
+        tokenizer,
+        lines=asked.lines,
+        max_positions=shape.positions,
+        pad_free=shape.has_experts,
+    )
+    return sets, evaluation
+
+
+def _memory(
+    shape: ModelShape, spans: Sequence[Span], sets: Iterable[CalibrationSet], evaluation: EvaluationSet | None
+) -> tuple[ShardMemory, ...]:
+    held = list(sets)
+    passes = [item.batches for item in held] + ([evaluation.batches] if evaluation else [])
+    tokens = max((sum(batch.input_ids.numel() for batch in batches) for batches in passes), default=0)
+    alive = len(spans)  # trials at once: see sweep.py
+    return tuple(shard_memory(shape, span, tokens, len(held), alive) for span in spans)
+
+
+def _check_positions(spec: SweepSpec, shape: ModelShape) -> None:
+    asked = spec.calibration.max_tokens
+    if shape.positions is not None and asked > shape.positions:
+        remedy = f"the model takes {shape.positions} tokens at most"
+        raise SpecError("calibration.max_tokens", asked, remedy)
+
+
+@contextmanager
+def open_pipeline(prepared: Prepared) -> Iterator[Pipeline]:
+    """The model, loaded, for as long as the block runs: one shard in this process, more as Ray actors."""
+    if len(prepared.spans) > 1:
+        with open_ray_pipeline(prepared, trial_slots=1) as pipeline:
+            yield pipeline
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with step("loading the model"):
+        worker = ShardWorker(
+            prepared.source, prepared.spans[0], prepared.spec.model.dtype, device, prepared.store()
+        )
+    yield LocalPipeline([worker], prepared.shape.token_bytes)
+
+
+@contextmanager
+def open_ray_pipeline(prepared: Prepared, trial_slots: int) -> Iterator[RayPipeline]:
+    """The model as Ray actors, for as long as the block runs; Ray is started if it is not running."""
+    with contextlib.ExitStack() as stack:
+        with step("starting Ray"):
+            stack.enter_context(local_ray(trial_slots))
+        with step(f"loading the model into {len(prepared.spans)} shard(s)"):
+            pipeline = RayPipeline.launch(
+                prepared.source,
+                prepared.spans,
+                prepared.spec.model.dtype,
+                prepared.store(),
+                prepared.shape.token_bytes,
+            )
+        stack.callback(pipeline.close)
+        yield pipeline
+
+
+def gather(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
+    """Have the dense moments that the variants need: from the store, else by a pass each."""
+    names = {str(part) for v in variants if v.propagation == "dense" for part, _ in parts_of(v)}
+    for name, calibration in prepared.sets.items():
+        if name not in names:
+            continue
+        complete, corrupt = pipeline.restore(calibration.key)
+        for file in corrupt:
+            warn(f"{file} is corrupt; its moments are gathered again")
+        if not complete:
+            with step(f"calibrating on {name}", "batches") as progress:
+                pipeline.gather(calibration, progress)
+
+
+def make_masks(prepared: Prepared, pipeline: Pipeline, variant: Variant) -> Pruned:
+    """The variant's masks, in the workers. What is dense needs its moments gathered before."""
+    recipe = prepared.recipe(variant)
+    if variant.propagation == "sequential":
+        return pipeline.prune_sequentially(recipe, prepared.sets_of(variant))
+    return pipeline.prune(recipe)

@@ -1,0 +1,200 @@
+"""Results, as tables for a person (within 100 columns) and as plain values for a script."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from mlprune.config import DEFAULT_STORAGE
+from mlprune.console import results as out
+from mlprune.languages import name_of
+from mlprune.store import Result
+from mlprune.sweep import SweepOutcome, SweepPlan
+
+LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+# the plan
+
+
+def show_plan(plan: SweepPlan) -> None:
+    """What a dry run prints: trials, passes, memory and disk."""
+    prepared, spec = plan.prepared, plan.prepared.spec
+    out.print(f"[bold]{spec.name}[/bold]: {spec.model.path}, {len(prepared.shape.layers)} layers", highlight=False)
+    trials = _table(f"{len(plan.variants)} trials and the dense model", "trial", "finished before")
+    finished = {result.variant for result in plan.finished}
+    for variant in plan.variants:
+        trials.add_row(variant.label, "yes" if variant in finished else "")
+    out.print(trials)
+    passes = _table("passes over the model still to go", "kind", "passes")
+    for kind, count in plan.passes.items():
+        passes.add_row(kind, str(count))
+    out.print(passes)
+    out.print(_memory_table(plan))
+    out.print(f"disk: {_size(plan.disk)} in {spec.storage_folder}")
+
+
+def _memory_table(plan: SweepPlan) -> Table:
+    kinds = [field.replace("_", " ") for field in vars(plan.prepared.memory[0])]
+    table = _table("memory of each shard, MiB", "layers", *kinds, "total")
+    for span, need in zip(plan.prepared.spans, plan.prepared.memory, strict=True):
+        sizes = [*vars(need).values(), need.total]
+        table.add_row(f"{span.first}-{span.end - 1}", *(f"{size / 2**20:,.0f}" for size in sizes))
+    return table
+
+
+def plan_values(plan: SweepPlan) -> dict[str, Any]:
+    """The plan as plain values."""
+    prepared = plan.prepared
+    return {
+        "name": prepared.spec.name,
+        "trials": [{"key": prepared.result_key(v), "variant": vars(v)} for v in plan.variants],
+        "finished": [result.key for result in plan.finished],
+        "passes": plan.passes,
+        "shards": [
+            {"layers": [span.first, span.end - 1], "memory_bytes": {**vars(need), "total": need.total}}
+            for span, need in zip(prepared.spans, prepared.memory, strict=True)
+        ],
+        "disk_bytes": plan.disk,
+    }
+
+
+# the outcome
+
+
+def show_outcome(outcome: SweepOutcome) -> None:
+    """The ranking, and what to do next."""
+    spec = outcome.spec
+    best = outcome.best_by_sparsity()
+    out.print(_ranking(outcome, {result.key for result in best}))
+    out.print("* the best of its sparsity. In brackets: against the dense model.", style="dim")
+    out.print(f"\npicture    {outcome.picture}", soft_wrap=True)
+    out.print(f"tracking   {spec.tracking_uri}", soft_wrap=True)
+    if not spec.tracking_uri.startswith("http"):
+        out.print(f"compare    mlflow ui --backend-store-uri {shlex.quote(spec.tracking_uri)}", soft_wrap=True)
+    for result in best:
+        out.print(f"export     {export_command(outcome, result)}", soft_wrap=True)
+    for label, cause in outcome.failed.items():
+        out.print(f"failed     {label}: {cause}", style="red", soft_wrap=True)
+
+
+def export_command(outcome: SweepOutcome, result: Result) -> str:
+    """The command that writes a trial's checkpoint."""
+    spec, variant = outcome.spec, result.variant
+    assert variant is not None
+    words = ["mlprune", "prune", "--run", outcome.runs[result.key]]
+    if spec.tracking.uri is not None:
+        words += ["--set", f"tracking.uri={spec.tracking.uri}"]
+    if spec.storage_folder != Path(DEFAULT_STORAGE).absolute():
+        words += ["--set", f"storage={spec.storage}"]
+    return shlex.join([*words, "--output", f"{spec.name}-{variant.sparsity:g}"])
+
+
+def _ranking(outcome: SweepOutcome, best: set[str]) -> Table:
+    languages = outcome.spec.evaluation.perplexity.languages
+    shown: Sequence[str] = languages if len(languages) <= LANGUAGE_COLUMNS else ()
+    table = _table(
+        f"{outcome.spec.name}: bits per byte of held-out lines (lower is better)",
+        "",
+        "score",
+        "sparsity",
+        "calibration",
+        *shown,
+        "mean",
+        "worst",
+    )
+    for column in (1, 3):
+        table.columns[column].justify = "left"
+    table.columns[3].overflow = "fold"
+    _add_row(table, "", outcome.dense, outcome.dense, shown, languages)
+    for rank, result in enumerate(outcome.ranking, start=1):
+        star = "*" if result.key in best else ""
+        _add_row(table, f"{rank}{star}", result, outcome.dense, shown, languages)
+    return table
+
+
+def _add_row(
+    table: Table, rank: str, result: Result, dense: Result, shown: Sequence[str], languages: Sequence[str]
+) -> None:
+    variant, metrics = result.variant, result.metrics
+    worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
+    mean = f"{metrics['bits_per_byte.mean']:.3f}"
+    if variant is not None:
+        mean += f" ({metrics['bits_per_byte.mean'] / dense.metrics['bits_per_byte.mean'] - 1:+.0%})"
+    table.add_row(
+        rank,
+        variant.score if variant else "dense model",
+        _shape(result),
+        _calibration(result),
+        *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in shown),
+        mean,
+        f"{worst} {metrics['bits_per_byte.worst']:.3f}",
+        style="bold" if rank.endswith("*") else None,
+    )
+
+
+def _shape(result: Result) -> str:
+    variant = result.variant
+    if variant is None:
+        return "0"
+    return f"{variant.sparsity:g}" if variant.pattern == "unstructured" else variant.pattern
+
+
+def _calibration(result: Result) -> str:
+    variant = result.variant
+    if variant is None or variant.calibration is None:
+        return "-"
+    return variant.calibration + (" (sequential)" if variant.propagation == "sequential" else "")
+
+
+def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
+    """The outcome as plain values."""
+
+    def values(result: Result) -> dict[str, Any]:
+        return {
+            "run": outcome.runs[result.key],
+            "variant": vars(result.variant) if result.variant else None,
+            "metrics": dict(result.metrics),
+            "masks": result.digest,
+        }
+
+    return {
+        "name": outcome.spec.name,
+        "objective": outcome.objective,
+        "dense": values(outcome.dense),
+        "ranking": [values(result) for result in outcome.ranking],
+        "winner": outcome.runs[outcome.ranking[0].key],
+        "failed": dict(outcome.failed),
+        "tracking_uri": outcome.spec.tracking_uri,
+        "parent_run": outcome.parent_run,
+        "picture": str(outcome.picture),
+    }
+
+
+def show_metrics(model: str, languages: Sequence[str], metrics: Mapping[str, float]) -> None:
+    """One checkpoint's scores, a row a language."""
+    table = _table(f"{model}: held-out lines", "language", "bits per byte", "perplexity")
+    for code in languages:
+        bits, perplexity = metrics[f"bits_per_byte.{code}"], metrics[f"perplexity.{code}"]
+        table.add_row(f"{name_of(code)} ({code})", f"{bits:.4f}", f"{perplexity:.2f}")
+    out.print(table)

@@ -1,0 +1,147 @@
+"""The only door to MLflow: one parent run a sweep, one nested run a trial.
+
+One process writes, the driver: an sqlite file wants one writer. A run is found by its tags, so a sweep that
+was killed goes on with the runs that it had made, and no trial has two.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+from mlflow.entities import Metric, Param, Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from mlprune.errors import SpecError
+from mlprune.store import Result
+from mlprune.variants import Variant
+
+SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "mlprune.sweep", "mlprune.trial", "mlflow.parentRunId"
+
+
+def client_of(uri: str) -> MlflowClient:
+    """A client of the tracking server or database at `uri`, its tables made. Raises SpecError if it is none."""
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError("tracking.uri", repr(uri), f"MLflow does not answer there: {reason}") from None
+    return client
+
+
+class SweepTracker:
+    """The parent run of one sweep, and its trials' runs."""
+
+    def __init__(self, uri: str, experiment: str, artifacts: Path, sweep_key: str, name: str) -> None:
+        self._client = client_of(uri)
+        self.experiment_id = self._experiment(experiment, uri, artifacts)
+        parent = self._find(SWEEP_TAG, sweep_key) or self._client.create_run(
+            self.experiment_id, tags={SWEEP_TAG: sweep_key}, run_name=name
+        )
+        self.parent_id: str = parent.info.run_id
+        self._client.update_run(self.parent_id, "RUNNING")
+        self._trials: dict[str, str] = {}
+
+    def _experiment(self, name: str, uri: str, artifacts: Path) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        # a database has no place for files: they go beside it; a server has its own
+        location = None if uri.startswith("http") else artifacts.as_uri()
+        return str(self._client.create_experiment(name, artifact_location=location))
+
+    def _find(self, tag: str, value: str, parent: str | None = None) -> Run | None:
+        query = f"tags.`{tag}` = '{value}'" + (f" and tags.`{PARENT_TAG}` = '{parent}'" if parent else "")
+        runs = self._client.search_runs([self.experiment_id], query, max_results=1)
+        return runs[0] if runs else None
+
+    def log_sweep(self, params: Mapping[str, object], texts: Mapping[str, str]) -> None:
+        """The sweep's settings as params; texts (spec, environment) as artifacts, by file name."""
+        self._client.log_batch(self.parent_id, params=[Param(k, str(v)) for k, v in params.items()])
+        for file, text in texts.items():
+            self._client.log_text(self.parent_id, text, file)
+
+    def trial_run(self, key: str, variant: Variant | None) -> str:
+        """The id of the trial's run, made if there is none."""
+        if key not in self._trials:
+            run = self._find(TRIAL_TAG, key, self.parent_id) or self._new_trial(key, variant)
+            self._trials[key] = run.info.run_id
+        return self._trials[key]
+
+    def _new_trial(self, key: str, variant: Variant | None) -> Run:
+        tags = {TRIAL_TAG: key, PARENT_TAG: self.parent_id}
+        name = variant.label if variant else "dense"
+        run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
+        self._client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in trial_params(variant).items()])
+        return run
+
+    def log_trial(self, key: str, variant: Variant | None, metrics: Mapping[str, float]) -> None:
+        """Metrics of a trial that is under way."""
+        run_id = self.trial_run(key, variant)
+        self._log_metrics(run_id, metrics)
+
+    def finish_trial(self, result: Result) -> None:
+        """Log a finished trial, unless its run says that it is."""
+        run_id = self.trial_run(result.key, result.variant)
+        if self._client.get_run(run_id).info.status == "FINISHED":
+            return
+        self.log_trial(result.key, result.variant, result.metrics)
+        if result.digest:
+            self._client.set_tag(run_id, "mlprune.masks", result.digest)
+        self._client.set_terminated(run_id, "FINISHED")
+
+    def fail_trial(self, key: str, variant: Variant | None, cause: str) -> None:
+        run_id = self.trial_run(key, variant)
+        self._client.set_tag(run_id, "mlprune.cause", cause[:5000])
+        self._client.set_terminated(run_id, "FAILED")
+
+    def finish_sweep(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+        self._log_metrics(self.parent_id, metrics)
+        for file in files:
+            self._client.log_artifact(self.parent_id, str(file))
+        self._client.set_terminated(self.parent_id, status)
+
+    def _log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
+
+
+def trial_params(variant: Variant | None) -> dict[str, str]:
+    """A trial's params under plain names, the same names for every trial."""
+    if variant is None:
+        return {"calibration": "none", "score": "dense", "sparsity": "0", "pattern": "none", "propagation": "none"}
+    return {
+        "calibration": variant.calibration or "none",
+        "score": variant.score,
+        "sparsity": f"{variant.sparsity:g}",
+        "pattern": variant.pattern,
+        "propagation": variant.propagation,
+    }
+
+
+def recall_trial(uri: str, run_id: str) -> tuple[str, dict[str, str]]:
+    """The spec (YAML) and the params of a trial's run. Raises SpecError when the run is not a trial's."""
+    client = client_of(uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        remedy = f"no such run in {uri}; give its database with --set tracking.uri=..."
+        raise SpecError("--run", repr(run_id), remedy) from None
+    parent = run.data.tags.get(PARENT_TAG)
+    if TRIAL_TAG not in run.data.tags or parent is None:
+        raise SpecError("--run", repr(run_id), "not the run of a trial of mlprune; give a nested run's id")
+    return _read_text(client, parent, "spec.yaml"), dict(run.data.params)
+
+
+def _read_text(client: Any, run_id: str, file: str) -> str:
+    return Path(client.download_artifacts(run_id, file)).read_text(encoding="utf-8")

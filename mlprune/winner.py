@@ -1,0 +1,126 @@
+"""One variant for good: masks, a checkpoint and its manifest; and the score of any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlprune import __version__
+from mlprune.config import SweepSpec, as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune.console import step, warn
+from mlprune.errors import SpecError
+from mlprune.export import check_output, write_checkpoint
+from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare, variants_of
+from mlprune.pruning.scores import score_named
+from mlprune.shards.pipeline import Pruned
+from mlprune.tracking import recall_trial
+from mlprune.trial import run_dense
+from mlprune.variants import Calibration, Pattern, Variant
+
+
+def choose(
+    spec_name: str, chosen: Mapping[str, Any], settings: Mapping[str, Any], assignments: Sequence[str]
+) -> tuple[SweepSpec, Variant]:
+    """The spec with one variant in it, as options give it (`chosen`: calibration, score, sparsity, ...)."""
+    score, pattern = chosen["score"] or "wanda", chosen["pattern"] or "unstructured"
+    fixed = Pattern.parse(pattern, "--pattern").sparsity
+    sparsity = chosen["sparsity"]
+    if sparsity is None and fixed is None:
+        raise SpecError("--sparsity", "nothing", "say which share of the weights to drop, as --sparsity 0.5")
+    if sparsity is not None and fixed is not None and sparsity != fixed:
+        raise SpecError("--sparsity", sparsity, f"pattern {pattern} drops {float(fixed):g} of the weights")
+    if score_named(score, "--score").reads_moments and chosen["calibration"] is None:
+        raise SpecError("--calibration", "nothing", f"{score} needs it; write --calibration translation:en-fr")
+    if chosen["calibration"] is not None:
+        Calibration.parse(chosen["calibration"], "--calibration")
+    search = {
+        "calibration": [chosen["calibration"]] if chosen["calibration"] else [],
+        "score": [score],
+        "sparsity": [float(fixed) if sparsity is None and fixed is not None else sparsity],
+        "pattern": [pattern],
+        "propagation": [chosen["propagation"] or "sequential"],
+    }
+    spec = load_spec(spec_name, [*as_assignments({"search": search, **settings}), *assignments])
+    return spec, _only_variant(spec)
+
+
+def _only_variant(spec: SweepSpec) -> Variant:
+    variants = variants_of(spec.search)
+    if len(variants) != 1:
+        raise SpecError("search", f"{len(variants)} variants", "prune writes one; give each list one value")
+    return variants[0]
+
+
+def choose_run(
+    run_id: str, chosen: Mapping[str, Any], settings: Mapping[str, Any], assignments: Sequence[str]
+) -> tuple[SweepSpec, Variant]:
+    """The spec of the sweep that the MLflow run `run_id` was a trial of, and that trial's variant."""
+    given = [name for name, value in chosen.items() if value is not None]
+    if given:
+        raise SpecError("--" + given[0], repr(chosen[given[0]]), "the run says which; leave it out, or --run")
+    here = load_spec("quickstart", assignments)  # for the storage and the tracking that were set
+    text, params = recall_trial(here.tracking_uri, run_id)
+    values = with_assignments(read_yaml(text), [*as_assignments(settings), *assignments])
+    search = {name: [params[name]] for name in ("score", "pattern", "propagation")}
+    search |= {
+        "calibration": [] if params["calibration"] == "none" else [params["calibration"]],
+        "sparsity": [params["sparsity"]],
+    }
+    spec = spec_from(values | {"search": search})
+    return spec, _only_variant(spec)
+
+
+def prune(spec: SweepSpec, variant: Variant, output: Path) -> dict[str, Any]:
+    """Write `variant` of the spec's model to the new folder `output`; returns the manifest.
+
+    Raises UserError for what is wrong with the spec or the folder, before weights are loaded.
+    """
+    check_output(output, 0)  # a taken name is known before anything else is done
+    prepared = prepare(spec, [variant], evaluate=False)
+    check_output(output, prepared.shape.total)
+    with open_pipeline(prepared) as pipeline:
+        gather(prepared, pipeline, [variant])
+        with step(f"masks: {variant.label}"):
+            pruned = make_masks(prepared, pipeline, variant)
+        if pruned.unseen:
+            warn(unseen_note(pruned.unseen))
+        manifest = _manifest(prepared, variant, pruned)
+        pieces = len(prepared.shape.layers) + 1
+        with step(f"writing {output}", "layers") as progress:
+            write_checkpoint(
+                prepared.source,
+                prepared.shape.dtype,
+                pipeline.weights(variant.key),
+                manifest,
+                output,
+                lambda done: progress(done, pieces),
+            )
+    return manifest
+
+
+def unseen_note(unseen: tuple[str, ...]) -> str:
+    return (
+        f"no calibration token reached {len(unseen)} expert matrices ({unseen[0]}, ...): scored by |W| alone; "
+        "raise calibration.samples"
+    )
+
+
+def _manifest(prepared: Prepared, variant: Variant, pruned: Pruned) -> dict[str, Any]:
+    spec = prepared.spec
+    return {
+        "mlprune": __version__,
+        "model": {"path": spec.model.path, "fingerprint": prepared.fingerprint, "dtype": spec.model.dtype},
+        "variant": vars(variant),
+        "sparsity": {"actual": pruned.sparsity, "dropped": pruned.dropped, "weights": pruned.weights},
+        "masks": {"digest": pruned.digest, "unseen": list(pruned.unseen)},
+        "calibration": spec.calibration.model_dump(),
+        "prompts": [prompt.manifest() for made in prepared.sets_of(variant) for prompt in made.prompts],
+    }
+
+
+def evaluate_checkpoint(spec: SweepSpec) -> Mapping[str, float]:
+    """The metrics of the spec's model as it is."""
+    prepared = prepare(spec, [])
+    with open_pipeline(prepared) as pipeline, step("evaluating", "batches") as progress:
+        return run_dense(prepared, pipeline, progress).metrics
