@@ -12,7 +12,7 @@ import os
 import platform
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -203,7 +203,7 @@ def _tune(
     total = search.samples if optuna and search.samples else len(todo)
     with step("trials") as progress, tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
         watch = _watcher(plan.prepared, tracker, lambda done: progress(done, total))
-        trainable = tune.with_parameters(_trial, prepared=plan.prepared, pipeline=pipeline, objective=objective)
+        trainable = tune.with_parameters(tune_trial, prepared=plan.prepared, pipeline=pipeline, objective=objective)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 0, TRIAL_SLOT: 1}),
             param_space=None if optuna else {"variant": tune.grid_search([vars(v) for v in todo])},
