@@ -15,7 +15,7 @@ It departs from llm-compressor's defaults in two places: the ids come as a ready
 order of the file, so nothing is tokenised or shuffled; and `lm_head` is left dense. Wanda's own are the
 sequential pipeline, one decoder layer at a time on the outputs of the pruned layers before it; eager
 attention, which llm-compressor forces; and the `0:0` mask: int(columns * sparsity) weights of each row.
-The batch is its default of 1, which no larger one beat on two cores; `--batch-size` tries others.
+The batch is its default of 1: no larger one was clearly faster on two cores (`--batch-size` to try).
 """
 
 import argparse
@@ -66,8 +66,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences a forward pass")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     ids = read_ids(args.ids)
 
     start = time.perf_counter()

@@ -203,9 +203,9 @@ def _tune(
     total = search.samples if optuna and search.samples else len(todo)
     with step("trials") as progress, tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
         watch = _watcher(plan.prepared, tracker, lambda done: progress(done, total))
-        trainable = tune.with_parameters(tune_trial, prepared=plan.prepared, pipeline=pipeline, objective=objective)
+        given = {"prepared": plan.prepared, "pipeline": pipeline, "objective": objective}
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": 0, TRIAL_SLOT: 1}),
+            tune.with_resources(tune.with_parameters(tune_trial, **given), {"CPU": 0, TRIAL_SLOT: 1}),
             param_space=None if optuna else {"variant": tune.grid_search([vars(v) for v in todo])},
             tune_config=tune.TuneConfig(
                 metric=objective if optuna else None,

@@ -1,0 +1,18 @@
+"""What every test has: quiet hubs, and one real Ray for all tests of actors."""
+
+import os
+from collections.abc import Iterator
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin on each other's cores make tiny models crawl
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import pytest
+
+from mlprune.shards.actors import local_ray
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    with local_ray(trial_slots=4):
+        yield

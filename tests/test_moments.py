@@ -1,0 +1,154 @@
+"""Moments: sums against float64, merging by addition, and mixtures that weigh parts as asked."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mlprune.pruning.moments import Moments, mixed
+
+HALF = Fraction(1, 2)
+
+# float32 keeps 24 bits. A square is rounded once and a cascade of additions of positive numbers rounds
+# each partial sum about log2(tokens) times: 2**-24 * (1 + 12) for 4,096 tokens, doubled for the blocks that
+# are summed one after another inside the cascade.
+FLOAT32_SUM = 2**-24 * 2 * (1 + 12)
+
+
+def tokens(seed: int, count: int, channels: int = 16) -> Tensor:
+    """Inputs whose channels differ a thousandfold in size, as those of language models do."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_I = torch.logspace(-2, 1, channels)
+    return torch.randn(count, channels, generator=generator) * scale_I
+
+
+def reference(input_TI: Tensor) -> Tensor:
+    return torch.from_numpy(np.square(input_TI.double().numpy()).sum(0))
+
+
+def close(found: Tensor, expected: Tensor, relative: float) -> bool:
+    return bool(((found - expected).abs() <= relative * expected.abs()).all())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [1, 3, 100, 4096])
+def test_moments_are_the_count_and_the_sum_of_squares(seed: int, count: int) -> None:
+    input_TI = tokens(seed, count)
+    moments = Moments.of(input_TI)
+    assert moments.tokens == count
+    assert moments.sumsq_I.dtype == torch.float64
+    assert close(moments.sumsq_I, reference(input_TI), FLOAT32_SUM)
+    assert moments.norm_I.dtype == torch.float32
+    assert close(moments.norm_I.double(), reference(input_TI).sqrt(), FLOAT32_SUM)
+
+
+def test_a_worked_example() -> None:
+    moments = Moments.of(torch.tensor([[3.0, 0.0, -1.0], [-4.0, 0.0, 2.0]]))
+    assert moments.tokens == 2
+    assert moments.sumsq_I.tolist() == [25.0, 0.0, 5.0]
+    assert moments.norm_I.tolist() == [5.0, 0.0, torch.tensor(5.0).sqrt().item()]
+
+
+def test_no_token_is_no_moment() -> None:
+    for moments in (Moments.zeros(3), Moments.of(torch.empty(0, 3))):
+        assert moments.tokens == 0
+        assert moments.sumsq_I.dtype == torch.float64
+        assert moments.sumsq_I.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 64])
+def test_merging_pieces_is_all_at_once(pieces: int) -> None:
+    input_TI = tokens(pieces, 4096)
+    merged = Moments.zeros(16)
+    for piece in input_TI.tensor_split(pieces):
+        merged = merged + Moments.of(piece)
+    assert merged.tokens == 4096
+    # between pieces the sum is float64 and adds nothing to float32's error within the longest piece
+    assert close(merged.sumsq_I, reference(input_TI), FLOAT32_SUM)
+    assert close(merged.sumsq_I, Moments.of(input_TI).sumsq_I, 2 * FLOAT32_SUM)
+
+
+def test_between_micro_batches_the_sum_is_float64() -> None:
+    """A million times the smallest step: float32 would lose every one of them beside 2**24."""
+    merged = Moments(1, torch.tensor([2.0**24], dtype=torch.float64))
+    for _ in range(1000):
+        merged = merged + Moments.of(torch.tensor([[0.5]]))
+    assert merged.sumsq_I.item() == 2**24 + 250.0
+    assert merged.tokens == 1001
+
+
+def test_merging_leaves_its_parts_as_they_were() -> None:
+    first, second = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7))
+    before = first.sumsq_I.clone(), second.sumsq_I.clone()
+    assert torch.equal((first + second).sumsq_I, before[0] + before[1])
+    assert torch.equal(first.sumsq_I, before[0])
+    assert torch.equal(second.sumsq_I, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_not_summed_in_half_precision(dtype: torch.dtype) -> None:
+    ones = Moments.of(torch.ones(3000, 2, dtype=dtype))
+    assert ones.sumsq_I.tolist() == [3000.0, 3000.0]  # bfloat16 stops at 256, float16 at 2048
+    input_TI = tokens(9, 2000).to(dtype)
+    assert close(Moments.of(input_TI).sumsq_I, reference(input_TI), FLOAT32_SUM)
+    assert Moments.of(torch.full((2, 1), 300.0, dtype=dtype)).sumsq_I.isfinite().all()  # float16 ends at 65504
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=5), st.integers(0, 10**6))
+def test_weights_that_are_token_shares_give_the_plain_sum(counts: list[int], seed: int) -> None:
+    parts = [Moments.of(tokens(seed + n, count, 5)) for n, count in enumerate(counts)]
+    found = mixed([(part, Fraction(part.tokens, sum(counts))) for part in parts])
+    plain = Moments.zeros(5)
+    for part in parts:
+        plain = plain + part
+    assert found.tokens == plain.tokens
+    assert torch.equal(found.sumsq_I, plain.sumsq_I)
+
+
+def test_halves_weigh_the_same_whatever_their_tokens() -> None:
+    few, many = Moments.of(torch.full((10, 1), 2.0)), Moments.of(torch.full((990, 1), 3.0))
+    found = mixed([(few, HALF), (many, HALF)])
+    assert found.tokens == 1000
+    # the mean square of a token is the mean of the two parts' mean squares: (4 + 9) / 2
+    assert found.sumsq_I.item() / found.tokens == pytest.approx(6.5, rel=1e-15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 99)), min_size=2, max_size=4), st.integers(0, 99))
+def test_a_mixture_is_the_weighted_mean_of_mean_squares(shape: list[tuple[int, int]], seed: int) -> None:
+    whole = sum(weight for _, weight in shape)
+    parts = [
+        (Moments.of(tokens(seed + n, count, 4)), Fraction(weight, whole))
+        for n, (count, weight) in enumerate(shape)
+    ]
+    found = mixed(parts)
+    means = [float(weight) * part.sumsq_I / part.tokens for part, weight in parts]
+    # a product and a sum of float64 a part: a few times 2**-53
+    assert close(found.sumsq_I / found.tokens, torch.stack(means).sum(0), 1e-14)
+
+
+def test_a_single_part_is_returned_unchanged() -> None:
+    moments = Moments.of(tokens(0, 8))
+    assert mixed([(moments, Fraction(1))]) is moments
+    assert mixed([(moments, Fraction(999, 1000))]) is moments
+
+
+def test_a_part_without_tokens_adds_nothing() -> None:
+    moments, nothing = Moments.of(tokens(1, 8)), Moments.zeros(16)
+    found = mixed([(moments, HALF), (nothing, HALF)])
+    assert found.tokens == 8
+    assert torch.equal(found.sumsq_I, moments.sumsq_I * 0.5)  # one factor for all channels: the same masks
+    empty = mixed([(nothing, HALF), (nothing, HALF)])
+    assert (empty.tokens, empty.sumsq_I.tolist()) == (0, [0.0] * 16)
+
+
+def test_a_mixture_leaves_its_parts_as_they_were() -> None:
+    parts = [(Moments.of(tokens(n, 5 + n)), HALF) for n in range(2)]
+    before = [part.sumsq_I.clone() for part, _ in parts]
+    mixed(parts)
+    assert all(torch.equal(part.sumsq_I, old) for (part, _), old in zip(parts, before, strict=True))

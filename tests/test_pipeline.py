@@ -1,0 +1,219 @@
+"""One suite for both pipelines. Promise 1: the number of shards, and where they are, change nothing: to the bit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlprune.data.calibration import Batch
+from mlprune.models.hollow import Span
+from mlprune.models.residency import Resident
+from mlprune.prepare import Prepared, gather, make_masks
+from mlprune.shards.pipeline import GATHER_CHUNKS, Pipeline, Pruned
+from mlprune.shards.worker import ShardWorker
+from tests.tiny_models import source
+from tests.work import SEQUENTIAL, VARIANTS, WANDA, opened, ready
+
+FORMS = [(1, False), (2, False), (4, False), (1, True), (3, True)]
+
+
+@dataclass
+class Outcome:
+    """All that a pipeline computed."""
+
+    moments: dict[str, tuple[int, bytes]]
+    masks: dict[str, Pruned]
+    likelihoods: dict[str, list[float]]
+
+
+def outcome(prepared: Prepared, pipeline: Pipeline) -> Outcome:
+    assert prepared.evaluation is not None
+    gather(prepared, pipeline, VARIANTS)
+    masks, likelihoods = {}, {"dense": pipeline.likelihood(prepared.evaluation)}
+    for variant in VARIANTS:
+        masks[variant.label] = make_masks(prepared, pipeline, variant)
+        likelihoods[variant.label] = pipeline.likelihood(prepared.evaluation, variant.key)
+        pipeline.release(variant.key)
+    return Outcome(stored_moments(prepared), masks, likelihoods)
+
+
+def stored_moments(prepared: Prepared) -> dict[str, tuple[int, bytes]]:
+    found = {}
+    for name, calibration in prepared.sets.items():
+        for layer in range(4):
+            moments = prepared.store().load(calibration.key, layer)
+            assert moments is not None
+            for matrix, seen in moments.items():
+                found[f"{name} {layer}.{matrix}"] = seen.tokens, seen.sumsq_I.numpy().tobytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
+    prepared = ready(tmp_path_factory.mktemp("whole"))
+    with opened(prepared) as pipeline:
+        yield outcome(prepared, pipeline)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(("shards", "over_ray"), FORMS)
+def test_any_form_gives_the_same_bits(shards: int, over_ray: bool, expected: Outcome, tmp_path: Path) -> None:
+    prepared = ready(tmp_path, shards=shards)
+    with opened(prepared, over_ray) as pipeline:
+        found = outcome(prepared, pipeline)
+    assert found.moments == expected.moments
+    assert found.masks == expected.masks
+    assert found.likelihoods == expected.likelihoods
+
+
+def test_variants_are_not_all_alike(expected: Outcome) -> None:
+    assert len({pruned.digest for pruned in expected.masks.values()}) == len(VARIANTS)
+    assert len({tuple(values) for values in expected.likelihoods.values()}) == len(VARIANTS) + 1
+
+
+@pytest.mark.parametrize("family", ["bloom", "gpt2", "mixtral", "gemma3_text", "opt"])
+def test_shards_change_nothing_in_other_families(family: str, tmp_path: Path) -> None:
+    outcomes = []
+    for shards in (1, 3):
+        prepared = ready(tmp_path / str(shards), source(family), shards)
+        with opened(prepared) as pipeline:
+            outcomes.append(outcome(prepared, pipeline))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_threads_change_nothing(expected: Outcome, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        prepared = ready(tmp_path)
+        with opened(prepared) as pipeline:
+            assert outcome(prepared, pipeline) == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_shards_that_come_later_read_what_was_stored(expected: Outcome, tmp_path: Path) -> None:
+    first = ready(tmp_path, shards=2)
+    with opened(first) as pipeline:
+        gather(first, pipeline, VARIANTS)
+    second = ready(tmp_path, shards=3)
+    with opened(second) as pipeline:
+        assert all(pipeline.restore(made.key) == (True, ()) for made in second.sets.values())
+        assert make_masks(second, pipeline, WANDA) == expected.masks[WANDA.label]
+
+
+def test_a_corrupt_file_is_gathered_again_with_a_warning(
+    expected: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = ready(tmp_path)
+    with opened(prepared) as pipeline:
+        gather(prepared, pipeline, [WANDA])
+    file = prepared.store().file(prepared.sets[str(WANDA.calibration)].key, 2)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with opened(prepared) as pipeline:
+        gather(prepared, pipeline, [WANDA])
+        assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
+    assert file.name in capsys.readouterr().err
+    with opened(prepared) as pipeline:
+        assert pipeline.restore(prepared.sets[str(WANDA.calibration)].key) == (True, ())
+
+
+# promise 2: every weight moves once
+
+
+def test_a_pass_borrows_each_layer_once_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    borrowed: list[int] = []
+    borrow = Resident.borrow
+
+    def counting(self: Resident, index: int, masks: Any = None) -> Any:
+        borrowed.append(index)
+        return borrow(self, index, masks)
+
+    monkeypatch.setattr(Resident, "borrow", counting)
+    prepared = ready(tmp_path)
+    calibration = prepared.sets["translation:en-fr"]
+    with opened(prepared) as pipeline:
+        pipeline.call(0, "forward", calibration.batches, None)
+        assert borrowed == [0, 1, 2, 3], "all micro-batches pass a layer before the next is borrowed"
+        borrowed.clear()
+        make_masks(prepared, pipeline, SEQUENTIAL)
+        assert borrowed == [0, 0, 1, 1, 2, 2, 3], "once to gather and mask, once masked; the last only once"
+
+
+class Dry(Pipeline):
+    """Three shards that compute nothing: notes what is asked for, and in which order."""
+
+    def __init__(self) -> None:
+        super().__init__([Span(n, n + 1, 3) for n in range(3)], token_bytes=64)
+        self.events: list[tuple[str, int]] = []
+
+    def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.events.append((method, shard))
+        return method
+
+    def get(self, promise: Any) -> Any:
+        self.events.append(("get", -1))
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def batches(count: int) -> list[Batch]:
+    return [Batch(torch.zeros(1, 8, dtype=torch.long), (8,), (n,)) for n in range(count)]
+
+
+def test_chunks_are_under_way_in_every_shard_at_once() -> None:
+    pipeline = Dry()
+    steps: list[tuple[int, int]] = []
+    list(pipeline._pass("likelihood", batches(24), 12, lambda done, total: steps.append((done, total))))
+    asked_before_first_answer = pipeline.events[: pipeline.events.index(("get", -1))]
+    assert asked_before_first_answer == [("forward", 0), ("forward", 1), ("likelihood", 2)] * 6
+    assert steps == [(done, 24) for done in range(2, 25, 2)]
+    waiting = 0
+    for event, shard in pipeline.events:
+        waiting += (event == "likelihood") - (event == "get")
+        assert waiting <= 2 * 3, shard
+
+
+def test_chunks_are_bounded_and_whole() -> None:
+    pipeline = Dry()
+    made = list(pipeline._chunks(batches(23), GATHER_CHUNKS * 3))
+    assert [row for chunk in made for batch in chunk for row in batch.rows] == list(range(23))
+    assert len(made) >= GATHER_CHUNKS * 3
+    pipeline._token_bytes = 2**28 // 16  # two micro-batches of 8 tokens are all that a chunk may hold
+    assert [len(chunk) for chunk in pipeline._chunks(batches(5), 1)] == [2, 2, 1]
+
+
+# promise 3: padding counts for nothing
+
+
+def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
+    prepared = ready(tmp_path)
+    calibration, evaluation = prepared.sets["translation:en-fr"], prepared.evaluation
+    assert evaluation is not None
+    assert any(batch.tokens < batch.input_ids.numel() for batch in calibration.batches), "nothing is padded"
+
+    def found(worker: ShardWorker, pad: int) -> tuple[Any, Any]:
+        padded = [_with_pads(batch, pad) for batch in calibration.batches]
+        worker.forward(padded, None, gather=str(pad))
+        nll = worker.likelihood([_with_pads(batch, pad) for batch in evaluation.batches], None)
+        moments = worker._moments[str(pad)]
+        return [m.sumsq_I for layer in moments.values() for m in layer.values()], nll
+
+    with opened(prepared) as pipeline:
+        worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
+        (one, one_nll), (other, other_nll) = found(worker, 2), found(worker, 57)
+        tokens = {m.tokens for layer in worker._moments["2"].values() for m in layer.values()}
+    assert all(torch.equal(a, b) for a, b in zip(one + one_nll, other + other_nll, strict=True))
+    assert tokens == {calibration.tokens}
+
+
+def _with_pads(batch: Batch, pad: int) -> Batch:
+    ids = torch.where(batch.attention_mask.bool(), batch.input_ids, pad)
+    return Batch(ids, batch.lengths, batch.rows)

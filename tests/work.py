@@ -1,0 +1,62 @@
+"""Small jobs on tiny models, for tests of the floors above the arithmetic."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlprune.config import spec_from
+from mlprune.models.source import ModelSource
+from mlprune.prepare import Prepared, prepare, variant_of
+from mlprune.shards.actors import RayPipeline
+from mlprune.shards.pipeline import LocalPipeline, Pipeline
+from mlprune.shards.worker import ShardWorker
+from mlprune.variants import Variant
+from tests.tiny_models import source
+
+WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
+SEQUENTIAL = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
+SPARSE_2_4 = variant_of("mono:hi", "wanda", 0.5, "2:4", "dense")
+MIXED = variant_of("mix:translation:en-fr=0.25,mono:hi=0.75", "wanda", 0.3, "unstructured", "dense")
+MIXED_SEQUENTIAL = variant_of(
+    "mix:translation:en-fr=0.25,mono:hi=0.75", "wanda", 0.3, "unstructured", "sequential"
+)
+RANDOM = variant_of(None, "random", 0.4, "unstructured", "dense")
+VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM)
+
+
+def ready(storage: Path, model: ModelSource | None = None, shards: int = 1, **changes: Any) -> Prepared:
+    """A prepared job over VARIANTS on a tiny model: 24 prompts of up to 300 tokens, some padded."""
+    values = {
+        "name": "tiny",
+        "model": {"path": str((model or source()).folder)},
+        "pipeline": {"shards": shards},
+        "calibration": {"samples": 24, "shots": 1, "max_tokens": 300, "seed": 3},
+        "search": {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [0.5]},
+        "evaluation": {"perplexity": {"languages": ["en", "hi"], "lines": 20}},
+        "storage": str(storage),
+    }
+    return prepare(spec_from({**values, **changes}), VARIANTS)
+
+
+@contextmanager
+def opened(prepared: Prepared, over_ray: bool = False) -> Iterator[Pipeline]:
+    """The pipeline of any number of shards, in this process or over the Ray that runs."""
+    arguments = (prepared.source, prepared.spec.model.dtype, prepared.store())
+    pipeline: Pipeline
+    if over_ray:
+        model, dtype, store = arguments
+        pipeline = RayPipeline.launch(model, prepared.spans, dtype, store, prepared.shape.token_bytes)
+    else:
+        model, dtype, store = arguments
+        workers = [ShardWorker(model, span, dtype, "cpu", store) for span in prepared.spans]
+        pipeline = LocalPipeline(workers, prepared.shape.token_bytes)
+    try:
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+def masks_of(prepared: Prepared, pipeline: Pipeline, variant: Variant) -> dict[str, Any]:
+    """Every weight of the masked model, by name."""
+    return {name: data for piece in pipeline.weights(variant.key) for name, data in piece.items()}
