@@ -1,0 +1,320 @@
+"""Promise 5: a mistake is answered in one line (key, value, remedy) with exit code 2, before a weight is loaded."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import psutil
+import pytest
+import ray
+import torch
+from click.testing import CliRunner, Result
+from transformers import Gemma3nTextConfig, PretrainedConfig, T5Config
+
+import mlprune.models.hollow
+import mlprune.models.replay
+from mlprune.cli import main
+from mlprune.errors import UserError
+from tests import tiny_models
+
+SPEC = """
+name: tiny
+model: {path: "PLACE/model"}
+pipeline: {shards: 1}
+calibration: {samples: 4, shots: 2, max_tokens: 64}
+search: {calibration: ["mono:en"], score: [wanda], sparsity: [0.5], propagation: [dense]}
+evaluation: {perplexity: {languages: [en, fr], lines: 2}}
+"""
+# PLACE is the test's own folder, wherever it is written below
+OUTPUT = ("--output", "PLACE/out")
+BARE_PRUNE = ("prune", "PLACE/model", "--spec", "PLACE/tiny.yaml", *OUTPUT)
+COMMANDS = {
+    "sweep": ("sweep", "PLACE/tiny.yaml"),
+    "dry run": ("sweep", "PLACE/tiny.yaml", "--dry-run"),
+    "prune": (*BARE_PRUNE, "--calibration", "mono:en", "--sparsity", "0.5"),
+    "bare prune": BARE_PRUNE,
+    "evaluate": ("evaluate", "PLACE/model", "--spec", "PLACE/tiny.yaml"),
+    "mlprune": (),
+}
+SWEEPS = ("sweep", "dry run")
+ALL = (*SWEEPS, "prune", "evaluate")
+
+
+def words(text: str) -> Callable[[Path], None]:
+    return lambda path: void(path.write_text(text, encoding="utf-8"))
+
+
+def void(_: object) -> None:
+    pass
+
+
+def odd_width(folder: Path) -> None:
+    tiny_models.save(tiny_models.config("llama", intermediate_size=46), folder)
+
+
+def only(config: PretrainedConfig, weights: str = "model.safetensors") -> Callable[[Path], None]:
+    """A model's folder whose weights are an empty file: reading them would be an error of its own."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(tiny_models.source().folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        config.save_pretrained(folder)
+        if weights:
+            (folder / weights).touch()
+
+    return make
+
+
+def truncated(folder: Path) -> None:
+    shutil.copytree(tiny_models.source().folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def unequal(folder: Path) -> None:
+    folder.mkdir()
+    for code, count in (("en", 40), ("fr", 39)):
+        (folder / f"{code}.txt").write_text("".join(f"{code} {n}\n" for n in range(count)))
+
+
+LLAMA = tiny_models.config("llama")
+MADE: dict[str, Callable[[Path], None]] = {
+    "tiny.yaml": lambda path: void(path.write_text(SPEC.replace("PLACE", str(path.parent)))),
+    "model": lambda path: void(shutil.copytree(tiny_models.source().folder, path)),
+    "odd": odd_width,
+    "empty": only(LLAMA, weights=""),
+    "pickled": only(LLAMA, weights="pytorch_model.bin"),
+    "truncated": truncated,
+    "t5": only(T5Config(d_model=16, num_layers=2)),
+    "bert": only(tiny_models.config("bert")),
+    "sharing": only(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2)),
+    "wordy": lambda path: void(tiny_models.save(tiny_models.config("llama", vocab_size=300), path)),
+    "unequal": unequal,
+    "taken": Path.mkdir,
+    "file.txt": words("This is no database, no folder and no spec.\n" * 100),
+    "broken.yaml": words("search: [1"),
+    "list.yaml": words("- 1\n"),
+}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is added to a command, and what the answer must say: how it begins, and fragments of the rest."""
+
+    name: str
+    commands: tuple[str, ...]
+    added: tuple[str, ...]
+    start: str  # key and value
+    remedy: tuple[str, ...]
+
+
+def setting(name: str, commands: tuple[str, ...], assignment: str, start: str, *remedy: str) -> Mistake:
+    return Mistake(name, commands, ("--set", assignment), start, remedy)
+
+
+def option(name: str, command: str, added: tuple[str, ...], start: str, *remedy: str) -> Mistake:
+    return Mistake(name, (command,), added, start, remedy)
+
+
+HAS = ("has no it", "en, es, fr")
+ODD = ("--set", "model.path=PLACE/odd")
+WIDTH = ("46 inputs", "mlp.down_proj", "divisible by 4")
+RANGE = "sparsity must be in [0, 1)"
+TRACK = ("sweep",)
+PRUNES = (*SWEEPS, "prune")
+MISTAKES = [
+    setting("key", ALL, "serch=1", "serch: 1: ", "unknown key", "did you mean search?"),
+    setting("nested key", ALL, "calibration.shotz=1", "calibration.shotz: 1: ", "did you mean shots?"),
+    setting("strange key", ALL, "model.zzz=1", "model.zzz: 1: ", "known here: path"),
+    setting("no equals sign", ALL, "model.path", "--set: 'model.path': ", "write key=value"),
+    setting("no key", ALL, "=1", "--set: '=1': ", "write key=value"),
+    setting("value no YAML", ALL, "name=[1", "name: '[1': ", "not YAML"),
+    setting("value no date", ALL, "name=2020-13-45", "name: '2020-13-45': "),
+    setting("language", ALL, "evaluation.perplexity.languages=[en,qq]", "evaluation.perplexity.languages[1]: 'qq': "),
+    setting("calibration language", ALL, "search.calibration=['mono:qq']", "search.calibration[0]: 'qq': ", "ISO"),
+    setting("calibration kind", ALL, "search.calibration=['di:en']", "search.calibration[0]: 'di:en': ", "mono:fr"),
+    setting("no Italian", SWEEPS, "search.calibration=['mono:it']", "calibration.corpus: 'sample': ", *HAS),
+    setting("none to score", (*SWEEPS, "evaluate"), "evaluation.perplexity.languages=[it]", "calibration.corpus", *HAS),
+    setting("negative", ALL, "search.sparsity=[0.5,-0.1]", "search.sparsity[1]: -0.1: ", RANGE),
+    setting("all of it", ALL, "search.sparsity=[1]", "search.sparsity[0]: 1: ", RANGE),
+    setting("more than all", ALL, "search.sparsity=[1.5]", "search.sparsity[0]: 1.5: ", RANGE),
+    setting("score", PRUNES, "search.score=[wonda]", "search.score[0]: 'wonda': ", "magnitude, wanda"),
+    setting("n:m", ALL, "search.pattern=['4:2']", "search.pattern[0]: '4:2': ", "as 2:4"),
+    setting("no calibration", SWEEPS, "search.calibration=[]", "search.calibration: []: ", "wanda needs"),
+    setting("no folder", ALL, "model.path=PLACE/none", "model.path: PLACE/none: ", "no such folder"),
+    setting("no weights", ALL, "model.path=PLACE/empty", "model.path: PLACE/empty: ", "no weights", "safetensors"),
+    setting("pickle", ALL, "model.path=PLACE/pickled", "model.path: PLACE/pickled: ", "model.allow_pickle=true"),
+    setting("half a file", ALL, "model.path=PLACE/truncated", "model.path: "),
+    setting("t5", ALL, "model.path=PLACE/t5", "model.path: PLACE/t5: ", "not a causal language model"),
+    setting("bert", ALL, "model.path=PLACE/bert", "model.path: 'PLACE/bert' (bert): ", "supported: bloom"),
+    setting("shared state", ALL, "model.path=PLACE/sharing", "model.path: ", "num_kv_shared_layers", "share state"),
+    setting("tokens without rows", ALL, "model.path=PLACE/wordy", "model.path: "),
+    setting("dtype", ALL, "model.dtype=int8", "model.dtype: 'int8': ", "'bfloat16'"),
+    setting("samples", PRUNES, "calibration.samples=4000", "calibration.samples: 4000: ", "445 lines", "222"),
+    setting("lines", (*SWEEPS, "evaluate"), "evaluation.perplexity.lines=999", "evaluation.perplexity.lines: 999: ", "155"),
+    setting("positions", PRUNES, "calibration.max_tokens=513", "calibration.max_tokens: 513: ", "takes 512"),
+    setting("shards", ALL, "pipeline.shards=5", "pipeline.shards: 5: ", "has 4 layers", "1 to 4"),
+    setting("no shards", ALL, "pipeline.shards=0", "pipeline.shards: 0: ", "1"),
+    setting("storage no folder", SWEEPS, "storage=PLACE/file.txt", "storage: "),
+    setting("scheme", TRACK, "tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': "),
+    setting("text", TRACK, "tracking.uri=sqlite:///PLACE/file.txt", "tracking.uri: 'sqlite:///PLACE/file.txt': "),
+    setting("no place", TRACK, "tracking.uri=sqlite:///PLACE/file.txt/x/y.db", "tracking.uri: 'sqlite:///"),
+    Mistake("2:4 of 46", SWEEPS, (*ODD, "--set", "search.pattern=['2:4']"), "search.pattern: '2:4': ", WIDTH),
+    option("--pattern 2:4 of 46", "prune", (*ODD, "--pattern", "2:4"), "", "pattern: '2:4': ", *WIDTH),
+    Mistake("unequal corpus", ALL, ("--corpus", "PLACE/unequal"), "calibration.corpus: 'PLACE/unequal': ", ("40", "39")),
+    Mistake("no corpus", ALL, ("--corpus", "PLACE/none.tsv"), "calibration.corpus: 'PLACE/none.tsv': ", ("no such",)),
+    Mistake("place of JSON", ALL, ("--json", "PLACE/none/x.json"), "--json: ", ()),
+    *(
+        option(f"--sparsity {value}", "prune", ("--sparsity", value), "", f"sparsity[0]: {float(value)}: ", RANGE)
+        for value in ("-0.1", "1", "1.5")
+    ),
+    option("--score", "prune", ("--score", "wonda"), "--score: 'wonda': ", "random, magnitude, wanda"),
+    option("--calibration", "prune", ("--calibration", "mono:qq"), "--calibration: 'qq': ", "ISO 639"),
+    option("--calibration it", "prune", ("--calibration", "mono:it"), "calibration.corpus: 'sample': ", *HAS),
+    option("--pattern", "prune", ("--pattern", "2-4"), "--pattern: '2-4': ", "as 2:4"),
+    option("--propagation", "prune", ("--propagation", "x"), "", "propagation", "'x'", "'sequential' or 'dense'"),
+    option("contradiction", "prune", ("--pattern", "1:4"), "--sparsity: 0.5: ", "pattern 1:4 drops 0.75"),
+    option("no --calibration", "bare prune", ("--sparsity", "0.5"), "--calibration: nothing: ", "wanda needs it"),
+    option("no --sparsity", "bare prune", ("--score", "random"), "--sparsity: nothing: ", "--sparsity 0.5"),
+    option("taken output", "prune", ("--output", "PLACE/taken"), "--output: 'PLACE/taken': ", "exists already"),
+    option("output in a file", "prune", ("--output", "PLACE/file.txt/out"), "--output: 'PLACE/file.txt/out': "),
+    option("--run and --score", "bare prune", ("--run", "a", "--score", "wanda"), "--score: 'wanda': ", "--run"),
+    option("--run", "mlprune", ("prune", "--run", "abc", *OUTPUT), "--run: 'abc': ", "no such run", "tracking.uri"),
+    option("--languages", "evaluate", ("--languages", "en,qq"), "evaluation.perplexity.languages[1]: 'qq': ", "ISO"),
+    option("no spec", "mlprune", ("sweep", "PLACE/none.yaml"), "spec: 'PLACE/none.yaml': ", "known: quickstart"),
+    option("long spec", "mlprune", ("sweep", "x" * 300), "spec: 'xxx", "no such file"),
+    option("spec no YAML", "mlprune", ("sweep", "PLACE/broken.yaml"), "spec: 'PLACE/broken.yaml': ", "not YAML", "line 1"),
+    option("spec a list", "mlprune", ("sweep", "PLACE/list.yaml"), "spec: 'PLACE/list.yaml': ", "mapping"),
+    option("--spec", "mlprune", ("evaluate", "PLACE/model", "--spec", "nil"), "spec: 'nil': ", "quickstart"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("weights are loaded, or Ray is started")
+
+    monkeypatch.setattr(mlprune.models.hollow, "load_hollow", load)
+    monkeypatch.setattr(mlprune.models.replay, "load_hollow", load)
+    monkeypatch.setattr(ray, "init", load)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's own folder, and the working directory: what a command leaves behind is seen in it."""
+    monkeypatch.setenv("MLPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def made(place: Path, command: str, added: tuple[str, ...] = ()) -> list[str]:
+    """The command's words, once everything that they name has been made."""
+    line = [word.replace("PLACE", str(place)) for word in (*COMMANDS[command], *added)]
+    for name, make in MADE.items():
+        path = place / name
+        if not path.exists() and (name in ("model", "tiny.yaml") or any(str(path) in word for word in line)):
+            make(path)
+    return line
+
+
+def run(words: list[str], place: Path) -> Result:
+    """Run it in this process; it may leave nothing but the storage (and the cache of fingerprints)."""
+    before = {path.name for path in place.iterdir()}
+    result = CliRunner().invoke(main, words)
+    left = {path.name for path in place.iterdir()} - before
+    assert left <= {"mlprune-store", "cache"}
+    return result
+
+
+def check_answer(code: int, out: str, err: str, start: str, remedy: tuple[str, ...] = ()) -> None:
+    assert out == ""
+    assert err.startswith(f"mlprune: {start}")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    for fragment in remedy:
+        assert fragment in err
+    assert code == 2
+
+
+def check(result: Result, start: str, *remedy: str) -> None:
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise AssertionError(f"not answered; before it: {result.stderr!r}") from result.exception
+    check_answer(result.exit_code, result.stdout, result.stderr, start, remedy)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "command"),
+    [
+        pytest.param(mistake, command, id=f"{mistake.name}, {command}")
+        for mistake in MISTAKES
+        for command in mistake.commands
+    ],
+)
+def test_mistake_is_answered_in_one_line_before_a_weight_is_loaded(
+    mistake: Mistake, command: str, place: Path
+) -> None:
+    result = run(made(place, command, mistake.added), place)
+    check(result, *(part.replace("PLACE", str(place)) for part in (mistake.start, *mistake.remedy)))
+
+
+@pytest.mark.parametrize("free", [0, 64 * 2**20 + 1000])
+def test_checkpoint_that_finds_no_room_is_answered(
+    free: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = made(place, "prune")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    check(run(words, place), f"--output: '{place}/out': ", "make room")
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_model_that_does_not_fit_the_memory_is_answered(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = made(place, command)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**10))
+    check(run(words, place), f"model.path: '{place}/model': ", "GiB", "free memory", "bfloat16")
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_debug_shows_the_traceback(command: str, place: Path) -> None:
+    result = run(made(place, command, ("--set", "serch=1", "--debug")), place)
+    assert result.exit_code not in (0, 2)
+    assert isinstance(result.exception, UserError)
+    assert result.stderr == ""  # Python prints it, as below
+
+
+# through the console script, as a user does: nothing else may reach either stream there
+
+
+def spoken(words: list[str]) -> subprocess.CompletedProcess[str]:
+    script = str(Path(sys.executable).with_name("mlprune"))
+    return subprocess.run([script, *words], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("command", "assignment", "start"),
+    [
+        ("sweep", "serch=1", "serch: 1: unknown key; did you mean search?"),
+        ("evaluate", "model.path=PLACE/bert", "model.path: 'PLACE/bert' (bert): unsupported family"),
+        ("prune", "calibration.samples=4000", "calibration.samples: 4000: "),
+        ("sweep", "tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': "),
+    ],
+)
+def test_answer_is_all_that_the_console_script_says(
+    command: str, assignment: str, start: str, place: Path
+) -> None:
+    done = spoken(made(place, command, ("--set", assignment)))
+    check_answer(done.returncode, done.stdout, done.stderr, start.replace("PLACE", str(place)))
+    assert not (place / "out").exists()
+
+
+def test_console_script_shows_a_traceback_with_debug(place: Path) -> None:
+    done = spoken(made(place, "sweep", ("--set", "serch=1", "--debug")))
+    assert done.returncode not in (0, 2)
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert "SpecError: serch: 1: unknown key" in done.stderr
