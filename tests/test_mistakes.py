@@ -1,4 +1,4 @@
-"""Promise 5: a mistake is answered in one line (key, value, remedy) with exit code 2, before a weight is loaded."""
+"""Promise 5: a mistake is answered in one line (key, value, remedy), exit code 2, before a weight is loaded."""
 
 import shutil
 import subprocess
@@ -16,10 +16,9 @@ import torch
 from click.testing import CliRunner, Result
 from transformers import Gemma3nTextConfig, PretrainedConfig, T5Config
 
-import mlprune.models.hollow
-import mlprune.models.replay
 from mlprune.cli import main
 from mlprune.errors import UserError
+from mlprune.models import hollow, replay
 from tests import tiny_models
 
 SPEC = """
@@ -33,35 +32,35 @@ evaluation: {perplexity: {languages: [en, fr], lines: 2}}
 # PLACE is the test's own folder, wherever it is written below
 OUTPUT = ("--output", "PLACE/out")
 BARE_PRUNE = ("prune", "PLACE/model", "--spec", "PLACE/tiny.yaml", *OUTPUT)
+LANGUAGES, LINES = "evaluation.perplexity.languages", "evaluation.perplexity.lines"
 COMMANDS = {
     "sweep": ("sweep", "PLACE/tiny.yaml"),
     "dry run": ("sweep", "PLACE/tiny.yaml", "--dry-run"),
-    "prune": (*BARE_PRUNE, "--calibration", "mono:en", "--sparsity", "0.5"),
+    "prune": (*BARE_PRUNE, "--calibration", "translation:en-fr", "--sparsity", "0.5"),
     "bare prune": BARE_PRUNE,
     "evaluate": ("evaluate", "PLACE/model", "--spec", "PLACE/tiny.yaml"),
     "mlprune": (),
 }
+CORPUS = "calibration.corpus"
+SWEEP = ("sweep",)
 SWEEPS = ("sweep", "dry run")
 ALL = (*SWEEPS, "prune", "evaluate")
 
 
-def words(text: str) -> Callable[[Path], None]:
-    return lambda path: void(path.write_text(text, encoding="utf-8"))
+def tiny(folder: Path) -> None:
+    shutil.copytree(tiny_models.source().folder, folder)
 
 
-def void(_: object) -> None:
-    pass
+def changed(**changes: int) -> Callable[[Path], object]:
+    return lambda folder: tiny_models.save(tiny_models.config("llama", **changes), folder)
 
 
-def odd_width(folder: Path) -> None:
-    tiny_models.save(tiny_models.config("llama", intermediate_size=46), folder)
-
-
-def only(config: PretrainedConfig, weights: str = "model.safetensors") -> Callable[[Path], None]:
-    """A model's folder whose weights are an empty file: reading them would be an error of its own."""
+def only(config: PretrainedConfig, weights: str = "model.safetensors") -> Callable[[Path], object]:
+    """A model's folder whose weights are an empty file, or none."""
 
     def make(folder: Path) -> None:
-        shutil.copytree(tiny_models.source().folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        tiny(folder)
+        (folder / "model.safetensors").unlink()
         config.save_pretrained(folder)
         if weights:
             (folder / weights).touch()
@@ -70,7 +69,7 @@ def only(config: PretrainedConfig, weights: str = "model.safetensors") -> Callab
 
 
 def truncated(folder: Path) -> None:
-    shutil.copytree(tiny_models.source().folder, folder)
+    tiny(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
 
@@ -81,23 +80,22 @@ def unequal(folder: Path) -> None:
         (folder / f"{code}.txt").write_text("".join(f"{code} {n}\n" for n in range(count)))
 
 
-LLAMA = tiny_models.config("llama")
-MADE: dict[str, Callable[[Path], None]] = {
-    "tiny.yaml": lambda path: void(path.write_text(SPEC.replace("PLACE", str(path.parent)))),
-    "model": lambda path: void(shutil.copytree(tiny_models.source().folder, path)),
-    "odd": odd_width,
-    "empty": only(LLAMA, weights=""),
-    "pickled": only(LLAMA, weights="pytorch_model.bin"),
+MADE: dict[str, Callable[[Path], object]] = {
+    "tiny.yaml": lambda path: path.write_text(SPEC.replace("PLACE", str(path.parent))),
+    "model": tiny,
+    "odd": changed(intermediate_size=46),
+    "empty": only(tiny_models.config("llama"), weights=""),
+    "pickled": only(tiny_models.config("llama"), weights="pytorch_model.bin"),
     "truncated": truncated,
     "t5": only(T5Config(d_model=16, num_layers=2)),
     "bert": only(tiny_models.config("bert")),
     "sharing": only(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2)),
-    "wordy": lambda path: void(tiny_models.save(tiny_models.config("llama", vocab_size=300), path)),
+    "wordy": changed(vocab_size=300),
     "unequal": unequal,
     "taken": Path.mkdir,
-    "file.txt": words("This is no database, no folder and no spec.\n" * 100),
-    "broken.yaml": words("search: [1"),
-    "list.yaml": words("- 1\n"),
+    "file.txt": lambda path: path.write_text("This is no database and no folder.\n" * 100),
+    "broken.yaml": lambda path: path.write_text("search: [1"),
+    "list.yaml": lambda path: path.write_text("- 1\n"),
 }
 
 
@@ -124,8 +122,7 @@ HAS = ("has no it", "en, es, fr")
 ODD = ("--set", "model.path=PLACE/odd")
 WIDTH = ("46 inputs", "mlp.down_proj", "divisible by 4")
 RANGE = "sparsity must be in [0, 1)"
-TRACK = ("sweep",)
-PRUNES = (*SWEEPS, "prune")
+PRUNES, SCORED = (*SWEEPS, "prune"), (*SWEEPS, "evaluate")
 MISTAKES = [
     setting("key", ALL, "serch=1", "serch: 1: ", "unknown key", "did you mean search?"),
     setting("nested key", ALL, "calibration.shotz=1", "calibration.shotz: 1: ", "did you mean shots?"),
@@ -134,11 +131,11 @@ MISTAKES = [
     setting("no key", ALL, "=1", "--set: '=1': ", "write key=value"),
     setting("value no YAML", ALL, "name=[1", "name: '[1': ", "not YAML"),
     setting("value no date", ALL, "name=2020-13-45", "name: '2020-13-45': "),
-    setting("language", ALL, "evaluation.perplexity.languages=[en,qq]", "evaluation.perplexity.languages[1]: 'qq': "),
+    setting("language", ALL, f"{LANGUAGES}=[en,qq]", f"{LANGUAGES}[1]: 'qq': "),
     setting("calibration language", ALL, "search.calibration=['mono:qq']", "search.calibration[0]: 'qq': ", "ISO"),
-    setting("calibration kind", ALL, "search.calibration=['di:en']", "search.calibration[0]: 'di:en': ", "mono:fr"),
+    setting("calibration kind", ALL, "search.calibration=['di:en']", "search.calibration[0]: 'di:en': ", "mono"),
     setting("no Italian", SWEEPS, "search.calibration=['mono:it']", "calibration.corpus: 'sample': ", *HAS),
-    setting("none to score", (*SWEEPS, "evaluate"), "evaluation.perplexity.languages=[it]", "calibration.corpus", *HAS),
+    setting("none to score", SCORED, f"{LANGUAGES}=[it]", "calibration.corpus", *HAS),
     setting("negative", ALL, "search.sparsity=[0.5,-0.1]", "search.sparsity[1]: -0.1: ", RANGE),
     setting("all of it", ALL, "search.sparsity=[1]", "search.sparsity[0]: 1: ", RANGE),
     setting("more than all", ALL, "search.sparsity=[1.5]", "search.sparsity[0]: 1.5: ", RANGE),
@@ -151,22 +148,21 @@ MISTAKES = [
     setting("half a file", ALL, "model.path=PLACE/truncated", "model.path: "),
     setting("t5", ALL, "model.path=PLACE/t5", "model.path: PLACE/t5: ", "not a causal language model"),
     setting("bert", ALL, "model.path=PLACE/bert", "model.path: 'PLACE/bert' (bert): ", "supported: bloom"),
-    setting("shared state", ALL, "model.path=PLACE/sharing", "model.path: ", "num_kv_shared_layers", "share state"),
+    setting("shared state", ALL, "model.path=PLACE/sharing", "model.path: ", "share state (num_kv_sh"),
     setting("tokens without rows", ALL, "model.path=PLACE/wordy", "model.path: "),
     setting("dtype", ALL, "model.dtype=int8", "model.dtype: 'int8': ", "'bfloat16'"),
     setting("samples", PRUNES, "calibration.samples=4000", "calibration.samples: 4000: ", "445 lines", "222"),
-    setting("lines", (*SWEEPS, "evaluate"), "evaluation.perplexity.lines=999", "evaluation.perplexity.lines: 999: ", "155"),
+    setting("lines", SCORED, f"{LINES}=999", f"{LINES}: 999: ", "600 lines holds out 155"),
     setting("positions", PRUNES, "calibration.max_tokens=513", "calibration.max_tokens: 513: ", "takes 512"),
     setting("shards", ALL, "pipeline.shards=5", "pipeline.shards: 5: ", "has 4 layers", "1 to 4"),
-    setting("no shards", ALL, "pipeline.shards=0", "pipeline.shards: 0: ", "1"),
     setting("storage no folder", SWEEPS, "storage=PLACE/file.txt", "storage: "),
-    setting("scheme", TRACK, "tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': "),
-    setting("text", TRACK, "tracking.uri=sqlite:///PLACE/file.txt", "tracking.uri: 'sqlite:///PLACE/file.txt': "),
-    setting("no place", TRACK, "tracking.uri=sqlite:///PLACE/file.txt/x/y.db", "tracking.uri: 'sqlite:///"),
+    setting("scheme", SWEEP, "tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': "),
+    setting("text", SWEEP, "tracking.uri=sqlite:///PLACE/file.txt", "tracking.uri: 'sqlite:///PLACE/file.txt': "),
+    setting("no place", SWEEP, "tracking.uri=sqlite:///PLACE/file.txt/x/y.db", "tracking.uri: 'sqlite:///"),
     Mistake("2:4 of 46", SWEEPS, (*ODD, "--set", "search.pattern=['2:4']"), "search.pattern: '2:4': ", WIDTH),
     option("--pattern 2:4 of 46", "prune", (*ODD, "--pattern", "2:4"), "", "pattern: '2:4': ", *WIDTH),
-    Mistake("unequal corpus", ALL, ("--corpus", "PLACE/unequal"), "calibration.corpus: 'PLACE/unequal': ", ("40", "39")),
-    Mistake("no corpus", ALL, ("--corpus", "PLACE/none.tsv"), "calibration.corpus: 'PLACE/none.tsv': ", ("no such",)),
+    Mistake("unequal", ALL, ("--corpus", "PLACE/unequal"), f"{CORPUS}: 'PLACE/unequal': ", ("has 40", "has 39")),
+    Mistake("no corpus", ALL, ("--corpus", "PLACE/none.tsv"), f"{CORPUS}: 'PLACE/none.tsv': ", ("no such file",)),
     Mistake("place of JSON", ALL, ("--json", "PLACE/none/x.json"), "--json: ", ()),
     *(
         option(f"--sparsity {value}", "prune", ("--sparsity", value), "", f"sparsity[0]: {float(value)}: ", RANGE)
@@ -183,11 +179,11 @@ MISTAKES = [
     option("taken output", "prune", ("--output", "PLACE/taken"), "--output: 'PLACE/taken': ", "exists already"),
     option("output in a file", "prune", ("--output", "PLACE/file.txt/out"), "--output: 'PLACE/file.txt/out': "),
     option("--run and --score", "bare prune", ("--run", "a", "--score", "wanda"), "--score: 'wanda': ", "--run"),
-    option("--run", "mlprune", ("prune", "--run", "abc", *OUTPUT), "--run: 'abc': ", "no such run", "tracking.uri"),
-    option("--languages", "evaluate", ("--languages", "en,qq"), "evaluation.perplexity.languages[1]: 'qq': ", "ISO"),
+    option("--run", "mlprune", ("prune", "--run", "abc", *OUTPUT), "--run: 'abc': ", "no such run", "tracking"),
+    option("--languages", "evaluate", ("--languages", "en,qq"), f"{LANGUAGES}[1]: 'qq': ", "ISO"),
     option("no spec", "mlprune", ("sweep", "PLACE/none.yaml"), "spec: 'PLACE/none.yaml': ", "known: quickstart"),
     option("long spec", "mlprune", ("sweep", "x" * 300), "spec: 'xxx", "no such file"),
-    option("spec no YAML", "mlprune", ("sweep", "PLACE/broken.yaml"), "spec: 'PLACE/broken.yaml': ", "not YAML", "line 1"),
+    option("no YAML", "mlprune", ("sweep", "PLACE/broken.yaml"), "spec: 'PLACE/broken.yaml': ", "not YAML: "),
     option("spec a list", "mlprune", ("sweep", "PLACE/list.yaml"), "spec: 'PLACE/list.yaml': ", "mapping"),
     option("--spec", "mlprune", ("evaluate", "PLACE/model", "--spec", "nil"), "spec: 'nil': ", "quickstart"),
 ]
@@ -198,9 +194,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("weights are loaded, or Ray is started")
 
-    monkeypatch.setattr(mlprune.models.hollow, "load_hollow", load)
-    monkeypatch.setattr(mlprune.models.replay, "load_hollow", load)
-    monkeypatch.setattr(ray, "init", load)
+    for module, name in ((hollow, "load_hollow"), (replay, "load_hollow"), (ray, "init")):
+        monkeypatch.setattr(module, name, load)
 
 
 @pytest.fixture
@@ -230,50 +225,37 @@ def run(words: list[str], place: Path) -> Result:
     return result
 
 
-def check_answer(code: int, out: str, err: str, start: str, remedy: tuple[str, ...] = ()) -> None:
-    assert out == ""
+def check_answer(code: int, out: str, err: str, start: str, *remedy: str) -> None:
+    assert (out, err.count("\n"), err[-1:]) == ("", 1, "\n"), err
     assert err.startswith(f"mlprune: {start}")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    for fragment in remedy:
-        assert fragment in err
+    assert [fragment for fragment in remedy if fragment not in err] == []
     assert code == 2
 
 
 def check(result: Result, start: str, *remedy: str) -> None:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"not answered; before it: {result.stderr!r}") from result.exception
-    check_answer(result.exit_code, result.stdout, result.stderr, start, remedy)
+    check_answer(result.exit_code, result.stdout, result.stderr, start, *remedy)
 
 
 @pytest.mark.parametrize(
     ("mistake", "command"),
-    [
-        pytest.param(mistake, command, id=f"{mistake.name}, {command}")
-        for mistake in MISTAKES
-        for command in mistake.commands
-    ],
+    [pytest.param(made, command, id=f"{made.name}, {command}") for made in MISTAKES for command in made.commands],
 )
-def test_mistake_is_answered_in_one_line_before_a_weight_is_loaded(
-    mistake: Mistake, command: str, place: Path
-) -> None:
+def test_mistake_is_answered_before_a_weight_is_loaded(mistake: Mistake, command: str, place: Path) -> None:
     result = run(made(place, command, mistake.added), place)
     check(result, *(part.replace("PLACE", str(place)) for part in (mistake.start, *mistake.remedy)))
 
 
 @pytest.mark.parametrize("free", [0, 64 * 2**20 + 1000])
-def test_checkpoint_that_finds_no_room_is_answered(
-    free: int, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_answered(free: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = made(place, "prune")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     check(run(words, place), f"--output: '{place}/out': ", "make room")
 
 
 @pytest.mark.parametrize("command", ALL)
-def test_model_that_does_not_fit_the_memory_is_answered(
-    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_little_memory_is_answered(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = made(place, command)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**10))
@@ -291,7 +273,7 @@ def test_debug_shows_the_traceback(command: str, place: Path) -> None:
 # through the console script, as a user does: nothing else may reach either stream there
 
 
-def spoken(words: list[str]) -> subprocess.CompletedProcess[str]:
+def said(words: list[str]) -> subprocess.CompletedProcess[str]:
     script = str(Path(sys.executable).with_name("mlprune"))
     return subprocess.run([script, *words], capture_output=True, text=True, timeout=120)
 
@@ -305,16 +287,14 @@ def spoken(words: list[str]) -> subprocess.CompletedProcess[str]:
         ("sweep", "tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': "),
     ],
 )
-def test_answer_is_all_that_the_console_script_says(
-    command: str, assignment: str, start: str, place: Path
-) -> None:
-    done = spoken(made(place, command, ("--set", assignment)))
+def test_answer_is_all_that_the_script_says(command: str, assignment: str, start: str, place: Path) -> None:
+    done = said(made(place, command, ("--set", assignment)))
     check_answer(done.returncode, done.stdout, done.stderr, start.replace("PLACE", str(place)))
     assert not (place / "out").exists()
 
 
 def test_console_script_shows_a_traceback_with_debug(place: Path) -> None:
-    done = spoken(made(place, "sweep", ("--set", "serch=1", "--debug")))
+    done = said(made(place, "sweep", ("--set", "serch=1", "--debug")))
     assert done.returncode not in (0, 2)
     assert done.stderr.startswith("Traceback (most recent call last)")
     assert "SpecError: serch: 1: unknown key" in done.stderr

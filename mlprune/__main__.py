@@ -1,0 +1,5 @@
+"""`python -m mlprune`."""
+
+from mlprune.cli import main
+
+main(prog_name="mlprune")

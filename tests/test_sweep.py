@@ -1,0 +1,183 @@
+"""A sweep end to end, over real Ray Tune and a real MLflow database; killed, and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from mlprune.config import spec_from
+from mlprune.sweep import chosen_variants
+from tests.tiny_models import source
+
+# 2 calibrations x wanda x 2 sparsities x 2 propagations, and magnitude and random at 2 sparsities: once each
+TRIALS = 12
+
+
+def spec(folder: Path, **search: Any) -> Path:
+    values = {
+        "name": "tiny",
+        "model": {"path": str(source().folder)},
+        "calibration": {"samples": 6, "shots": 2, "max_tokens": 128},
+        "search": {
+            "calibration": ["mono:en", "translation:en-fr"],
+            "score": ["random", "magnitude", "wanda"],
+            "sparsity": [0.3, 0.5],
+            "propagation": ["dense", "sequential"],
+            **search,
+        },
+        "evaluation": {"perplexity": {"languages": ["en", "fr"], "lines": 12}},
+        "storage": str(folder / "store"),
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def start(*args: str, cwd: Path) -> subprocess.Popen[bytes]:
+    with (cwd / "log.txt").open("ab") as log:
+        command = [sys.executable, "-m", "mlprune", "sweep", *args]
+        return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
+
+
+def sweep(folder: Path, *args: str, **search: Any) -> dict[str, Any]:
+    out = folder / "out.json"
+    process = start(str(spec(folder, **search)), "--json", str(out), *args, cwd=folder)
+    assert process.wait(300) == 0, (folder / "log.txt").read_text()
+    values: dict[str, Any] = json.loads(out.read_text())
+    return values
+
+
+def numbers(outcome: dict[str, Any]) -> dict[str, Any]:
+    """All that must not depend on when and where a trial ran, by variant."""
+    return {
+        json.dumps(result["variant"]): (
+            result["masks"],
+            {name: value for name, value in result["metrics"].items() if not name.startswith("seconds")},
+        )
+        for result in (outcome["dense"], *outcome["ranking"])
+    }
+
+
+def runs(outcome: dict[str, Any]) -> Sequence[Any]:
+    client = MlflowClient(outcome["tracking_uri"])
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return list(client.search_runs(experiments, "attributes.status != 'nothing'", max_results=1000))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return sweep(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_every_result_is_in_mlflow_under_plain_names(undisturbed: dict[str, Any]) -> None:
+    found = {run.info.run_id: run for run in runs(undisturbed)}
+    parent = found.pop(undisturbed["parent_run"])
+    assert len(undisturbed["ranking"]) == TRIALS
+    assert found.keys() == {result["run"] for result in (undisturbed["dense"], *undisturbed["ranking"])}
+    for result in undisturbed["ranking"]:
+        run = found[result["run"]]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == undisturbed["parent_run"]
+        assert run.data.params["calibration"] == (result["variant"]["calibration"] or "none")
+        assert float(run.data.params["sparsity"]) == result["variant"]["sparsity"]
+        assert run.data.params.keys() == {"calibration", "score", "sparsity", "pattern", "propagation"}
+        assert run.data.metrics == pytest.approx(result["metrics"], abs=0)
+        assert {"bits_per_byte.fr", "perplexity.en", "sparsity.actual", "seconds.mask"} < run.data.metrics.keys()
+    client = MlflowClient(undisturbed["tracking_uri"])
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"spec.yaml", "environment.txt", "tiny.png"}
+    assert parent.info.status == "FINISHED"
+
+
+def test_ranking_is_by_the_objective_and_identical_variants_ran_once(undisturbed: dict[str, Any]) -> None:
+    values = [result["metrics"]["bits_per_byte.mean"] for result in undisturbed["ranking"]]
+    assert values == sorted(values)
+    variants = [json.dumps(result["variant"]) for result in undisturbed["ranking"]]
+    assert len(set(variants)) == TRIALS
+    assert undisturbed["winner"] == undisturbed["ranking"][0]["run"]
+    assert undisturbed["dense"]["metrics"]["sparsity.actual"] == 0
+
+
+def test_the_picture_is_a_picture(undisturbed: dict[str, Any]) -> None:
+    from PIL import Image
+
+    with Image.open(undisturbed["picture"]) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 100
+
+
+def test_killed_is_not_lost(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    file, results = spec(tmp_path), tmp_path / "store" / "results"
+    process = start(str(file), cwd=tmp_path)
+    deadline = time.monotonic() + 240
+    while len(list(results.glob("*.json"))) < 4:
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    assert 4 <= len(before) < TRIALS + 1, "killed too late to show anything"
+    moments = {path: path.stat().st_mtime_ns for path in (tmp_path / "store" / "moments").rglob("*.safetensors")}
+
+    again = sweep(tmp_path)
+
+    after = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    assert {name: after[name] for name in before} == before, "a finished trial ran again"
+    assert {path: path.stat().st_mtime_ns for path in moments} == moments, "a stored pass was repeated"
+    assert numbers(again) == numbers(undisturbed)
+    found = runs(again)
+    trials = [run.data.tags["mlprune.trial"] for run in found if "mlprune.trial" in run.data.tags]
+    assert sorted(trials) == sorted(set(trials)), "a trial has two runs"
+    assert len(trials) == TRIALS + 1
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert sum("mlprune.sweep" in run.data.tags for run in found) == 1
+
+
+def test_a_finished_sweep_is_told_again_without_ray(undisturbed: dict[str, Any]) -> None:
+    folder = Path(undisturbed["picture"]).parent.parent
+    started = time.time()
+    again = sweep(folder)
+    assert again["ranking"] == undisturbed["ranking"]
+    assert "starting Ray" not in (folder / "log.txt").read_text().split("picture")[-2]
+    assert not [p for p in (folder / "store" / "results").glob("*.json") if p.stat().st_mtime > started]
+    assert len(runs(again)) == TRIALS + 2
+
+
+def test_more_shards_rank_the_same(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    assert numbers(sweep(tmp_path, "--set", "pipeline.shards=3")) == numbers(undisturbed)
+
+
+def test_optuna_optimises_the_worst_language_and_resumes(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    search = {"samples": 6, "searcher": "optuna", "objective": "worst"}
+    first = sweep(tmp_path, **search)
+    worst = [result["metrics"]["bits_per_byte.worst"] for result in first["ranking"]]
+    assert worst == sorted(worst)
+    assert 1 <= len(worst) <= 6
+    expected = numbers(undisturbed)
+    assert all(expected[variant] == found for variant, found in numbers(first).items())
+    results = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "store" / "results").glob("*.json")}
+    again = sweep(tmp_path, **search)
+    assert again["ranking"] == first["ranking"], "the same seed and results lead to the same suggestions"
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "store" / "results").glob("*.json")} == results
+
+
+def test_random_samples_are_seeded_and_different() -> None:
+    search = {"score": ["wanda"], "calibration": ["mono:en", "mono:fr"], "sparsity": [0.1, 0.2, 0.3, 0.4]}
+    whole = chosen_variants(spec_from({"search": search}).search, seed=0)
+    drawn = spec_from({"search": {**search, "samples": 5}}).search
+    some = chosen_variants(drawn, seed=0)
+    assert len(whole) == 8
+    assert len(set(some)) == 5
+    assert set(some) < set(whole)
+    assert chosen_variants(drawn, seed=0) == some
+    assert any(chosen_variants(drawn, seed=seed) != some for seed in (1, 2, 3))
