@@ -121,7 +121,7 @@ def _ranking(outcome: SweepOutcome, best: set[str]) -> Table:
         "calibration",
         *shown,
         "mean",
-        "worst",
+        *(() if shown else ("worst",)),
     )
     for column in (1, 3):
         table.columns[column].justify = "left"
@@ -138,6 +138,7 @@ def _add_row(
 ) -> None:
     variant, metrics = result.variant, result.metrics
     worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
+    last = () if shown else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)
     mean = f"{metrics['bits_per_byte.mean']:.3f}"
     if variant is not None:
         mean += f" ({metrics['bits_per_byte.mean'] / dense.metrics['bits_per_byte.mean'] - 1:+.0%})"
@@ -148,7 +149,7 @@ def _add_row(
         _calibration(result),
         *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in shown),
         mean,
-        f"{worst} {metrics['bits_per_byte.worst']:.3f}",
+        *last,
         style="bold" if rank.endswith("*") else None,
     )
 

@@ -116,7 +116,7 @@ BAD = {
 @pytest.mark.parametrize(("assignment", "answer"), BAD.items())
 def test_a_bad_value_is_answered_with_key_value_and_remedy(assignment: str, answer: tuple[str, str, str]) -> None:
     error = refused(assignment)
-    assert (error.key, error.value) == answer[:2]
+    assert (error.key, str(error.value)) == answer[:2]
     assert error.remedy
     assert answer[2] in error.remedy
 
@@ -184,10 +184,8 @@ def test_options_become_assignments() -> None:
 def test_norwegian_is_a_language_and_no_boolean() -> None:
     made = spec("evaluation.perplexity.languages=[no, en, no]", "search.calibration=[mono:no, translation:en-no]")
     assert made.evaluation.perplexity.languages == ("no", "en")
-    assert read_yaml("[no, yes, on, off, No, y, true, False]") == [
-        *["no", "yes", "on", "off", "No", "y"],
-        *[True, False],
-    ]
+    words = ["no", "yes", "on", "off", "No", "y", True, False]
+    assert read_yaml("[no, yes, on, off, No, y, true, False]") == words
     assert spec_from(read_yaml(made.yaml())) == made
 
 
@@ -208,17 +206,12 @@ def test_no_tag_runs_code(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def write(folder: Path, text: str, name: str = "spec.yaml") -> str:
-    (folder / name).write_text(text)
-    return str(folder / name)
-
-
 def test_a_spec_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_spec("quickstart") == load_spec("quickstart.yaml") == load_spec("quickstart", ["name=quickstart"])
     assert load_spec("quickstart", ["name=other"]).name == "other"
-    text = "name: mine\nsearch: {score: [magnitude], sparsity: [0.5]}\n"
-    path = write(tmp_path, text)
-    assert load_spec(path).name == "mine"
+    path = tmp_path / "spec.yaml"
+    path.write_text("name: mine\nsearch: {score: [magnitude], sparsity: [0.5]}\n")
+    assert load_spec(str(path)).name == "mine"
     monkeypatch.chdir(tmp_path)
     assert load_spec("spec.yaml") == load_spec("./spec.yaml")
     for name in ("nowhere", "../nowhere.yaml", str(tmp_path)):
@@ -231,17 +224,13 @@ def test_a_spec_of_the_package_is_found_by_its_whole_path() -> None:
     assert load_spec(str(config.sweeps_folder() / "quickstart.yaml")) == load_spec("quickstart")
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a", "", "a: [\n", "a: b: c\n", "\tname: x\n"])
+@pytest.mark.parametrize("text", ["- a\n", "a", "", "a: [\n", "a: b: c\n", "\tname: x\n", "name: \xff\n"])
 def test_a_file_that_is_no_mapping_is_answered_in_one_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_bytes(text.encode("latin-1"))
     with pytest.raises(SpecError, match=r"^spec: '.*': (not YAML: |a spec is a YAML mapping)") as caught:
-        load_spec(write(tmp_path, text))
+        load_spec(str(file))
     assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_no_text_is_answered(tmp_path: Path) -> None:
-    (tmp_path / "spec.yaml").write_bytes(b"name: \xff\xfe\n")
-    with pytest.raises(SpecError, match="not YAML"):
-        load_spec(str(tmp_path / "spec.yaml"))
 
 
 COUNTS = [

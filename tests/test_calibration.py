@@ -1,0 +1,286 @@
+"""Text to token batches: which lines are used for what, and the tokens that come out."""
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlprune.data import calibration
+from mlprune.data.calibration import (
+    MICRO_BATCH_TOKENS,
+    Batch,
+    CalibrationSet,
+    EvaluationSet,
+    calibration_set,
+    evaluation_set,
+)
+from mlprune.data.corpora import Corpus, calibration_lines, held_out, open_corpus
+from mlprune.data.demonstrations import prompt, sample_lines
+from mlprune.errors import CorpusError, ModelError
+from mlprune.variants import Demonstration
+from tests.tiny import SAMPLE, hand_made, sample, tokenizer
+
+TRANSLATION = Demonstration.parse("translation:en-fr")
+FRENCH_ONLY = Demonstration.parse("mono:fr")
+
+
+def calibrated(
+    demonstration: Demonstration = TRANSLATION, samples: int = 12, shots: int = 3, **more: Any
+) -> CalibrationSet:
+    settings = {"max_tokens": 200, "seed": 0} | more
+    return calibration_set(sample(), demonstration, tokenizer(), samples=samples, shots=shots, **settings)
+
+
+def evaluated(lines: int = 30, tokens_by: Any = None, **more: Any) -> EvaluationSet:
+    settings = {"max_positions": None} | more
+    return evaluation_set(sample(), ["en", "fr"], tokens_by or tokenizer(), lines=lines, **settings)
+
+
+def without_pads(batches: tuple[Batch, ...]) -> dict[int, list[int]]:
+    """Row -> its tokens, as the masks tell them apart; a row in two batches is an error."""
+    found: dict[int, list[int]] = {}
+    for batch in batches:
+        for row, ids, mask in zip(batch.rows, batch.input_ids, batch.attention_mask, strict=True):
+            assert row not in found
+            found[row] = ids[mask.bool()].tolist()
+    return found
+
+
+# Which lines are used for what
+
+
+def test_calibration_and_evaluation_share_no_document_and_leave_no_line_out() -> None:
+    corpus = sample()
+    kept = held_out(corpus)
+    for seed in range(3):
+        used = calibration_lines(corpus, seed)
+        assert sorted(kept + used) == list(range(600))
+        assert not {corpus.documents[line] for line in kept} & {corpus.documents[line] for line in used}
+    assert 150 <= len(kept) < 150 + 27  # a quarter, and less than one document (27 lines at most) above it
+
+
+def test_the_seed_moves_documents_not_lines_in_them_and_not_the_split() -> None:
+    corpus = sample()
+    first, second = calibration_lines(corpus, 0), calibration_lines(corpus, 1)
+    assert first == calibration_lines(corpus, 0) != second
+    assert set(first) == set(second)
+    documents = [(name, list(lines)) for name, lines in groupby(first, lambda line: corpus.documents[line])]
+    assert len(documents) == len(dict(documents))  # none in two pieces
+    assert all(lines == sorted(lines) for _, lines in documents)
+
+
+def test_held_out_documents_go_by_the_hash_of_their_id_wherever_their_lines_are() -> None:
+    # sha256 begins: b 3e23..., a ca97..., c 2e7d...: so c, then b, then a
+    corpus = Corpus("hand", {"en": tuple("stuvwxyz")}, tuple("abacaaba"))
+    assert held_out(corpus) == (3, 1, 6)  # c has one line of eight, too few for a quarter; b's two are apart
+    assert calibration_lines(corpus, 0) == (0, 2, 4, 5, 7)
+    assert held_out(Corpus("two", {"en": ("x", "y")}, ("a", "b"))) == (1,)
+    most_in_last = Corpus("most", {"en": tuple("stuvwxyz")}, tuple("caaaaaaa"))
+    assert held_out(most_in_last) == (0,)  # never every document, though this is under a quarter
+
+
+def test_without_ids_ten_neighbouring_lines_are_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.tsv"
+    path.write_text("en\n" + "line\n" * 25)
+    corpus = open_corpus(str(path), ["en"])
+    assert corpus.documents == ("0",) * 10 + ("1",) * 10 + ("2",) * 5
+    path.write_text("en\n" + "line\n" * 10)
+    with pytest.raises(CorpusError, match="is one document; give it document ids, or more than 10 lines"):
+        held_out(open_corpus(str(path), ["en"]))
+
+
+def test_every_kind_sees_the_same_lines_whatever_languages_were_opened() -> None:
+    lines = [
+        [made.lines for made in made_set.prompts]
+        for made_set in (
+            calibrated(TRANSLATION),
+            calibrated(FRENCH_ONLY),
+            calibration_set(
+                sample("hi"),
+                Demonstration.parse("mono:hi"),
+                tokenizer(),
+                samples=12,
+                shots=3,
+                max_tokens=9,
+                seed=0,
+            ),
+        )
+    ]
+    assert lines[0] == lines[1] == lines[2]
+    assert lines[0] != [made.lines for made in calibrated(seed=1).prompts]
+
+
+def test_samples_are_disjoint_runs_in_calibration_order() -> None:
+    corpus = sample()
+    order = calibration_lines(corpus, 5)
+    runs = sample_lines(corpus, 7, 4, 5)
+    assert [len(run) for run in runs] == [4] * 7
+    assert tuple(line for run in runs for line in run) == order[:28]
+
+
+def test_too_many_samples_say_how_many_there_are() -> None:
+    corpus = sample()
+    lines = len(calibration_lines(corpus, 0))
+    assert len(sample_lines(corpus, lines // 4, 4, 0)) == lines // 4
+    with pytest.raises(CorpusError) as caught:
+        sample_lines(corpus, lines // 4 + 1, 4, 0)
+    remedy = f"'sample' has {lines} lines for calibration, enough for {lines // 4} samples of 4 shots"
+    assert str(caught.value) == f"calibration.samples: {lines // 4 + 1}: {remedy}; ask for no more"
+
+
+# The tokens that come out
+
+
+def test_a_prompt_is_exactly_its_lines_under_their_languages_names() -> None:
+    corpus = hand_made()
+    assert prompt(corpus, TRANSLATION, [3, 1], "</s>") == (
+        "English: Four</s>French: Quatre</s>English: Two</s>French: Deux</s>"
+    )
+    assert prompt(corpus, FRENCH_ONLY, [2], "<eos>") == "French:  Trois <eos>"
+    with pytest.raises(CorpusError, match="'hi': not in the corpus 'hand'; it has en, fr"):
+        prompt(corpus, Demonstration.parse("mono:hi"), [0], "</s>")
+
+
+@pytest.mark.parametrize("pad_free", [False, True])
+def test_batches_hold_every_row_once_and_nothing_but_its_tokens(pad_free: bool) -> None:
+    made = calibrated(samples=40, max_tokens=700, pad_free=pad_free)
+    rows = without_pads(made.batches)
+    assert rows == {row: list(prompt.ids) for row, prompt in enumerate(made.prompts)}
+    assert made.tokens == sum(len(ids) for ids in rows.values())
+    assert len(made.batches) > 1
+    for batch in made.batches:
+        assert batch.input_ids.dtype == torch.int64
+        assert batch.input_ids.shape == (len(batch.rows), max(batch.lengths))
+        assert len(batch.rows) == 1 or batch.input_ids.numel() <= MICRO_BATCH_TOKENS
+        assert batch.tokens == int(batch.attention_mask.sum())
+    lengths = [length for batch in made.batches for length in batch.lengths]
+    assert lengths == sorted(lengths, reverse=True)
+    pads = sum(batch.input_ids.numel() - batch.tokens for batch in made.batches)
+    assert (pads == 0) is pad_free
+
+
+def test_batches_are_filled_up_to_the_limit() -> None:
+    made = calibrated(samples=60, max_tokens=64)
+    assert [len(batch.rows) for batch in made.batches] == [
+        MICRO_BATCH_TOKENS // 64,
+        60 - MICRO_BATCH_TOKENS // 64,
+    ]
+    assert [row for batch in made.batches for row in batch.rows] == list(range(60))  # a tie keeps its order
+    long = calibrated(samples=2, shots=60, max_tokens=MICRO_BATCH_TOKENS + 1)
+    assert [batch.lengths for batch in long.batches] == [(MICRO_BATCH_TOKENS + 1,)] * 2
+
+
+def test_a_manifest_is_enough_to_make_the_tokens_again() -> None:
+    made = calibrated(samples=20, max_tokens=500)
+    manifests = json.loads(json.dumps([prompt.manifest() for prompt in made.prompts]))
+    english, french = ((SAMPLE / f"{code}.txt").read_text("utf-8").split("\n") for code in ("en", "fr"))
+    for manifest, prompt_ in zip(manifests, made.prompts, strict=True):
+        assert (manifest["corpus"], manifest["kind"]) == ("sample", "translation:en-fr")
+        numbers = [number - 1 for number in manifest["lines"]]
+        text = "".join(f"English: {english[n]}</s>French: {french[n]}</s>" for n in numbers)
+        ids = tokenizer()(text).input_ids
+        assert tuple(ids[: manifest["tokens"]]) == prompt_.ids
+        assert manifest["tokens"] == min(len(ids), 500)
+    counts = [manifest["tokens"] for manifest in manifests]
+    assert min(counts) < max(counts) == 500  # some whole, some cut
+
+
+def test_the_key_follows_the_tokens_and_their_layout() -> None:
+    key = calibrated().key
+    assert key == calibrated().key
+    assert len(key) == 32
+    others = [calibrated(FRENCH_ONLY), calibrated(shots=2), calibrated(seed=1), calibrated(max_tokens=199)]
+    others += [calibrated(samples=11), calibrated(max_tokens=700), calibrated(max_tokens=700, pad_free=True)]
+    assert len({key, *(other.key for other in others)}) == 1 + len(others)
+
+
+def test_the_key_follows_the_layout_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = calibrated(max_tokens=64)
+    monkeypatch.setattr(calibration, "MICRO_BATCH_TOKENS", 4 * 64)
+    split = calibrated(max_tokens=64)
+    assert split.prompts == whole.prompts
+    assert (len(split.batches), len(whole.batches)) == (3, 1)
+    assert split.key != whole.key
+
+
+def test_the_key_changes_with_one_token() -> None:
+    def key(last: str) -> str:
+        columns = {"en": ("One", "Two", "Three", last, "Held out")}
+        corpus = Corpus("hand", columns, ("a", "a", "a", "a", "b"))
+        assert held_out(corpus) == (4,)
+        mono = Demonstration.parse("mono:en")
+        return calibration_set(corpus, mono, tokenizer(), samples=2, shots=2, max_tokens=99, seed=0).key
+
+    assert key("4") == key("4") != key("5")
+
+
+def test_keys_are_the_same_in_a_process_with_another_hash_seed() -> None:
+    here = [calibrated().key, evaluated().key, *map(str, held_out(sample()))]
+    code = "from tests.test_calibration import *; print(calibrated().key, evaluated().key, *held_out(sample()))"
+    for seed in ("1", "2"):
+        environment = os.environ | {
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+        assert done.stdout.split() == here
+
+
+@pytest.mark.parametrize("pad_free", [False, True])
+def test_a_line_is_scored_alone_after_one_token_of_context(pad_free: bool) -> None:
+    made, corpus = evaluated(pad_free=pad_free), sample()
+    numbers = [line + 1 for line in held_out(corpus)[:30]]
+    assert [(line.language, line.number) for line in made.lines] == [(c, n) for c in ("en", "fr") for n in numbers]
+    rows = without_pads(made.batches)
+    assert sorted(rows) == list(range(60))
+    for row, line in enumerate(made.lines):
+        text = corpus.lines[line.language][line.number - 1]
+        assert rows[row][0] == tokenizer().bos_token_id
+        assert tokenizer().decode(rows[row][1:]) == text
+        assert line.bytes == len(text.encode("utf-8"))
+    pads = sum(batch.input_ids.numel() - batch.tokens for batch in made.batches)
+    assert (pads == 0) is pad_free
+
+
+def test_a_tokenizer_without_the_tokens_it_needs_falls_back_or_is_refused() -> None:
+    bare = deepcopy(tokenizer())
+    bare.bos_token = bare.pad_token = None
+    batch, usual = evaluated(tokens_by=bare).batches[0], evaluated().batches[0]
+    assert set(batch.input_ids[:, 0].tolist()) == {bare.eos_token_id}
+    assert set(batch.input_ids[batch.attention_mask == 0].tolist()) == {bare.eos_token_id}
+    mask_BT = usual.attention_mask[:, 1:].bool()
+    assert torch.equal(batch.input_ids[:, 1:][mask_BT], usual.input_ids[:, 1:][mask_BT])
+    bare.eos_token = None
+    with pytest.raises(ModelError, match=r"^tokenizer: .* has no begin- or end-of-sequence token"):
+        evaluated(tokens_by=bare)
+    with pytest.raises(ModelError, match=r"^tokenizer: .* has no end-of-sequence token"):
+        calibration_set(sample(), TRANSLATION, bare, samples=1, shots=1, max_tokens=9, seed=0)
+
+
+def test_too_many_lines_to_evaluate_say_how_many_there_are() -> None:
+    kept = len(held_out(sample()))
+    assert len(evaluated(lines=kept).lines) == 2 * kept
+    with pytest.raises(CorpusError) as caught:
+        evaluated(lines=kept + 1)
+    remedy = f"the corpus 'sample' of 600 lines holds out {kept}; ask for no more"
+    assert str(caught.value) == f"evaluation.perplexity.lines: {kept + 1}: {remedy}"
+
+
+def test_a_line_too_long_for_the_model_is_named() -> None:
+    made = evaluated()
+    longest = max(length for batch in made.batches for length in batch.lengths)
+    assert evaluated(max_positions=longest).key == made.key
+    line = made.lines[made.batches[0].rows[0]]
+    with pytest.raises(CorpusError) as caught:
+        evaluated(max_positions=longest - 1)
+    remedy = f"line {line.number} of {line.language} is {longest} tokens with its context; the model takes "
+    assert str(caught.value) == f"calibration.corpus: 'sample': {remedy}{longest - 1}: shorten the line"

@@ -1,0 +1,301 @@
+"""The command line where nothing is wrong, on tiny models in this process: what it prints, writes and computes."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mlprune
+import mlprune.export
+import mlprune.sweep
+from mlprune.cli import main
+from mlprune.config import SweepSpec, load_spec, read_yaml
+from mlprune.data.corpora import held_out, open_corpus
+from mlprune.models.source import find_model
+from mlprune.prepare import variants_of
+from mlprune.tracking import SweepTracker
+from mlprune.variants import Variant
+from tests import tiny_models
+from tests.tiny import SAMPLE, tokenizer
+
+SPEC = """
+name: tiny
+model: {path: MODEL}
+pipeline: {shards: 1}
+calibration: {samples: 4, shots: 2, max_tokens: 48, seed: 5}
+search:
+  calibration: ["mono:en", "mono:fr", "translation:en-fr"]
+  score: [magnitude, wanda]
+  sparsity: [0.3]
+  propagation: [dense]
+evaluation: {perplexity: {languages: [en, fr], lines: 3}}
+"""
+PRUNE = ("--spec", "tiny.yaml", "--calibration", "translation:en-fr", "--sparsity", "0.3", "--output", "out")
+DENSE = {"sparsity.actual": 0.0}  # of a checkpoint as it is
+NAMES = {"English": "en", "French": "fr"}
+
+
+@pytest.fixture
+def model() -> str:
+    return str(tiny_models.source().folder)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> Path:
+    """The working directory, with tiny.yaml in it; one shard, so no Ray."""
+    monkeypatch.setenv("MLPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(SPEC.replace("MODEL", json.dumps(model)))
+    return tmp_path
+
+
+def run(*words: str) -> Result:
+    result = CliRunner().invoke(main, words)
+    if result.exception is not None:
+        raise AssertionError(result.stderr) from result.exception
+    return result
+
+
+def strict_json(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def values_of(*words: str) -> Any:
+    """What the command writes with --json FILE."""
+    run(*words, "--json", "values.json")
+    return strict_json(Path("values.json").read_text(encoding="utf-8"))
+
+
+def sample(code: str) -> list[str]:
+    return (SAMPLE / f"{code}.txt").read_text("utf-8").split("\n")
+
+
+def metrics_of(*words: str) -> dict[str, float]:
+    """The metrics of `evaluate`, without the time that it took."""
+    found: dict[str, float] = values_of("evaluate", *words, "--spec", "tiny.yaml")["metrics"]
+    return {name: value for name, value in found.items() if not name.startswith("seconds")}
+
+
+def plain_metrics(folder: str, languages: tuple[str, ...], lines: int) -> dict[str, float]:
+    """The same by hand: every held-out line of the sample alone, after the token that begins a sequence."""
+    loaded, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    corpus = open_corpus("sample", languages)
+    metrics, all_bits = {}, []
+    for code in languages:
+        nll = tokens = size = 0.0
+        for index in held_out(corpus)[:lines]:
+            text = corpus.lines[code][index]
+            ids = torch.tensor([[words.bos_token_id, *words(text, add_special_tokens=False).input_ids]])
+            with torch.inference_mode():
+                likelihood = loaded(ids).logits[0, :-1].double().log_softmax(-1)
+            nll -= likelihood.gather(1, ids[0, 1:, None]).sum().item()
+            tokens, size = tokens + ids.shape[1] - 1, size + len(text.encode())
+        metrics[f"perplexity.{code}"] = math.exp(nll / tokens)
+        metrics[f"bits_per_byte.{code}"] = nll / math.log(2) / size
+        all_bits.append(metrics[f"bits_per_byte.{code}"])
+    return metrics | {"bits_per_byte.mean": sum(all_bits) / len(all_bits), "bits_per_byte.worst": max(all_bits)}
+
+
+def weights_of(folder: str) -> dict[str, Tensor]:
+    """The checkpoint's weights by transformers, once nothing is missing in it and nothing too many."""
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+
+
+# evaluate
+
+
+def test_evaluation_is_what_plain_transformers_compute(model: str) -> None:
+    expected = plain_metrics(model, ("hi", "en"), 3) | DENSE
+    assert metrics_of(model, "--languages", "hi,en") == pytest.approx(expected, rel=1e-5)
+    values = values_of("evaluate", model, "--spec", "tiny.yaml")
+    assert values.keys() == {"model", "metrics"}
+    assert values["model"] == model
+
+
+@pytest.mark.parametrize(
+    "command", ["evaluate MODEL --spec tiny.yaml", "sweep tiny.yaml --dry-run", "prune MODEL"]
+)
+def test_standard_output_is_json_alone(command: str, model: str) -> None:
+    words = [model if word == "MODEL" else word for word in command.split()]
+    result = run(*words, *(PRUNE if words[0] == "prune" else ()), "--json", "-")
+    assert isinstance(strict_json(result.stdout), dict)
+
+
+def test_any_folder_name_is_found_and_shown(model: str, place: Path) -> None:
+    name = "été 😀=[v2]"  # JSON escapes it, and rich would take [v2] for markup
+    shutil.copytree(model, place / name)
+    table = run("evaluate", name, "--spec", "tiny.yaml").stdout
+    assert [part for part in (name, "English (en)", "French (fr)") if part not in table] == []
+    assert metrics_of(name) == metrics_of(model)
+
+
+def test_few_positions_are_enough_where_nothing_is_calibrated(place: Path) -> None:
+    tiny_models.save(tiny_models.config("llama", max_position_embeddings=250), place / "short")
+    metrics = values_of("evaluate", "short", "--languages", "en", "--set", "evaluation.perplexity.lines=2")
+    assert metrics["metrics"]["bits_per_byte.en"] > 0
+
+
+def test_corpus_may_come_in_any_form(model: str) -> None:
+    lines = {code: sample(code)[100:160] for code in ("en", "fr")}
+    rows = list(zip(*lines.values(), strict=True))
+    Path("texts").mkdir()
+    for code, text in lines.items():
+        Path("texts", f"{code}.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    Path("texts.tsv").write_text("\n".join("\t".join(row) for row in [tuple(lines), *rows]), encoding="utf-8")
+    Path("texts.jsonl").write_text("\n".join(json.dumps({"en": en, "fr": fr}) for en, fr in rows))
+    found = [metrics_of(model, "--corpus", name) for name in ("texts", "texts.tsv", "texts.jsonl")]
+    assert found[0] == found[1] == found[2]
+    assert found[0] != metrics_of(model)
+
+
+# sweep --dry-run
+
+
+def test_dry_run_counts_and_makes_nothing(place: Path) -> None:
+    before = {path.name for path in place.iterdir()}
+    plan = values_of("sweep", "tiny.yaml", "--dry-run", "--set", "search.propagation=[dense,sequential]")
+    assert {path.name for path in place.iterdir()} - before <= {"values.json", "cache"}
+    variants = [trial["variant"] for trial in plan["trials"]]
+    assert [v["score"] for v in variants].count("magnitude") == 1  # one for all calibrations and propagations
+    assert len(variants) == len({trial["key"] for trial in plan["trials"]}) == 1 + 3 * 2
+    assert plan["finished"] == []
+    assert list(plan["passes"].values()) == [3, 3, 7 + 1]  # calibration, sequential pruning, evaluation
+    kinds = {"weights", "masked_layer", "hidden", "activations", "moments", "masks", "logits"}
+    (shard,) = plan["shards"]
+    assert shard["layers"] == [0, 3]
+    assert shard["memory_bytes"].keys() == kinds | {"total"}
+    assert shard["memory_bytes"]["total"] == sum(shard["memory_bytes"][kind] for kind in kinds)
+    assert plan["disk_bytes"] > 0
+
+
+SETTINGS = """
+name: other
+model: {path: elsewhere, dtype: bfloat16, revision: v1, trust_remote_code: true, allow_pickle: true}
+pipeline: {shards: 3, residency: resident}
+calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11}
+search: {calibration: ["mono:no", "mix:mono:en=0.5,mono:fr=0.5"], score: [random], sparsity: [0.1, 0.25],
+  pattern: ["2:4"], propagation: [sequential], samples: 2, searcher: optuna, objective: worst}
+evaluation: {perplexity: {languages: ["no", "sw"], lines: 5}}
+storage: /somewhere/else
+tracking: {uri: "http://server:5000", experiment: ours}
+"""
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def test_every_key_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: list[SweepSpec] = []
+    monkeypatch.setattr(mlprune.sweep, "plan_sweep", specs.append)  # it plans nothing, so showing it fails
+    asked = leaves(read_yaml(SETTINGS))
+    settings = [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
+    CliRunner().invoke(main, ["sweep", "tiny.yaml", "--dry-run", *settings])
+    assert leaves(json.loads(specs[0].model_dump_json())) == asked
+
+
+# prune
+
+
+def test_pruned_checkpoint_is_an_ordinary_one_with_its_zeros(model: str) -> None:
+    run("prune", model, *PRUNE)
+    dense, pruned = weights_of(model), weights_of("out")
+    assert dense.keys() == pruned.keys()
+    for name, weight in dense.items():
+        if ".layers." in name and weight.ndim == 2:
+            dropped = pruned[name] == 0
+            assert dropped.sum(1).tolist() == [int(weight.shape[1] * 0.3)] * len(weight)
+            weight = weight.masked_fill(dropped, 0)
+        assert torch.equal(pruned[name], weight)
+    assert metrics_of("out") == pytest.approx(plain_metrics("out", ("en", "fr"), 3) | DENSE, rel=1e-5)
+    assert metrics_of("out") != metrics_of(model)
+
+
+def test_manifest_says_how_to_make_it_again(model: str) -> None:
+    manifest = values_of("prune", model, *PRUNE)
+    assert manifest == strict_json(Path("out/mlprune.json").read_text(encoding="utf-8"))
+    expected = {"calibration": "translation:en-fr", "score": "wanda", "sparsity": 0.3}
+    assert manifest["variant"] == expected | {"pattern": "unstructured", "propagation": "sequential"}
+    fingerprint = find_model(model).fingerprint()
+    assert manifest["model"] == {"path": model, "fingerprint": fingerprint, "dtype": "auto"}
+    settings = {"corpus": "sample", "samples": 4, "shots": 2, "max_tokens": 48, "seed": 5}
+    assert manifest["calibration"] == settings
+    assert manifest["mlprune"] == mlprune.__version__
+    share = manifest["sparsity"]
+    assert share["actual"] == pytest.approx(share["dropped"] / share["weights"]) == pytest.approx(0.3, abs=0.02)
+    text = {name: sample(code) for name, code in NAMES.items()}
+    assert len(manifest["prompts"]) == 4
+    for prompt in manifest["prompts"]:
+        assert (prompt["corpus"], prompt["kind"], len(prompt["lines"])) == ("sample", "translation:en-fr", 2)
+        words = "".join(f"{name}: {text[name][line - 1]}</s>" for line in prompt["lines"] for name in NAMES)
+        ids = tokenizer()(words, truncation=True, max_length=48).input_ids
+        assert prompt["tokens"] == len(ids)
+
+
+def test_large_checkpoint_is_several_files(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = ("prune", model, "--spec", "tiny.yaml", "--score", "magnitude", "--pattern", "2:4", "--output")
+    run(*one, "whole")
+    monkeypatch.setattr(mlprune.export, "FILE_BYTES", 60_000)
+    run(*one, "parts")
+    index = strict_json(Path("parts/model.safetensors.index.json").read_text())
+    files = {path.name for path in Path("parts").glob("*.safetensors")}
+    assert len(set(index["weight_map"].values()) & files) == len(files) > 2
+    assert [path.name for path in Path("whole").glob("*.safetensors*")] == ["model.safetensors"]
+    whole, parts = weights_of("whole"), weights_of("parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole | parts)
+
+
+def tracked(*settings: str) -> tuple[SweepTracker, SweepSpec, Variant]:
+    """A sweep as MLflow knows it, and one of its variants."""
+    spec = load_spec("tiny.yaml", ["search.score=[wanda]", *settings])
+    tracker = SweepTracker(spec.tracking_uri, "ours", spec.storage_folder / "mlartifacts", spec.key, spec.name)
+    tracker.log_sweep({}, {"spec.yaml": spec.yaml()})
+    return tracker, spec, variants_of(spec.search)[1]
+
+
+@pytest.mark.parametrize("sparsity", ["0.3", "0.1234567"])
+def test_trial_of_a_sweep_is_exported_by_its_run(sparsity: str, model: str) -> None:
+    tracker, _, variant = tracked(f"search.sparsity=[{sparsity}]")
+    by_run = values_of("prune", "--run", tracker.trial_run("key", variant), "--output", "by-run")
+    assert by_run["variant"] == vars(variant)
+    options = ("--calibration", "mono:fr", "--sparsity", sparsity, "--propagation", "dense")
+    assert by_run == values_of("prune", model, "--spec", "tiny.yaml", *options, "--output", "by-hand")
+
+
+def test_run_that_cannot_be_exported_is_answered() -> None:
+    tracker, spec, variant = tracked()
+    trial, dense = tracker.trial_run("key", variant), tracker.trial_run("dense", None)
+    shutil.rmtree(spec.storage_folder / "mlartifacts")  # only the database was carried here
+    for run_id in (dense, tracker.parent_id, trial):
+        result = CliRunner().invoke(main, ["prune", "--run", run_id, "--output", "out"])
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert result.stderr.startswith(f"mlprune: --run: '{run_id}': ")
+
+
+# what answers at once
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "sweep --help", "prune --help", "evaluate --help"])
+def test_help_is_quick(words: str) -> None:
+    code = f"import sys; from mlprune.cli import main; main({words.split()}, standalone_mode=False); "
+    code += "assert 'torch' not in sys.modules"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 3
+    assert (mlprune.__version__ if words == "--version" else "Usage: ") in done.stdout
