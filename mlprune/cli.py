@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlprune.errors import MlpruneError, UserError
+from mlprune.errors import MlpruneError, SpecError, StorageError, UserError
 
 if TYPE_CHECKING:
     from mlprune.config import SweepSpec
@@ -34,6 +35,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(debug: bool, json_file: str | None, **options: Any) -> None:
         try:
+            _check_json(json_file)
             value = function(**options)
         except UserError as error:
             _fail(error, debug, 2)
@@ -54,6 +56,19 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         run = decorator(run)
     return main.command(name=function.__name__.removesuffix("_command"))(run)
+
+
+def _check_json(file: str | None) -> None:
+    """Before any work: whether the result can be written; with `-`, tables go to the error stream."""
+    from mlprune import console
+
+    console.results.stderr = file == "-"
+    if file not in (None, "-"):
+        path = Path(file)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise StorageError("--json", repr(file), "name a file in a folder that is there")
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise StorageError("--json", repr(file), "cannot be written to; name another file")
 
 
 def _fail(error: MlpruneError, debug: bool, code: int) -> None:
@@ -98,7 +113,7 @@ def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, 
 
 @_command
 @click.argument("model", required=False)
-@click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
+@click.option("--spec", help="Take what is not given here from this spec, not from quickstart.")
 @click.option("--run", "run_id", metavar="ID", help="The trial of a sweep, by its MLflow run.")
 @click.option("--calibration", metavar="KIND", help="mono:fr, translation:en-fr, mix:KIND=WEIGHT,...")
 @click.option("--score", help="random, magnitude or wanda.")
@@ -108,7 +123,7 @@ def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, 
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
 def prune(
     model: str | None,
-    spec: str,
+    spec: str | None,
     run_id: str | None,
     corpus: str | None,
     assignments: tuple[str, ...],
@@ -123,9 +138,11 @@ def prune(
 
     settings = {"model.path": model, "calibration.corpus": corpus}
     if run_id is not None:
+        if spec is not None:
+            raise SpecError("--spec", repr(spec), "the run says which; leave it out, or --run")
         checked, variant = winner.choose_run(run_id, chosen, settings, assignments)
     else:
-        checked, variant = winner.choose(spec, chosen, settings, assignments)
+        checked, variant = winner.choose(spec or "quickstart", chosen, settings, assignments)
     manifest = winner.prune(checked, variant, output)
     click.echo(f"{variant.label}: {manifest['sparsity']['actual']:.2%} of the weights dropped", err=True)
     click.echo(f"written to {output}; score it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
@@ -140,7 +157,7 @@ def evaluate(
     model: str, spec: str, languages: str | None, corpus: str | None, assignments: tuple[str, ...]
 ) -> Any:
     """Score MODEL (a folder, a hub id, or demo): perplexity and bits per byte of held-out lines."""
-    listed = [code for code in languages.split(",") if code] if languages is not None else None
+    listed = [code.strip() for code in languages.split(",")] if languages is not None else None
     settings = {
         "model.path": model,
         "calibration.corpus": corpus,

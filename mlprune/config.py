@@ -19,25 +19,39 @@ from mlprune.variants import Calibration, Pattern
 
 DEFAULT_STORAGE = "mlprune-store"
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans: in YAML 1.1 the code of Norwegian, `no`, is false."""
+    """Plain scalars as in YAML 1.2, and no key twice.
+
+    In YAML 1.1 the code of Norwegian, `no`, is false; `2:4` is 124, in base 60; and dates are no text.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]} is there twice")
+        return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF")
-)
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _form, _first in (
+    ("null", r"null|Null|NULL|~|", "nN~\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form})$"), list(_first))
 
 
 def read_yaml(text: str) -> Any:
-    """Plain values of YAML text; no tag of it runs code."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    """Plain values of YAML text; no tag of it runs code. Raises yaml.YAMLError for whatever is wrong with it."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error  # a value that its tag does not fit
 
 
 class _Section(BaseModel):
@@ -67,8 +81,8 @@ class CalibrationSpec(_Section):
     corpus: str = "sample"
     samples: Count = 32
     shots: Count = 4
-    max_tokens: Annotated[int, Field(ge=2)] = 256
-    seed: int = 0
+    max_tokens: Annotated[int, Field(ge=2, strict=True)] = 256
+    seed: Annotated[int, Field(strict=True)] = 0
 
 
 class SearchSpec(_Section):
@@ -160,9 +174,22 @@ class SweepSpec(_Section):
     def storage_folder(self) -> Path:
         return Path(self.storage)
 
+    def anchored(self) -> SweepSpec:
+        """The same spec, to be read from any folder: paths that are there made absolute."""
+        model, corpus = (_absolute_if_there(path) for path in (self.model.path, self.calibration.corpus))
+        changes = {
+            "model": self.model.model_copy(update={"path": model}),
+            "calibration": self.calibration.model_copy(update={"corpus": corpus}),
+        }
+        return self.model_copy(update=changes)
+
     @property
     def tracking_uri(self) -> str:
         return self.tracking.uri or f"sqlite:///{self.storage_folder}/mlflow.db"
+
+
+def _absolute_if_there(path: str) -> str:
+    return str(Path(path).absolute()) if path not in ("demo", "sample") and Path(path).exists() else path
 
 
 def spec_from(values: Mapping[str, Any]) -> SweepSpec:
@@ -181,10 +208,22 @@ def _spec_error(error: ValidationError) -> SpecError:
         return SpecError(key, repr(first["input"]), f"unknown key; {_known_beside(names)}")
     if first["type"] == "missing":
         return SpecError(key, "nothing", "this key is needed")
-    remedy = first["msg"].replace("Input should be", "must be").replace("String should", "must")
+    remedy = _REMEDIES.get(first["type"]) or first["msg"].replace("Input should be", "must be")
+    if names == ["pipeline", "shards"]:
+        remedy = "must be a number from 1 to the model's layers, or auto"
     if names[:2] == ["search", "sparsity"] and first["type"] in ("greater_than_equal", "less_than"):
         remedy = "sparsity must be in [0, 1)"
     return SpecError(key, repr(first["input"]), remedy)
+
+
+_REMEDIES = {
+    "tuple_type": "must be a list, as [a, b]",
+    "too_short": "must not be empty",
+    "model_type": "must be a section of keys",
+    "dict_type": "must be a section of keys",
+    "string_type": "must be text; put it in quotes",
+    "string_pattern_mismatch": "must be of letters, digits, dots, dashes and underscores",
+}
 
 
 def _is_union(part: str | int) -> bool:
@@ -210,14 +249,14 @@ def sweeps_folder() -> Path:
 def load_spec(name: str, assignments: Iterable[str] = ()) -> SweepSpec:
     """Read a spec by path, or by the name of one that comes with the package; then set `key=value`s."""
     file = Path(name)
-    if not file.is_file():
+    if "/" not in name and not _is_file(file):
         file = sweeps_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    if not file.is_file() or (file.parent == sweeps_folder() and "/" in name):
+    if not _is_file(file):
         known = ", ".join(sorted(path.stem for path in sweeps_folder().glob("*.yaml")))
         raise SpecError("spec", repr(name), f"no such file, and no sweep of that name; known: {known}")
     try:
         values = read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, PermissionError) as error:
         raise SpecError("spec", repr(name), "not YAML: " + " ".join(str(error).split())) from None
     if not isinstance(values, dict):
         raise SpecError("spec", repr(name), "a spec is a YAML mapping of keys to values")
@@ -226,7 +265,16 @@ def load_spec(name: str, assignments: Iterable[str] = ()) -> SweepSpec:
 
 def as_assignments(settings: Mapping[str, Any]) -> list[str]:
     """`key=value` of every setting that is not None: what options have in common with --set."""
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if value is not None]
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items() if value is not None
+    ]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def with_assignments(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -243,8 +291,10 @@ def with_assignments(values: Mapping[str, Any], assignments: Iterable[str]) -> d
         section = result
         *parents, last = key.split(".")
         for parent in parents:
-            inner = section.get(parent)
-            section[parent] = dict(inner) if isinstance(inner, dict) else {}
+            inner = section.get(parent) or {}
+            if not isinstance(inner, dict):
+                raise SpecError(parent, repr(inner), f"is no section, so {key} cannot be set")
+            section[parent] = dict(inner)
             section = section[parent]
         section[last] = value
     return result

@@ -19,8 +19,9 @@ from rich.progress import (
 
 WIDTH = 100  # of tables where there is no terminal to ask
 
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-results = Console(highlight=False)
+# no markup: what is shown names folders, and a folder may be called "model[v2]"
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+results = Console(highlight=False, markup=False)
 if not results.is_terminal:
     results.width = WIDTH
 
@@ -29,7 +30,7 @@ if not results.is_terminal:
 def step(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
     """Show that something is under way; yields `update(done, total)`."""
     started = time.monotonic()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,
         TextColumn(unit),
@@ -40,7 +41,7 @@ def step(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
     ) as bars:
         task = bars.add_task(text, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
-    errors.print(f"  {text}  [dim]{time.monotonic() - started:.1f} s[/dim]")
+    errors.print(f"  {text}  {time.monotonic() - started:.1f} s", style="dim")
 
 
 def say(text: str) -> None:
@@ -48,4 +49,13 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    errors.print(f"[yellow]warning:[/yellow] {text}")
+    errors.print(f"warning: {text}", style="yellow")
+
+
+def size_text(count: float) -> str:
+    """Bytes as a person reads them: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

@@ -7,6 +7,7 @@ all: it is written beside its place and then renamed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -19,24 +20,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from mlprune.console import size_text
 from mlprune.errors import StorageError
 from mlprune.models.hollow import meta_model, quiet_transformers
 from mlprune.models.source import ModelSource
+from mlprune.store import check_place
 
 FILE_BYTES = 2 * 2**30  # of one weights file; a layer is never split
+NAME_BYTES = 255  # of a folder, on every common file system
 MARGIN_BYTES = 64 * 2**20  # tokenizer, configuration and what a file system takes for itself
 
 
 def check_output(output: Path, weight_bytes: int) -> None:
     """Raise StorageError unless a checkpoint of `weight_bytes` can be written to the new folder `output`."""
-    if output.exists():
+    if len(os.fsencode(output.name)) > NAME_BYTES:
+        raise StorageError("--output", repr(str(output)), "the name is too long; name another folder")
+    check_place(output.parent, "--output", output)
+    if os.path.lexists(output):
         raise StorageError("--output", repr(str(output)), "exists already; name a new folder")
     place = output.absolute().parent
     while not place.exists():
         place = place.parent
     free, need = shutil.disk_usage(place).free, weight_bytes + MARGIN_BYTES
     if free < need:
-        remedy = f"the checkpoint takes {need / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; make room"
+        remedy = f"the checkpoint takes {size_text(need)} and {size_text(free)} are free; make room"
         raise StorageError("--output", repr(str(output)), remedy)
 
 
@@ -68,10 +75,9 @@ def write_checkpoint(
 @contextmanager
 def _appearing_whole(output: Path) -> Iterator[Path]:
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
+    partial = output.with_name(f".mlprune-{uuid.uuid4().hex}")
     try:
+        partial.mkdir(parents=True)
         yield partial
         partial.rename(output)
     except OSError as error:

@@ -1,8 +1,12 @@
 """Language codes and their English names (ISO 639, through langcodes)."""
 
+import re
+
 import langcodes
 
 from mlprune.errors import SpecError
+
+NOT_ONE_LANGUAGE = ("mis", "mul", "und", "zxx")  # uncoded, multiple, undetermined, none; qaa-qtz: private use
 
 
 def name_of(code: str, key: str = "language") -> str:
@@ -10,7 +14,7 @@ def name_of(code: str, key: str = "language") -> str:
 
     Raises SpecError, naming `key`, when no language has the code.
     """
-    if code.isalpha() and code.islower() and len(code) in (2, 3):
+    if re.fullmatch("[a-z]{2,3}", code) and code not in NOT_ONE_LANGUAGE and not "qaa" <= code <= "qtz":
         language = langcodes.get(code)
         if language.is_valid():
             return str(language.display_name())

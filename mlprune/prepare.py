@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ import torch
 
 from mlprune.config import SearchSpec, SweepSpec
 from mlprune.console import step, warn
-from mlprune.data.calibration import CalibrationSet, EvaluationSet, calibration_set, evaluation_set
+from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet, calibration_set, evaluation_set
 from mlprune.data.corpora import open_corpus
-from mlprune.errors import SpecError
+from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
 from mlprune.pruning.scores import score_named
@@ -33,7 +34,7 @@ from mlprune.shards.planner import (
     shard_memory,
 )
 from mlprune.shards.worker import Recipe, ShardWorker
-from mlprune.store import MomentStore, ResultStore
+from mlprune.store import MomentStore, ResultStore, check_place
 from mlprune.variants import Calibration, Demonstration, Pattern, Variant
 
 
@@ -73,9 +74,14 @@ class Prepared:
     shape: ModelShape
     spans: tuple[Span, ...]
     memory: tuple[ShardMemory, ...]
-    fingerprint: str
     sets: dict[str, CalibrationSet]  # by demonstration
     evaluation: EvaluationSet | None  # None where nothing is evaluated
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the model's content. Made when first asked for, after all that can be checked without it."""
+        with step("fingerprint of the model"):
+            return self.source.fingerprint()
 
     def store(self) -> MomentStore:
         return MomentStore(self.spec.storage_folder / "moments", self.fingerprint, str(self.shape.dtype))
@@ -107,6 +113,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     `evaluate` False: nothing will be evaluated, so the corpus need not have the evaluation's languages.
     """
     variants = list(variants)
+    check_place(spec.storage_folder, "storage", spec.storage)
     source = find_model(
         spec.model.path,
         revision=spec.model.revision,
@@ -118,15 +125,12 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     shape = model_shape(config, source.dtype(spec.model.dtype), source.name)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(shape, Pattern.parse(pattern), "search.pattern")
-    _check_positions(spec, shape)
     shards = auto_shards(len(shape.layers)) if spec.pipeline.shards == "auto" else spec.pipeline.shards
     spans = cut(shape, shards)
     sets, evaluation = _text(spec, variants, source, shape, evaluate)
     memory = _memory(shape, spans, sets.values(), evaluation)
     check_memory(memory, source.name)
-    with step("fingerprint of the model"):
-        fingerprint = source.fingerprint()
-    return Prepared(spec, source, shape, spans, memory, fingerprint, sets, evaluation)
+    return Prepared(spec, source, shape, spans, memory, sets, evaluation)
 
 
 def _text(
@@ -139,6 +143,8 @@ def _text(
     needed += asked.languages if evaluate else ()
     if not needed:
         return {}, None
+    if demonstrations:
+        _check_positions(spec, shape)
     corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(needed))
     tokenizer = source.tokenizer()
     sets = {
@@ -154,17 +160,26 @@ def _text(
         )
         for part in demonstrations
     }
-    if not evaluate:
-        return sets, None
-    evaluation = evaluation_set(
-        corpus,
-        asked.languages,
-        tokenizer,
-        lines=asked.lines,
-        max_positions=shape.positions,
-        pad_free=shape.has_experts,
-    )
+    evaluation = None
+    if evaluate:
+        evaluation = evaluation_set(
+            corpus,
+            asked.languages,
+            tokenizer,
+            lines=asked.lines,
+            max_positions=shape.positions,
+            pad_free=shape.has_experts,
+        )
+    passes = [made.batches for made in sets.values()] + ([evaluation.batches] if evaluation else [])
+    _check_vocabulary(source, shape, (batch for batches in passes for batch in batches))
     return sets, evaluation
+
+
+def _check_vocabulary(source: ModelSource, shape: ModelShape, batches: Iterable[Batch]) -> None:
+    largest = max(int(batch.input_ids.max()) for batch in batches)
+    if largest >= shape.vocabulary:
+        remedy = f"its tokenizer makes token {largest}, its embedding has {shape.vocabulary}: not a pair"
+        raise ModelError("model.path", repr(source.name), remedy)
 
 
 def _memory(

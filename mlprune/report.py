@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mlprune.config import DEFAULT_STORAGE
 from mlprune.console import results as out
+from mlprune.console import size_text
 from mlprune.languages import name_of
 from mlprune.store import Result
 from mlprune.sweep import SweepOutcome, SweepPlan
@@ -26,21 +27,13 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
-
-
 # the plan
 
 
 def show_plan(plan: SweepPlan) -> None:
     """What a dry run prints: trials, passes, memory and disk."""
     prepared, spec = plan.prepared, plan.prepared.spec
-    out.print(f"[bold]{spec.name}[/bold]: {spec.model.path}, {len(prepared.shape.layers)} layers", highlight=False)
+    out.print(f"{spec.name}: {spec.model.path}, {len(prepared.shape.layers)} layers", style="bold")
     trials = _table(f"{len(plan.variants)} trials and the dense model", "trial", "finished before")
     finished = {result.variant for result in plan.finished}
     for variant in plan.variants:
@@ -51,7 +44,7 @@ def show_plan(plan: SweepPlan) -> None:
         passes.add_row(kind, str(count))
     out.print(passes)
     out.print(_memory_table(plan))
-    out.print(f"disk: {_size(plan.disk)} in {spec.storage_folder}")
+    out.print(f"disk: {size_text(plan.disk)} in {spec.storage_folder}")
 
 
 def _memory_table(plan: SweepPlan) -> Table:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mlprune.errors import StorageError
 from mlprune.pruning.moments import Moments
 from mlprune.variants import Variant
 
@@ -57,9 +58,10 @@ class MomentStore:
                 metadata = opened.metadata()
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             tokens = json.loads(metadata["tokens"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            intact = metadata["sha256"] == _checksum(tensors, tokens)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptMomentsError(str(file)) from error
-        if metadata.get("sha256") != _checksum(tensors, tokens):
+        if not intact:
             raise CorruptMomentsError(str(file))
         return {name: Moments(tokens[name], tensor) for name, tensor in tensors.items()}
 
@@ -98,9 +100,23 @@ class ResultStore:
 def _checksum(tensors: Mapping[str, Tensor], tokens: Mapping[str, int]) -> str:
     digest = hashlib.sha256(json.dumps(dict(sorted(tokens.items()))).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_place(folder: Path, key: str, value: object) -> None:
+    """Raise StorageError unless `folder` is one, or can be made, and can be written to."""
+    place = folder.absolute()
+    try:
+        while not os.path.lexists(place):
+            place = place.parent
+    except OSError as error:  # a name that is too long, say
+        raise StorageError(key, repr(str(value)), f"no such folder can be made: {error.strerror}") from None
+    if not place.is_dir():
+        raise StorageError(key, repr(str(value)), f"{place} is no folder; name another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(key, repr(str(value)), f"{place} cannot be written to; name another place")
 
 
 def write_whole(file: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ from mlprune.prepare import Prepared, gather, open_ray_pipeline, parts_of, prepa
 from mlprune.shards.actors import TRIAL_SLOT
 from mlprune.shards.pipeline import Pipeline
 from mlprune.store import Result
-from mlprune.tracking import SweepTracker
+from mlprune.tracking import SweepTracker, check_tracking
 from mlprune.trial import run_dense, tune_trial
 from mlprune.variants import Variant
 
@@ -80,6 +80,7 @@ def plan_sweep(spec: SweepSpec) -> SweepPlan:
     """Check everything and lay out the work. Raises UserError for the first mistake."""
     variants = chosen_variants(spec.search, spec.calibration.seed)
     prepared = prepare(spec, variants)
+    check_tracking(spec.tracking_uri)
     store = prepared.results()
     found = [store.load(prepared.result_key(variant)) for variant in variants]
     return SweepPlan(prepared, variants, tuple(result for result in found if result is not None))
@@ -121,7 +122,9 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
         spec.key,
         spec.name,
     )
-    tracker.log_sweep(_sweep_params(prepared), {"spec.yaml": spec.yaml(), "environment.txt": _environment()})
+    tracker.log_sweep(
+        _sweep_params(prepared), {"spec.yaml": spec.anchored().yaml(), "environment.txt": _environment()}
+    )
     try:
         dense, results, failed = _all_trials(plan, tracker)
     except BaseException:

@@ -8,35 +8,64 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from mlprune.errors import SpecError
-from mlprune.store import Result
+from mlprune.store import Result, check_place
 from mlprune.variants import Variant
 
+SQLITE = "sqlite:///"
 SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "mlprune.sweep", "mlprune.trial", "mlflow.parentRunId"
 
 
 def client_of(uri: str) -> MlflowClient:
     """A client of the tracking server or database at `uri`, its tables made. Raises SpecError if it is none."""
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
+        if uri.startswith(SQLITE):
+            Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        with _one_attempt():
+            client.search_experiments(max_results=1)
+    except (MlflowException, OSError, SQLAlchemyError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0][:160]
         raise SpecError("tracking.uri", repr(uri), f"MLflow does not answer there: {reason}") from None
     return client
+
+
+@contextmanager
+def _one_attempt() -> Iterator[None]:
+    """MLflow tries a server that is not there for four minutes; who mistyped its address should know at once."""
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    given = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def check_tracking(uri: str) -> None:
+    """Raise SpecError or StorageError where `client_of` would fail; makes nothing."""
+    file = Path(uri.removeprefix(SQLITE))
+    if uri.startswith(SQLITE) and not file.exists():
+        check_place(file.parent, "tracking.uri", uri)
+    else:
+        client_of(uri)
 
 
 class SweepTracker:
@@ -123,7 +152,7 @@ def trial_params(variant: Variant | None) -> dict[str, str]:
     return {
         "calibration": variant.calibration or "none",
         "score": variant.score,
-        "sparsity": f"{variant.sparsity:g}",
+        "sparsity": repr(variant.sparsity),
         "pattern": variant.pattern,
         "propagation": variant.propagation,
     }
@@ -140,8 +169,10 @@ def recall_trial(uri: str, run_id: str) -> tuple[str, dict[str, str]]:
     parent = run.data.tags.get(PARENT_TAG)
     if TRIAL_TAG not in run.data.tags or parent is None:
         raise SpecError("--run", repr(run_id), "not the run of a trial of mlprune; give a nested run's id")
-    return _read_text(client, parent, "spec.yaml"), dict(run.data.params)
-
-
-def _read_text(client: Any, run_id: str, file: str) -> str:
-    return Path(client.download_artifacts(run_id, file)).read_text(encoding="utf-8")
+    if run.data.params["score"] == trial_params(None)["score"]:
+        raise SpecError("--run", repr(run_id), "is the dense model's run; choose a trial's")
+    try:
+        text = Path(client.download_artifacts(parent, "spec.yaml")).read_text(encoding="utf-8")
+    except (MlflowException, OSError):
+        raise SpecError("--run", repr(run_id), f"the artifact spec.yaml of its parent {parent} is gone") from None
+    return text, dict(run.data.params)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from mlprune.errors import SpecError
@@ -29,9 +30,9 @@ class Demonstration:
 
     @classmethod
     def parse(cls, text: str, key: str = "calibration") -> "Demonstration":
-        kind, _, rest = text.partition(":")
+        kind, colon, rest = text.partition(":")
         languages = tuple(rest.split("-"))
-        if len(languages) != LANGUAGES_OF_KIND.get(kind):
+        if not colon or len(languages) != LANGUAGES_OF_KIND.get(kind):
             raise SpecError(key, repr(text), "write mono:fr, translation:en-fr or mix:KIND=WEIGHT,...")
         for code in languages:
             name_of(code, key)
@@ -42,14 +43,17 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One demonstration, or a mixture of several: each counts for its weight; the weights sum to 1."""
+    """One demonstration, or a mixture of several: each counts for its weight; the weights sum to 1.
+
+    A mixture's parts are kept in one order, so that it is the same trial however it was written.
+    """
 
     parts: tuple[tuple[Demonstration, Fraction], ...]
 
     def __str__(self) -> str:
         if len(self.parts) == 1:
             return str(self.parts[0][0])
-        return "mix:" + ",".join(f"{part}={float(weight):g}" for part, weight in self.parts)
+        return "mix:" + ",".join(f"{part}={_decimal(weight)}" for part, weight in self.parts)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -62,15 +66,20 @@ class Calibration:
         parts = []
         for item in text.removeprefix("mix:").split(","):
             demonstration, _, weight = item.partition("=")
-            if not re.fullmatch(r"\d*\.?\d+", weight) or Fraction(weight) == 0:
-                raise SpecError(key, repr(text), f"the weight of {demonstration!r} must be a number above 0")
+            if not re.fullmatch(r"\d?\.?\d{1,12}", weight) or Fraction(weight) == 0:
+                raise SpecError(key, repr(text), f"the weight of {demonstration!r} must be a number in (0, 1]")
             parts.append((Demonstration.parse(demonstration, key), Fraction(weight)))
         if len({part for part, _ in parts}) < len(parts):
             raise SpecError(key, repr(text), "name each part of a mixture once")
         total = sum((weight for _, weight in parts), Fraction(0))
         if abs(total - 1) > Fraction(1, 1000):  # thirds are written 0.333
             raise SpecError(key, repr(text), f"the weights sum to {float(total):g}; they must sum to 1")
-        return cls(tuple(parts))
+        return cls(tuple(sorted(parts, key=lambda part: str(part[0]))))
+
+
+def _decimal(weight: Fraction) -> str:
+    """The weight as the decimal that it was written as, to the last digit."""
+    return format((Decimal(weight.numerator) / Decimal(weight.denominator)).normalize(), "f")
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """A name that a person can read: `wanda 50% translation:en-fr`."""
+        """A name that a person can read: `wanda 0.5 translation:en-fr`."""
         shape = f"{self.sparsity:.4g}" if self.pattern == "unstructured" else self.pattern
         parts = [self.score, shape, self.calibration or ""]
         return " ".join(filter(None, [*parts, "sequential" if self.propagation == "sequential" else ""]))

@@ -62,10 +62,10 @@ def choose_run(
     here = load_spec("quickstart", assignments)  # for the storage and the tracking that were set
     text, params = recall_trial(here.tracking_uri, run_id)
     values = with_assignments(read_yaml(text), [*as_assignments(settings), *assignments])
-    search = {name: [params[name]] for name in ("score", "pattern", "propagation")}
+    search: dict[str, Any] = {name: [params[name]] for name in ("score", "pattern", "propagation")}
     search |= {
         "calibration": [] if params["calibration"] == "none" else [params["calibration"]],
-        "sparsity": [params["sparsity"]],
+        "sparsity": [float(params["sparsity"])],
     }
     spec = spec_from(values | {"search": search})
     return spec, _only_variant(spec)

@@ -80,25 +80,25 @@ def test_an_unknown_key_is_answered_with_a_near_one(assignment: str, line: str) 
 
 # assignment -> key, value and a word of the remedy
 BAD = {
-    "name=a b": ("name", "'a b'", "must match pattern"),
-    "name=../x": ("name", "'../x'", "must match pattern"),
+    "name=a b": ("name", "'a b'", "must be of letters"),
+    "name=../x": ("name", "'../x'", "must be of letters"),
     "model=3": ("model", "3", ""),
-    "model.path=3": ("model.path", "3", "string"),
+    "model.path=3": ("model.path", "3", "text"),
     "model.dtype=int8": ("model.dtype", "'int8'", "'auto', 'float32', 'bfloat16' or 'float16'"),
-    "pipeline.shards=0": ("pipeline.shards", "0", "greater than or equal to 1"),
-    "pipeline.shards=many": ("pipeline.shards", "'many'", "integer"),
-    "pipeline.shards=2.5": ("pipeline.shards", "2.5", "integer"),
+    "pipeline.shards=0": ("pipeline.shards", "0", "a number from 1"),
+    "pipeline.shards=many": ("pipeline.shards", "'many'", "or auto"),
+    "pipeline.shards=2.5": ("pipeline.shards", "2.5", "or auto"),
     "pipeline.residency=disk": ("pipeline.residency", "'disk'", "'auto' or 'resident'"),
     "calibration.samples=0": ("calibration.samples", "0", "greater than or equal to 1"),
     "calibration.shots=0": ("calibration.shots", "0", "greater than or equal to 1"),
     "calibration.max_tokens=1": ("calibration.max_tokens", "1", "greater than or equal to 2"),
     "calibration.seed=x": ("calibration.seed", "'x'", "integer"),
     "search=null": ("search", "None", ""),
-    "search.score=[]": ("search.score", "[]", "at least 1"),
-    "search.sparsity=[]": ("search.sparsity", "[]", "at least 1"),
+    "search.score=[]": ("search.score", "[]", "must not be empty"),
+    "search.sparsity=[]": ("search.sparsity", "[]", "must not be empty"),
     "search.sparsity=[0.5, 1.0]": ("search.sparsity[1]", "1.0", "sparsity must be in [0, 1)"),
     "search.sparsity=[-0.1]": ("search.sparsity[0]", "-0.1", "sparsity must be in [0, 1)"),
-    "search.sparsity=[.nan]": ("search.sparsity[0]", "nan", "sparsity must be in [0, 1)"),
+    "search.sparsity=[.nan]": ("search.sparsity[0]", "'.nan'", "number"),
     "search.sparsity=[50%]": ("search.sparsity[0]", "'50%'", "number"),
     "search.calibration=[mono:en, 'mono:xx']": ("search.calibration[1]", "'xx'", "not an ISO 639 code"),
     "search.pattern=['2:4', '4:2']": ("search.pattern[1]", "'4:2'", "write unstructured, or n:m"),
@@ -106,10 +106,10 @@ BAD = {
     "search.searcher=optuna": ("search.samples", "None", "write samples: 20"),
     "search.objective=best": ("search.objective", "'best'", "'mean' or 'worst'"),
     "evaluation.perplexity.languages=[en, xx]": ("evaluation.perplexity.languages[1]", "'xx'", "ISO 639"),
-    "evaluation.perplexity.languages=[]": ("evaluation.perplexity.languages", "[]", "at least 1"),
+    "evaluation.perplexity.languages=[]": ("evaluation.perplexity.languages", "[]", "must not be empty"),
     "evaluation.perplexity.lines=0": ("evaluation.perplexity.lines", "0", "greater than or equal to 1"),
-    "storage=null": ("storage", "None", "string"),
-    "tracking.uri=3": ("tracking.uri", "3", "string"),
+    "storage=null": ("storage", "None", "text"),
+    "tracking.uri=3": ("tracking.uri", "3", "text"),
 }
 
 
@@ -124,7 +124,6 @@ def test_a_bad_value_is_answered_with_key_value_and_remedy(assignment: str, answ
 @pytest.mark.parametrize(
     "assignment", ["search.sparsity=0.5", "search.score=wanda", "model=demo", "search.score=[]"]
 )
-@pytest.mark.xfail(strict=True, reason="pydantic's words: 'a valid tuple', 'dictionary or instance of ModelSpec'")
 def test_the_remedy_is_in_the_words_of_yaml(assignment: str) -> None:
     remedy = refused(assignment).remedy.lower()
     assert not any(word in remedy for word in ("tuple", "dictionary", "instance of", "validation"))
@@ -164,12 +163,7 @@ def test_set_of_a_value_that_is_no_yaml_is_answered() -> None:
     assert str(refused("name=[")) == "name: '[': the value is not YAML"
 
 
-@pytest.mark.parametrize("text", ["2024-13-45", "!!int x", "!!timestamp x", "!!bool x", "0b_"])
-@pytest.mark.xfail(
-    strict=True,
-    raises=(ValueError, KeyError, AttributeError),
-    reason="PyYAML's constructors raise what is no YAMLError; the commands end with a traceback",
-)
+@pytest.mark.parametrize("text", ["!!int x", "!!timestamp x", "!!bool x", "{a: 1, a: 2}", "[" * 3000])
 def test_a_value_that_yaml_cannot_construct_is_answered(text: str) -> None:
     refused(f"name={text}")
 
@@ -189,7 +183,6 @@ def test_norwegian_is_a_language_and_no_boolean() -> None:
     assert spec_from(read_yaml(made.yaml())) == made
 
 
-@pytest.mark.xfail(strict=True, reason="YAML 1.1 reads 2:4 as base 60: 124; only quoted patterns are understood")
 def test_a_pattern_needs_no_quotes() -> None:
     assert read_yaml("[unstructured, 2:4]") == ["unstructured", "2:4"]
     assert spec("search.pattern=[2:4]").search.pattern == ("2:4",)
@@ -219,7 +212,6 @@ def test_a_spec_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest
             load_spec(name)
 
 
-@pytest.mark.xfail(strict=True, reason="the guard against names with a slash also refuses a file that is there")
 def test_a_spec_of_the_package_is_found_by_its_whole_path() -> None:
     assert load_spec(str(config.sweeps_folder() / "quickstart.yaml")) == load_spec("quickstart")
 

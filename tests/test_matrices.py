@@ -179,7 +179,6 @@ def test_pads_count_for_nothing() -> None:
         assert moments.tokens == 4
 
 
-@pytest.mark.xfail(strict=True, reason="Observer reuses the sum of the last tensor though `keep` changed")
 def test_the_same_tensor_with_other_pads_is_summed_again() -> None:
     layer, hidden_TI = nn.Sequential(nn.Linear(WIDTH, 2)), torch.randn(4, WIDTH)
     with torch.no_grad(), Observer(layer) as observer:

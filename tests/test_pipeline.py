@@ -1,4 +1,4 @@
-"""One suite for both pipelines. Promise 1: the number of shards, and where they are, change nothing: to the bit."""
+"""One suite for both pipelines. Promise 1: how many shards there are, and where, changes no bit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

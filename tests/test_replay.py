@@ -1,5 +1,7 @@
 """Every supported family, in pieces, against Hugging Face's own whole forward: to the bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def whole_model(family: str) -> torch.nn.Module:
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source(family).folder, experts_implementation="eager")
-    return model.eval()
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model: torch.nn.Module = load(source(family).folder, experts_implementation="eager").eval()
+    return model
 
 
 def in_pieces(family: str, spans: list[Span], ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -29,12 +29,12 @@ GOOD = {
     "translation:fr-en": "translation:fr-en",
     "mix:mono:en=0.5,mono:fr=0.5": "mix:mono:en=0.5,mono:fr=0.5",
     "mix:mono:en=.25,translation:en-hi=0.750": "mix:mono:en=0.25,translation:en-hi=0.75",
-    "mix:mono:en=0.333,mono:fr=0.333,mono:de=0.333": "mix:mono:en=0.333,mono:fr=0.333,mono:de=0.333",
+    "mix:mono:fr=0.333,mono:en=0.333,mono:de=0.333": "mix:mono:de=0.333,mono:en=0.333,mono:fr=0.333",
     "mix:mono:en=1": "mono:en",
 }
 BAD = {
     "": FORMS,
-    "mono": NO_CODE,
+    "mono": FORMS,
     "mono:": NO_CODE,
     "mono:en-fr": FORMS,
     "Mono:en": FORMS,
@@ -48,15 +48,15 @@ BAD = {
     "mono:xx": NO_CODE,
     "mono:french": NO_CODE,
     "mono:e1": NO_CODE,
-    "mix:": "the weight of '' must be a number above 0",
-    "mix:mono:en": "the weight of 'mono:en' must be a number above 0",
-    "mix:mono:en=": "the weight of 'mono:en' must be a number above 0",
-    "mix:mono:en=0,mono:fr=1": "the weight of 'mono:en' must be a number above 0",
-    "mix:mono:en=-1,mono:fr=2": "the weight of 'mono:en' must be a number above 0",
-    "mix:mono:en=1/2,mono:fr=1/2": "the weight of 'mono:en' must be a number above 0",
-    "mix:mono:en=1e-1,mono:fr=0.9": "the weight of 'mono:en' must be a number above 0",
-    "mix:mono:en=nan,mono:fr=1": "the weight of 'mono:en' must be a number above 0",
-    "mix:mono:en=0.5,mono:fr=0.5,": "the weight of '' must be a number above 0",
+    "mix:": "the weight of '' must be a number in (0, 1]",
+    "mix:mono:en": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:mono:en=": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:mono:en=0,mono:fr=1": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:mono:en=-1,mono:fr=2": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:mono:en=1/2,mono:fr=1/2": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:mono:en=1e-1,mono:fr=0.9": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:mono:en=nan,mono:fr=1": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:mono:en=0.5,mono:fr=0.5,": "the weight of '' must be a number in (0, 1]",
     "mix:mono:en=0.5,mono:fr=0.4": "the weights sum to 0.9; they must sum to 1",
     "mix:mono:en=0.5,mono:fr=0.502": "the weights sum to 1.002; they must sum to 1",
     "mix:mono:en=0.5,mono:en=0.5": "name each part of a mixture once",
@@ -86,11 +86,12 @@ def test_a_calibration_that_cannot_be_is_answered(text: str, remedy: str) -> Non
     assert remedy in line_of(caught)
 
 
-def test_the_parts_of_a_mixture_are_exact_and_in_order() -> None:
+def test_the_parts_of_a_mixture_are_exact_and_in_one_order() -> None:
     calibration = Calibration.parse("mix:translation:en-fr=0.1,mono:fr=0.9")
-    parts = ((Demonstration("translation", ("en", "fr")), Fraction(1, 10)),)
-    assert calibration.parts == (*parts, (Demonstration("mono", ("fr",)), Fraction(9, 10)))
-    assert calibration.languages == ("en", "fr")
+    mono, translation = Demonstration("mono", ("fr",)), Demonstration("translation", ("en", "fr"))
+    assert calibration.parts == ((mono, Fraction(9, 10)), (translation, Fraction(1, 10)))
+    assert calibration == Calibration.parse("mix:mono:fr=0.9,translation:en-fr=0.1")
+    assert calibration.languages == ("fr", "en")
     assert Calibration.parse("mono:hi").parts == ((Demonstration("mono", ("hi",)), Fraction(1)),)
 
 
@@ -103,7 +104,9 @@ def test_weights_of_three_digits_survive_writing(shares: list[int]) -> None:
     items = zip(("en", "fr", "de"), weights, strict=False)
     text = "mix:" + ",".join(f"mono:{code}={float(weight)}" for code, weight in items)
     calibration = Calibration.parse(text)
-    assert [weight for _, weight in calibration.parts] == weights
+    assert {part.languages[0]: weight for part, weight in calibration.parts} == dict(
+        zip(("en", "fr", "de"), weights, strict=False)
+    )
     assert Calibration.parse(str(calibration)) == calibration
 
 
@@ -111,7 +114,6 @@ FINE = ["mix:mono:en=0.1234567,mono:fr=0.8765433", "mix:mono:en=0.99999,mono:fr=
 
 
 @pytest.mark.parametrize("text", FINE)
-@pytest.mark.xfail(strict=True, reason="Calibration.__str__ writes %g: six digits, and 1e-05, which parse refuses")
 def test_weights_of_many_digits_survive_writing(text: str) -> None:
     calibration = Calibration.parse(text)
     assert Calibration.parse(str(calibration)) == calibration
@@ -155,16 +157,12 @@ def test_languages_have_english_names(code: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["éé", "ａｂ"])
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="langcodes raises LanguageTagError for non-ASCII letters"
-)
 def test_letters_that_are_no_ascii_are_answered(code: str) -> None:
     with pytest.raises(SpecError, match="not an ISO 639 code"):
         name_of(code)
 
 
 @pytest.mark.parametrize("code", ["und", "mul", "zxx", "qaa"])
-@pytest.mark.xfail(strict=True, reason="langcodes calls a code for no language valid: 'Unknown language: <line>'")
 def test_codes_of_no_language_are_refused(code: str) -> None:
     with pytest.raises(SpecError, match="not an ISO 639 code"):
         name_of(code)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mlprune import export
+from mlprune.errors import StorageError
 from mlprune.evaluation.perplexity import evaluate, metrics
 from mlprune.models.hollow import quiet_transformers
 from mlprune.prepare import gather, make_masks
@@ -116,6 +117,6 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(export, "save_file", fails)
     spec = ready(tmp_path / "store").spec
-    with pytest.raises(export.StorageError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         prune(spec, WANDA, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

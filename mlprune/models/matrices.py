@@ -82,7 +82,7 @@ class Observer:
         self.keep: Tensor | None = None
         self.moments: dict[str, Moments] = {}
         self._handles: list[RemovableHandle] = []
-        self._last: tuple[Tensor, Moments] | None = None
+        self._last: tuple[Tensor, Tensor | None, Moments] | None = None
 
     def __enter__(self) -> Observer:
         for name, module in self.layer.named_modules():
@@ -104,12 +104,12 @@ class Observer:
 
     def _see(self, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # q, k and v, or gate and up, are given the same tensor: it is summed once
-        if self._last is None or self._last[0] is not args[0]:
+        if self._last is None or self._last[0] is not args[0] or self._last[1] is not self.keep:
             input_TI = args[0].reshape(-1, args[0].shape[-1])
             if self.keep is not None:
                 input_TI = input_TI[self.keep]
-            self._last = (args[0], Moments.of(input_TI))
-        self._add(name, self._last[1])
+            self._last = (args[0], self.keep, Moments.of(input_TI))
+        self._add(name, self._last[2])
 
     def _see_routed(self, module_name: str, part: str, expert: int, input_TI: Tensor) -> None:
         assert self.keep is None, "models with experts are given batches without pads: a pad would be routed"

@@ -68,7 +68,10 @@ class ModelSource:
         for name in (*SAFE_WEIGHTS, *(PICKLED_WEIGHTS if self.allow_pickle else ())):
             path = self.folder / name
             if path.is_file():
-                return self._files_of_index(path) if name.endswith(".json") else [path]
+                files = self._files_of_index(path) if name.endswith(".json") else [path]
+                for file in files:
+                    self._check_whole(file)
+                return files
         if any((self.folder / name).is_file() for name in PICKLED_WEIGHTS):
             remedy = "its weights are pickled, and a pickle can carry code: convert it to safetensors, or set "
             raise self._error(remedy + "model.allow_pickle=true if you trust it")
@@ -97,6 +100,21 @@ class ModelSource:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise self._error(f"{index.name} names {absent[0]}{more}, not in {self.folder}: fetch it again")
         return [self.folder / name for name in names]
+
+    def _check_whole(self, file: Path) -> None:
+        """A safetensors file says in its header how long it is: an interrupted download is known by that."""
+        if file.suffix != ".safetensors":
+            return
+        try:
+            with file.open("rb") as opened:
+                header_bytes = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(min(header_bytes, file.stat().st_size)))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            whole = file.stat().st_size == 8 + header_bytes + max(ends, default=0)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            whole = False
+        if not whole:
+            raise self._error(f"{file.name} is not a whole safetensors file: fetch it again")
 
     def _error(self, remedy: str) -> ModelError:
         return ModelError("model.path", self.name, remedy)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from mlprune.console import size_text
 from mlprune.data.calibration import MICRO_BATCH_TOKENS
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span, check_family, decoder_layers, layer_count, meta_model
@@ -29,7 +30,8 @@ class ModelShape:
     """What the planner knows of a model: sizes, and the input widths that an n:m pattern must divide."""
 
     layers: tuple[int, ...]  # bytes of each decoder layer
-    ends: tuple[int, int]  # bytes beside the layers of the first and the last shard
+    ends: tuple[int, int]  # bytes of the embedding, on the first shard, and of the head, on the last
+    tied: bool  # whether the two are the same weights
     pruned: int  # weights in matrices
     largest_layer: int  # weights in the matrices of the largest layer
     total: int  # bytes of the whole model, tied weights once
@@ -66,13 +68,14 @@ def model_shape(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mode
     return ModelShape(
         layers=tuple(in_layers),
         ends=(_bytes_of(model.get_input_embeddings(), dtype), head),
+        tied=model.get_input_embeddings().weight is model.get_output_embeddings().weight,
         pruned=sum(counts),
         largest_layer=max(counts),
         total=total,
         widths=widths,
         hidden=int(text.hidden_size),
         intermediate=max(widths.values()),
-        vocabulary=int(text.vocab_size),
+        vocabulary=len(model.get_input_embeddings().weight),
         positions=getattr(text, "max_position_embeddings", None),
         has_experts=any(has_experts(layer) for layer in layers),
         dtype=dtype,
@@ -97,8 +100,9 @@ def cut(shape: ModelShape, shards: int) -> tuple[Span, ...]:
     if not 1 <= shards <= count:
         raise SpecError("pipeline.shards", shards, f"the model has {count} layers; write 1 to {count}")
     sizes = list(shape.layers)
-    sizes[0] += shape.ends[0]
-    sizes[-1] += shape.ends[1]
+    if shards > 1:  # one shard holds all, in whatever way
+        sizes[0] += shape.ends[0]
+        sizes[-1] += shape.ends[1]
     starts = _starts(sizes, shards)
     return tuple(Span(a, b, count) for a, b in zip(starts, [*starts[1:], count], strict=True))
 
@@ -147,6 +151,8 @@ class ShardMemory:
 def shard_memory(shape: ModelShape, span: Span, tokens: int, sets: int, variants: int) -> ShardMemory:
     """The memory of `span`, with `tokens` in flight, `sets` calibration sets and `variants` alive at once."""
     ends = shape.ends[0] * span.is_first + shape.ends[1] * span.is_last
+    if shape.tied and span.is_first and span.is_last:
+        ends = shape.ends[0]
     share = (span.end - span.first) / span.count
     widths = sum(width for name, width in shape.widths.items() if int(name.split(".")[0]) in span.layers)
     return ShardMemory(
@@ -174,5 +180,5 @@ def check_memory(needs: Sequence[ShardMemory], name: str) -> None:
         have = psutil.virtual_memory().available
         need, where = sum(need.total for need in needs), "this machine's free memory"
     if need > have:
-        remedy = f"needs {need / 2**30:.1f} GiB of {have / 2**30:.1f} GiB, {where}; take more shards or bfloat16"
+        remedy = f"needs {size_text(need)} of {size_text(have)}, {where}; take more shards or bfloat16"
         raise ModelError("model.path", repr(name), remedy)
