@@ -44,6 +44,8 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             if json_file is not None:
                 _write_json(json_file, value)
+            if value.get("failed"):  # of a sweep's trials; the others are there
+                sys.exit(1)
 
     decorators = [
         click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the spec."),

@@ -8,6 +8,7 @@ pickles), so its state is scratch.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import random
@@ -131,7 +132,7 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
         tracker.finish_sweep("KILLED", {}, [])
         raise
     objective = f"bits_per_byte.{spec.search.objective}"
-    ranking = tuple(sorted(results, key=lambda result: result.metrics[objective]))
+    ranking = tuple(sorted(results, key=lambda result: _rank(result.metrics[objective])))
     if not ranking:
         tracker.finish_sweep("FAILED", {}, [])
         raise SweepError("no trial finished; " + "; ".join(f"{k}: {v}" for k, v in failed.items()))
@@ -142,6 +143,11 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
     tracker.finish_sweep("FAILED" if failed else "FINISHED", best, [picture])
     runs = {result.key: tracker.trial_run(result.key, result.variant) for result in (dense, *ranking)}
     return SweepOutcome(spec, dense, ranking, runs, tracker.parent_id, picture, failed)
+
+
+def _rank(value: float) -> tuple[bool, float]:
+    """Lower is better, and no number is worst: a model pruned to pieces may have no likelihood at all."""
+    return math.isnan(value), value
 
 
 def _sweep_params(prepared: Prepared) -> dict[str, object]:
@@ -197,6 +203,7 @@ def _tune(
     plan: SweepPlan, pipeline: Pipeline, tracker: SweepTracker, todo: Sequence[Variant]
 ) -> tuple[list[Result], dict[str, str]]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end a sweep as if it were finished
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints its panels whatever the verbosity
     from ray import tune
 

@@ -26,7 +26,12 @@ from mlprune.store import Result, check_place
 from mlprune.variants import Variant
 
 SQLITE = "sqlite:///"
-SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "mlprune.sweep", "mlprune.trial", "mlflow.parentRunId"
+SWEEP_TAG, TRIAL_TAG, CAUSE_TAG, PARENT_TAG = (
+    "mlprune.sweep",
+    "mlprune.trial",
+    "mlprune.cause",
+    "mlflow.parentRunId",
+)
 
 
 def client_of(uri: str) -> MlflowClient:
@@ -104,6 +109,8 @@ class SweepTracker:
         """The id of the trial's run, made if there is none."""
         if key not in self._trials:
             run = self._find(TRIAL_TAG, key, self.parent_id) or self._new_trial(key, variant)
+            if run.info.status != "FINISHED":  # of an earlier run of the sweep, that failed or was killed
+                self._client.update_run(run.info.run_id, "RUNNING")
             self._trials[key] = run.info.run_id
         return self._trials[key]
 
@@ -122,8 +129,11 @@ class SweepTracker:
     def finish_trial(self, result: Result) -> None:
         """Log a finished trial, unless its run says that it is."""
         run_id = self.trial_run(result.key, result.variant)
-        if self._client.get_run(run_id).info.status == "FINISHED":
+        run = self._client.get_run(run_id)
+        if run.info.status == "FINISHED":
             return
+        if CAUSE_TAG in run.data.tags:
+            self._client.delete_tag(run_id, CAUSE_TAG)
         self.log_trial(result.key, result.variant, result.metrics)
         if result.digest:
             self._client.set_tag(run_id, "mlprune.masks", result.digest)
@@ -131,7 +141,7 @@ class SweepTracker:
 
     def fail_trial(self, key: str, variant: Variant | None, cause: str) -> None:
         run_id = self.trial_run(key, variant)
-        self._client.set_tag(run_id, "mlprune.cause", cause[:5000])
+        self._client.set_tag(run_id, CAUSE_TAG, cause[:5000])
         self._client.set_terminated(run_id, "FAILED")
 
     def finish_sweep(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:

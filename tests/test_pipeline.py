@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
@@ -14,7 +15,7 @@ from mlprune.models.residency import Resident
 from mlprune.prepare import Prepared, gather, make_masks
 from mlprune.shards.pipeline import GATHER_CHUNKS, Pipeline, Pruned
 from mlprune.shards.worker import ShardWorker
-from tests.tiny_models import source
+from tests.tiny_models import config, save, source
 from tests.work import SEQUENTIAL, VARIANTS, WANDA, opened, ready
 
 FORMS = [(1, False), (2, False), (4, False), (1, True), (3, True)]
@@ -82,6 +83,32 @@ def test_shards_change_nothing_in_other_families(family: str, tmp_path: Path) ->
         with opened(prepared) as pipeline:
             outcomes.append(outcome(prepared, pipeline))
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_model_of_few_positions_is_scored(tmp_path: Path) -> None:
+    """Logits are made for 512 tokens at a time, which such a model has no positions for."""
+    likelihoods = []
+    for positions in (400, 2048):
+        model = save(config("opt", max_position_embeddings=2048), tmp_path / f"model-{positions}")
+        text = (model.folder / "config.json").read_text().replace("2048", str(positions))
+        if positions == 400:
+            shorten(model.folder, positions)
+        (model.folder / "config.json").write_text(text)
+        only_english = {"perplexity": {"languages": ["en"], "lines": 20}}
+        prepared = ready(tmp_path / str(positions), model, evaluation=only_english)
+        assert prepared.evaluation is not None
+        assert sum(batch.tokens for batch in prepared.evaluation.batches) > 2 * 400
+        with opened(prepared) as pipeline:
+            likelihoods.append(pipeline.likelihood(prepared.evaluation))
+    assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-6)
+
+
+def shorten(folder: Path, positions: int) -> None:
+    """Cut OPT's table of learned positions, which has two rows more than there are positions."""
+    file, key = folder / "model.safetensors", "model.decoder.embed_positions.weight"
+    weights = load_file(file)
+    weights[key] = weights[key][: positions + 2].clone()
+    save_file(weights, file, {"format": "pt"})
 
 
 def test_threads_change_nothing(expected: Outcome, tmp_path: Path) -> None:

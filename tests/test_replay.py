@@ -41,7 +41,7 @@ def in_pieces(family: str, spans: list[Span], ids_BT: Tensor, mask_BT: Tensor) -
             assert torch.equal(hidden, before), "a layer may not write to what it is given: it is run twice"
             hidden = after
     assert hidden is not None
-    return model.logits(ids_BT, mask_BT, hidden)
+    return model.logits(hidden)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
+from transformers import AutoModelForCausalLM
 
 from mlprune.config import spec_from
 from mlprune.sweep import chosen_variants
+from tests.tiny import tokenizer
 from tests.tiny_models import source
 
 # 2 calibrations x wanda x 2 sparsities x 2 propagations, and magnitude and random at 2 sparsities: once each
@@ -181,3 +183,46 @@ def test_random_samples_are_seeded_and_different() -> None:
     assert set(some) < set(whole)
     assert chosen_variants(drawn, seed=0) == some
     assert any(chosen_variants(drawn, seed=seed) != some for seed in (1, 2, 3))
+
+
+def overflowing(folder: Path) -> Path:
+    """A model whose activations are finite and whose sums of squares, in one layer, are not."""
+    model = AutoModelForCausalLM.from_pretrained(source().folder)
+    model.model.layers[1].mlp.up_proj.weight.data *= 1e21
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_trial_that_fails_ends_alone_and_says_why(tmp_path: Path) -> None:
+    model = overflowing(tmp_path / "model")
+    search = {"score": ["magnitude", "wanda"], "calibration": ["mono:en"], "propagation": ["dense"]}
+    out = tmp_path / "out.json"
+    args = ["--set", f"model.path={model}", "--json", str(out)]
+    assert start(str(spec(tmp_path, **search)), *args, cwd=tmp_path).wait(300) == 1
+    outcome = json.loads(out.read_text())
+    assert [result["variant"]["score"] for result in outcome["ranking"]] == ["magnitude", "magnitude"]
+    assert outcome["failed"].keys() == {"wanda 0.3 mono:en", "wanda 0.5 mono:en"}
+    assert all("layer 1, mlp.down_proj" in cause for cause in outcome["failed"].values())
+    failed = [run for run in runs(outcome) if run.info.status == "FAILED" and "mlprune.trial" in run.data.tags]
+    assert len(failed) == 2
+    assert all("mlp.down_proj" in run.data.tags["mlprune.cause"] for run in failed)
+    assert "failed     wanda 0.3 mono:en" in (tmp_path / "log.txt").read_text()
+
+
+def test_interrupted_is_not_finished(tmp_path: Path) -> None:
+    process = start(str(spec(tmp_path)), cwd=tmp_path)
+    results = tmp_path / "store" / "results"
+    deadline = time.monotonic() + 240
+    while len(list(results.glob("*.json"))) < 3:
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert "Aborted!" in log
+    assert "bits per byte of held-out lines" not in log
+    client = MlflowClient(f"sqlite:///{tmp_path}/store/mlflow.db")
+    parents = client.search_runs(["1"], "tags.`mlprune.sweep` != ''")
+    assert [run.info.status for run in parents] == ["KILLED"]

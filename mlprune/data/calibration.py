@@ -25,7 +25,7 @@ from mlprune.variants import Demonstration
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MICRO_BATCH_TOKENS = 2048  # pads included: what bounds the activations of a layer
+MICRO_BATCH_TOKENS = 1024  # pads included: what bounds the activations of a layer; smaller batches have fewer pads
 
 
 @dataclass(frozen=True, eq=False)

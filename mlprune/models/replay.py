@@ -60,6 +60,7 @@ class ReplayModel:
         self._model = load_hollow(source, span, dtype, device)
         config = self._model.config
         self._width = int(config.get_text_config().hidden_size)
+        self.positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.prefix, slots = decoder_layers(self._model, span.count)
         self.layers = {index: slots[index] for index in span.layers}
         for layer in self.layers.values():
@@ -85,26 +86,28 @@ class ReplayModel:
         result: Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
 
-    def logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
-        """Norm, head and whatever the family does after it, of what left the last layer: [B, T, V]."""
+    def logits(self, hidden_BTH: Tensor) -> Tensor:
+        """Norm, head and whatever the family does after it, of what left the last layer: [B, T, V].
+
+        All of it is done token by token, so the tokens may be of any rows, at any positions.
+        """
         self._recorders[-1].instead = hidden_BTH
+        mask_BT = torch.ones(hidden_BTH.shape[:2], dtype=torch.long, device=self.device)
         try:
-            inputs = self._inputs(input_ids_BT, attention_mask_BT)
+            inputs = {"inputs_embeds": torch.zeros_like(hidden_BTH), "attention_mask": mask_BT}
             logits: Tensor = self._model(**inputs, use_cache=False).logits
         finally:
             self._forget()
         return logits
 
     def _inputs(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
-        mask = attention_mask_BT.to(self.device)
+        mask_BT = attention_mask_BT.to(self.device)
         if self.span.is_first:
-            return {"input_ids": input_ids_BT.to(self.device), "attention_mask": mask}
+            return {"input_ids": input_ids_BT.to(self.device), "attention_mask": mask_BT}
         # the embedding is not here, and what it would give is not used
         shape = (*input_ids_BT.shape, self._width)
-        return {
-            "inputs_embeds": torch.zeros(shape, dtype=self.dtype, device=self.device),
-            "attention_mask": mask,
-        }
+        zeros_BTH = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return {"inputs_embeds": zeros_BTH, "attention_mask": mask_BT}
 
     def _forget(self) -> None:
         for recorder in self._recorders:
