@@ -28,7 +28,7 @@ from mlprune.shards.actors import TRIAL_SLOT
 from mlprune.shards.pipeline import Pipeline
 from mlprune.store import Result
 from mlprune.tracking import SweepTracker, check_tracking
-from mlprune.trial import run_dense, tune_trial
+from mlprune.trial import run_dense, tune_trial, unseen_note
 from mlprune.variants import Variant
 
 PACKAGES = ("mlprune", "torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy")
@@ -195,6 +195,9 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Re
         new, failed = _tune(plan, pipeline, tracker, todo)
     for label, cause in failed.items():
         warn(f"{label} failed: {cause}")
+    for result in new:
+        if result.unseen and result.variant:
+            warn(f"{result.variant.label}: {unseen_note(result.unseen)}")
     ours = {result.key: result for result in (*plan.finished, *new)}
     return dense, list(ours.values()), failed
 

@@ -33,6 +33,14 @@ def run_trial(
     return Result(prepared.result_key(variant), variant, so_far, pruned.digest, pruned.unseen)
 
 
+def unseen_note(unseen: tuple[str, ...]) -> str:
+    """What to tell of experts' matrices that were pruned blind."""
+    return (
+        f"no calibration token reached {len(unseen)} expert matrices ({unseen[0]}, ...): scored by |W| alone; "
+        "raise calibration.samples"
+    )
+
+
 def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None = None) -> Result:
     """The baseline: the dense model, evaluated in the same way."""
     assert prepared.evaluation is not None

@@ -15,7 +15,7 @@ from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
 from mlprune.pruning.scores import score_named
 from mlprune.shards.pipeline import Pruned
 from mlprune.tracking import recall_trial
-from mlprune.trial import run_dense
+from mlprune.trial import run_dense, unseen_note
 from mlprune.variants import Calibration, Pattern, Variant
 
 
@@ -97,13 +97,6 @@ def prune(spec: SweepSpec, variant: Variant, output: Path) -> dict[str, Any]:
                 lambda done: progress(done, pieces),
             )
     return manifest
-
-
-def unseen_note(unseen: tuple[str, ...]) -> str:
-    return (
-        f"no calibration token reached {len(unseen)} expert matrices ({unseen[0]}, ...): scored by |W| alone; "
-        "raise calibration.samples"
-    )
 
 
 def _manifest(prepared: Prepared, variant: Variant, pruned: Pruned) -> dict[str, Any]:

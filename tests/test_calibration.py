@@ -167,12 +167,10 @@ def test_batches_hold_every_row_once_and_nothing_but_its_tokens(pad_free: bool) 
 
 
 def test_batches_are_filled_up_to_the_limit() -> None:
-    made = calibrated(samples=60, max_tokens=64)
-    assert [len(batch.rows) for batch in made.batches] == [
-        MICRO_BATCH_TOKENS // 64,
-        60 - MICRO_BATCH_TOKENS // 64,
-    ]
-    assert [row for batch in made.batches for row in batch.rows] == list(range(60))  # a tie keeps its order
+    full = MICRO_BATCH_TOKENS // 64
+    made = calibrated(samples=2 * full + 3, max_tokens=64)
+    assert [len(batch.rows) for batch in made.batches] == [full, full, 3]
+    assert [row for batch in made.batches for row in batch.rows] == list(range(2 * full + 3))  # ties in order
     long = calibrated(samples=2, shots=60, max_tokens=MICRO_BATCH_TOKENS + 1)
     assert [batch.lengths for batch in long.batches] == [(MICRO_BATCH_TOKENS + 1,)] * 2
 
