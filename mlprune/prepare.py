@@ -34,7 +34,7 @@ from mlprune.shards.planner import (
     shard_memory,
 )
 from mlprune.shards.worker import Recipe, ShardWorker
-from mlprune.store import MomentStore, ResultStore, check_place
+from mlprune.store import FORMAT, MomentStore, ResultStore, check_place
 from mlprune.variants import Calibration, Demonstration, Pattern, Variant
 
 
@@ -99,7 +99,7 @@ class Prepared:
     def result_key(self, variant: Variant | None) -> str:
         """A content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
         assert self.evaluation is not None
-        content = [self.fingerprint, str(self.shape.dtype), self.evaluation.key]
+        content = [FORMAT, self.fingerprint, str(self.shape.dtype), self.evaluation.key]
         if variant is not None:
             recipe = self.recipe(variant)
             content += [variant.key, *(f"{key}={share}" for key, share in recipe.parts)]

@@ -24,7 +24,7 @@ from mlprune.errors import StorageError
 from mlprune.pruning.moments import Moments
 from mlprune.variants import Variant
 
-FORMAT = "1"
+FORMAT = "1"  # another one, and nothing that an older version computed is taken for the same
 
 
 class CorruptMomentsError(Exception):

@@ -1,4 +1,4 @@
-"""A sweep: the grid of variants, run as trials that talk to one pipeline, to a ranking. Ray Tune runs it.
+"""A sweep: the grid of variants, run as trials that talk to one pipeline, to a ranking.
 
 What has finished is known by its result file, named by a content hash: a sweep that was killed and is started
 again runs only what is missing. Ray Tune's own snapshots are not used for that (they lag behind, and are
@@ -7,28 +7,23 @@ pickles), so its state is scratch.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import platform
 import random
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from mlprune.analysis.pictures import draw_sweep
 from mlprune.config import SearchSpec, SweepSpec
 from mlprune.console import say, step, warn
 from mlprune.errors import SweepError
-from mlprune.prepare import Prepared, gather, open_ray_pipeline, parts_of, prepare, variant_of, variants_of
-from mlprune.shards.actors import TRIAL_SLOT
-from mlprune.shards.pipeline import Pipeline
+from mlprune.prepare import Prepared, gather, open_ray_pipeline, parts_of, prepare, variants_of
 from mlprune.store import Result
 from mlprune.tracking import SweepTracker, check_tracking
-from mlprune.trial import run_dense, tune_trial, unseen_note
+from mlprune.trial import run_dense, unseen_note
+from mlprune.tuning import run_trials
 from mlprune.variants import Variant
 
 PACKAGES = ("mlprune", "torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy")
@@ -51,10 +46,14 @@ class SweepPlan:
     finished: tuple[Result, ...]  # of the variants, by an earlier run
 
     @property
+    def unfinished(self) -> list[Variant]:
+        finished = {result.variant for result in self.finished}
+        return [variant for variant in self.variants if variant not in finished]
+
+    @property
     def passes(self) -> dict[str, int]:
         """Passes over the model still to go, by kind; a pass runs every token of its set through it once."""
-        finished = {result.variant for result in self.finished}
-        todo = [variant for variant in self.variants if variant not in finished]
+        todo = self.unfinished
         store, layers = self.prepared.store(), range(len(self.prepared.shape.layers))
         dense = {str(p) for v in todo if v.propagation == "dense" for p, _ in parts_of(v)}
         missing = [
@@ -175,15 +174,18 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Re
     """The dense model's result, every trial's, and the causes of those that failed."""
     prepared, store = plan.prepared, plan.prepared.results()
     dense = store.load(prepared.result_key(None))
-    for result in (dense, *plan.finished):
-        if result is not None:
-            tracker.finish_trial(result)
+    if dense is not None:
+        tracker.finish_trial(dense)
     if plan.finished:
         say(f"  {len(plan.finished)} of {len(plan.variants)} trials had finished before")
-    finished = {result.variant for result in plan.finished}
-    todo = [variant for variant in plan.variants if variant not in finished]
+    done = list(plan.finished)
+    if prepared.spec.search.searcher == "optuna":
+        done = []  # it chooses anew, by the same seed, and is led through the results that are there
+    for result in done:
+        tracker.finish_trial(result)
+    todo = [variant for variant in plan.variants if variant not in {result.variant for result in done}]
     if dense is not None and not todo:
-        return dense, list(plan.finished), {}
+        return dense, done, {}
     with open_ray_pipeline(prepared, trial_slots=len(prepared.spans)) as pipeline:
         if dense is None:
             tracker.trial_run(prepared.result_key(None), None)
@@ -191,114 +193,11 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Re
                 dense = run_dense(prepared, pipeline, progress)
             store.save(dense)
             tracker.finish_trial(dense)
-        gather(prepared, pipeline, todo)
-        new, failed = _tune(plan, pipeline, tracker, todo)
+        gather(prepared, pipeline, plan.unfinished)
+        new, failed = run_trials(prepared, pipeline, tracker, todo)
     for label, cause in failed.items():
         warn(f"{label} failed: {cause}")
     for result in new:
         if result.unseen and result.variant:
             warn(f"{result.variant.label}: {unseen_note(result.unseen)}")
-    ours = {result.key: result for result in (*plan.finished, *new)}
-    return dense, list(ours.values()), failed
-
-
-def _tune(
-    plan: SweepPlan, pipeline: Pipeline, tracker: SweepTracker, todo: Sequence[Variant]
-) -> tuple[list[Result], dict[str, str]]:
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end a sweep as if it were finished
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints its panels whatever the verbosity
-    from ray import tune
-
-    search = plan.prepared.spec.search
-    objective = f"bits_per_byte.{search.objective}"
-    optuna = search.searcher == "optuna"
-    total = search.samples if optuna and search.samples else len(todo)
-    with step("trials") as progress, tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
-        watch = _watcher(plan.prepared, tracker, lambda done: progress(done, total))
-        given = {"prepared": plan.prepared, "pipeline": pipeline, "objective": objective}
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(tune_trial, **given), {"CPU": 0, TRIAL_SLOT: 1}),
-            param_space=None if optuna else {"variant": tune.grid_search([vars(v) for v in todo])},
-            tune_config=tune.TuneConfig(
-                metric=objective if optuna else None,
-                mode="min" if optuna else None,
-                reuse_actors=True,
-                search_alg=_optuna(plan, objective) if optuna else None,
-                num_samples=total if optuna else 1,
-                # one at a time, what Optuna suggests follows from its seed and from results alone, so that
-                # a sweep started again is led through the results that are there, and goes on
-                max_concurrent_trials=1 if optuna else None,
-            ),
-            run_config=tune.RunConfig(storage_path=scratch, name="sweep", callbacks=[watch], verbose=0),
-        )
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        tuner.fit()
-    return watch.results, watch.failed
-
-
-def _optuna(plan: SweepPlan, objective: str) -> Any:
-    import optuna
-    from ray import tune
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search, seed = plan.prepared.spec.search, plan.prepared.spec.calibration.seed
-    names = ("calibration", "score", "sparsity", "pattern", "propagation")
-    space = {name: tune.choice(list(getattr(search, name)) or [None]) for name in names}
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=max(4, len(names)))
-    return OptunaSearch({"variant": space}, metric=objective, mode="min", sampler=sampler)
-
-
-def _watcher(prepared: Prepared, tracker: SweepTracker, progress: Any) -> Any:
-    """A callback of Ray Tune's, in the driver, that logs trials as they go."""
-    from ray import tune
-
-    class Watcher(tune.Callback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.results: list[Result] = []
-            self.failed: dict[str, str] = {}
-            self._done = 0
-
-        def __reduce__(self) -> Any:  # Tune pickles its set-up to disk, for a restore that we do not do
-            return (tune.Callback, ())
-
-        def __deepcopy__(self, memo: Any) -> Any:
-            return self
-
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            tracker.trial_run(*_key_and_variant(prepared, trial))
-
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-        ) -> None:
-            key, variant = _key_and_variant(prepared, trial)
-            if "cause" in result:
-                self.failed[variant.label] = result["cause"]
-                tracker.fail_trial(key, variant, result["traceback"])
-                return
-            own = {k: v for k, v in result.items() if k.split(".")[0] in OWN_METRICS and "." in k}
-            tracker.log_trial(key, variant, own)
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            finished = prepared.results().load(_key_and_variant(prepared, trial)[0])
-            self._done += 1
-            progress(self._done)
-            if finished is not None:
-                self.results.append(finished)
-                tracker.finish_trial(finished)
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            key, variant = _key_and_variant(prepared, trial)
-            self.failed[variant.label] = "its process died"
-            tracker.fail_trial(key, variant, "its process died")
-
-    return Watcher()
-
-
-OWN_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds")
-
-
-def _key_and_variant(prepared: Prepared, trial: Any) -> tuple[str, Variant]:
-    variant = variant_of(**trial.config["variant"])
-    return prepared.result_key(variant), variant
+    return dense, [*done, *new], failed

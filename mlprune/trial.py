@@ -1,12 +1,12 @@
-"""One trial: a variant and a pipeline in, metrics out; and the form in which Ray Tune runs it."""
+"""One trial: a variant and a pipeline in, metrics out."""
 
+import math
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
 
+from mlprune.errors import ModelError
 from mlprune.evaluation.perplexity import evaluate, metrics
-from mlprune.prepare import Prepared, make_masks, variant_of
+from mlprune.prepare import Prepared, make_masks
 from mlprune.shards.pipeline import Pipeline, Progress
 from mlprune.store import Result
 from mlprune.variants import Variant
@@ -46,31 +46,8 @@ def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None 
     assert prepared.evaluation is not None
     started = time.monotonic()
     found = metrics(evaluate(pipeline, prepared.evaluation, None, progress))
+    if not math.isfinite(found["bits_per_byte.mean"]):
+        remedy = "the dense model's own likelihood is not finite; load it in float32, or check its weights"
+        raise ModelError("model.dtype", prepared.spec.model.dtype, remedy)
     found |= {"sparsity.actual": 0.0, "seconds.evaluate": time.monotonic() - started}
     return Result(prepared.result_key(None), None, found)
-
-
-def tune_trial(config: dict[str, Any], prepared: Prepared, pipeline: Pipeline, objective: str) -> None:
-    """What Ray Tune runs: one variant, unless its result is there."""
-    from ray import tune
-
-    variant = variant_of(**config["variant"])
-    store = prepared.results()
-    try:
-        result = store.load(prepared.result_key(variant))
-        if result is None:
-            result = run_trial(prepared, pipeline, variant, _under_way(prepared))
-            store.save(result)
-        tune.report(dict(result.metrics))
-    except Exception as error:  # whatever it is, it ends this trial and not the others; the sweep reports it
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        tune.report({"cause": cause, "traceback": traceback.format_exc(), objective: float("inf")})
-
-
-def _under_way(prepared: Prepared) -> Callable[[Mapping[str, float]], None]:
-    """Reports what is known before a trial ends; to Optuna nothing, which wants its objective in every report."""
-    from ray import tune
-
-    if prepared.spec.search.searcher == "optuna":
-        return lambda metrics: None
-    return lambda metrics: tune.report(dict(metrics))

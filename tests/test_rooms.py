@@ -19,7 +19,7 @@ LAYOUT = """
     store
     shards shards.worker shards.planner shards.pipeline shards.actors
     evaluation evaluation.perplexity analysis analysis.pictures export
-    prepare trial tracking sweep winner
+    prepare trial tracking tuning sweep winner
     report cli __main__
 """
 FLOORS = LAYOUT.split()
@@ -28,7 +28,7 @@ ORDER = {name if name == "mlprune" else f"mlprune.{name}": place for place, name
 DOORS = {
     "datasets": ("mlprune.data.",),
     "ray": ("mlprune.shards.actors",),
-    "ray.tune": ("mlprune.sweep", "mlprune.trial"),
+    "ray.tune": ("mlprune.tuning",),
     "mlflow": ("mlprune.tracking",),
     "optuna": ("mlprune.sweep",),
     "deepspeed": ("mlprune.models.",),
@@ -114,5 +114,5 @@ def test_a_breach_would_be_seen() -> None:
     assert trespasses("mlprune.shards.actors", "from ray import tune")
     assert trespasses("mlprune.models.source", "import datasets.arrow_dataset")
     assert trespasses("mlprune.store", "import deepspeed")
-    assert not trespasses("mlprune.trial", "from ray import tune")
+    assert not trespasses("mlprune.tuning", "from ray import tune")
     assert not trespasses("mlprune.sweep", "from ray.tune.search.optuna import OptunaSearch")

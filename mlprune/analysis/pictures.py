@@ -1,5 +1,6 @@
 """Pictures of a sweep."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def draw_sweep(dense: Result, results: Sequence[Result], languages: Sequence[str
 def _draw_language(panel: Axes, dense: Result, results: Sequence[Result], language: str) -> None:
     metric = f"bits_per_byte.{language}"
     base = dense.metrics[metric]
-    top = min(3 * base, 1.05 * max([base * 1.3, *(result.metrics[metric] for result in results)]))
+    values = [result.metrics[metric] for result in results]
+    top = min(3 * base, 1.05 * max([base * 1.3, *(value for value in values if math.isfinite(value))]))
     panel.axhline(base, color="black", linestyle="--", linewidth=1, label="dense model")
     for number, (label, line) in enumerate(_lines(results).items()):
         color, marker = f"C{number % 10}", "osD^vPX*"[number % 8]

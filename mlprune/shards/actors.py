@@ -6,6 +6,7 @@ read-only; a layer never writes to its input (tests/test_replay.py holds every f
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,8 @@ class RayPipeline(Pipeline):
         """Start an actor a span and wait until all have loaded; if one cannot, none stays."""
         gpus = torch.cuda.device_count()
         cpus = ray.cluster_resources().get("CPU", 1)
-        options = {"num_cpus": min(1, cpus / len(spans)), "num_gpus": min(1, gpus / len(spans))}
+        a_gpu = math.ceil(len(spans) / gpus) if gpus else 0  # shards that share one
+        options = {"num_cpus": min(1, cpus / len(spans)), "num_gpus": 1 / a_gpu if gpus else 0}
         worker = ray.remote(ShardWorker).options(**options)
         device = "cuda" if gpus else "cpu"
         actors = [worker.remote(source, span, dtype, device, store) for span in spans]
