@@ -30,7 +30,7 @@ DOORS = {
     "ray": ("mlprune.shards.actors",),
     "ray.tune": ("mlprune.tuning",),
     "mlflow": ("mlprune.tracking",),
-    "optuna": ("mlprune.sweep",),
+    "optuna": ("mlprune.tuning",),
     "deepspeed": ("mlprune.models.",),
     "matplotlib": ("mlprune.analysis.",),
     "gguf": ("mlprune.models.",),
@@ -115,4 +115,4 @@ def test_a_breach_would_be_seen() -> None:
     assert trespasses("mlprune.models.source", "import datasets.arrow_dataset")
     assert trespasses("mlprune.store", "import deepspeed")
     assert not trespasses("mlprune.tuning", "from ray import tune")
-    assert not trespasses("mlprune.sweep", "from ray.tune.search.optuna import OptunaSearch")
+    assert not trespasses("mlprune.tuning", "from ray.tune.search.optuna import OptunaSearch")
