@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,18 +87,25 @@ def show_outcome(outcome: SweepOutcome) -> None:
     out.print(f"\npicture    {outcome.picture}", soft_wrap=True)
     out.print(f"tracking   {spec.tracking_uri}", soft_wrap=True)
     if not spec.tracking_uri.startswith("http"):
-        out.print(f"compare    mlflow ui --backend-store-uri {shlex.quote(spec.tracking_uri)}", soft_wrap=True)
+        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", spec.tracking_uri])
+        out.print(f"compare    {ui}", soft_wrap=True)
     for result in best:
         out.print(f"export     {export_command(outcome, result)}", soft_wrap=True)
     for label, cause in outcome.failed.items():
         out.print(f"failed     {label}: {cause}", style="red", soft_wrap=True)
 
 
+def program(name: str) -> str:
+    """How to call a program of this environment: by its name, or by its path where the name is not found."""
+    beside = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) or not beside.exists() else os.path.relpath(beside)
+
+
 def export_command(outcome: SweepOutcome, result: Result) -> str:
     """The command that writes a trial's checkpoint."""
     spec, variant = outcome.spec, result.variant
     assert variant is not None
-    words = ["mlprune", "prune", "--run", outcome.runs[result.key]]
+    words = [program("mlprune"), "prune", "--run", outcome.runs[result.key]]
     if spec.tracking.uri is not None:
         words += ["--set", f"tracking.uri={spec.tracking.uri}"]
     if spec.storage_folder != Path(DEFAULT_STORAGE).absolute():

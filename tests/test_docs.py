@@ -1,0 +1,67 @@
+"""What the documents say is so: the specs they show are specs, the keys they list are the keys there are."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click import Command, Context
+from pydantic import BaseModel
+
+from mlprune.cli import main
+from mlprune.config import DEFAULT_STORAGE, SweepSpec, load_spec, spec_from, sweeps_folder
+from mlprune.models.hollow import FAMILIES
+from mlprune.prepare import variants_of
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_spec_is_one() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    spec = spec_from(yaml.safe_load(block.replace("2:4", "'2:4'")))
+    assert len(variants_of(spec.search)) == 2 + 4 * 2 + 1 + 4  # magnitude, wanda; then 2:4 of both
+
+
+@pytest.mark.parametrize("file", sorted(sweeps_folder().glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_sweeps_are_specs(file: Path) -> None:
+    assert load_spec(file.stem).name == file.stem
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every key of the spec, and its default; None where there is none."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = None if field.is_required() else field.default
+    return found
+
+
+def test_the_table_of_keys_is_that_of_the_spec() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \|(.*?)\|", (ROOT / "docs" / "spec.md").read_text(), re.MULTILINE)
+    listed = {key: text.strip(" `") for key, text in rows if "." in key or key in SweepSpec.model_fields}
+    for manifest_key in ("model", "calibration"):
+        listed.pop(manifest_key, None)
+    keys = leaves(SweepSpec)
+    assert listed.keys() == keys.keys()
+    for key, default in keys.items():
+        shown = yaml.safe_load(listed[key]) if listed[key] else None
+        assert shown == (list(default) if isinstance(default, tuple) else default), key
+    assert keys["storage"] == DEFAULT_STORAGE
+
+
+def test_the_readme_lists_the_families() -> None:
+    (row,) = re.findall(r"^\| models \| (.*?); ", README, re.MULTILINE)
+    assert row.replace("gemma3 (text)", "gemma3_text").split(", ") == list(FAMILIES)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ {4}(mlprune .*)$", README, re.MULTILINE))
+def test_the_readmes_commands_are_understood(line: str) -> None:
+    _, name, *words = shlex.split(line, comments=True)
+    command = main.commands[name]
+    assert isinstance(command, Command)
+    command.make_parser(Context(command)).parse_args(words)
