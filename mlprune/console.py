@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -28,19 +27,22 @@ if not results.is_terminal:
 
 @contextmanager
 def step(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """Show that something is under way; yields `update(done, total)`."""
+    """Show that something is under way; yields `update(done, total)`, in `unit`s."""
     started = time.monotonic()
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns,
-        TextColumn(unit),
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
         TimeElapsedColumn(),
-        console=errors,
-        transient=True,
-        disable=not errors.is_terminal,
-    ) as bars:
-        task = bars.add_task(text, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
+        task = bars.add_task(text, total=None, count="")
+
+        def update(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, count=f"{done} of {total} {unit}")
+
+        yield update
     errors.print(f"  {text}  {time.monotonic() - started:.1f} s", style="dim")
 
 

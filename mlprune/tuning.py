@@ -40,7 +40,11 @@ def run_trials(
     objective = f"bits_per_byte.{search.objective}"
     optuna = search.searcher == "optuna"
     total = search.samples if optuna and search.samples else len(todo)
-    with step("trials") as progress, tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
+    with (
+        step("pruning and evaluating", "trials") as progress,
+        tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch,
+    ):
+        progress(0, total)
         watch = _watcher(prepared, tracker, lambda done: progress(done, total))
         given = {"prepared": prepared, "pipeline": pipeline, "objective": objective}
         tuner = tune.Tuner(

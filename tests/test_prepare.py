@@ -1,0 +1,79 @@
+"""What is known before a weight is loaded: which trials are the same, and which results are a trial's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlprune.config import ModelSpec, spec_from
+from mlprune.models.source import ModelSource
+from mlprune.prepare import Prepared, prepare, variant_of, variants_of
+from mlprune.variants import Variant
+from tests.tiny_models import config, save, source
+from tests.work import MIXED, RANDOM, WANDA, ready
+
+
+def test_what_would_be_the_same_masks_is_one_trial() -> None:
+    search = {
+        "calibration": ["mono:en", "mix:mono:en=1", "mix:mono:fr=0.5,mono:en=0.5", "mix:mono:en=0.50,mono:fr=.5"],
+        "score": ["magnitude", "wanda"],
+        "sparsity": [0.5, 0.25],
+        "pattern": ["unstructured", "2:4"],
+        "propagation": ["dense", "sequential"],
+    }
+    variants = variants_of(spec_from({"search": search}).search)
+    magnitude = {(v.pattern, v.sparsity) for v in variants if v.score == "magnitude"}
+    assert magnitude == {("unstructured", 0.5), ("unstructured", 0.25), ("2:4", 0.5)}
+    wanda = [v for v in variants if v.score == "wanda"]
+    assert len(wanda) == 2 * 2 * 3  # two different calibrations, two propagations
+    assert len(variants) == 3 + 12
+    assert variant_of(**vars(variants[-1])) == variants[-1]
+
+
+def key(storage: Path, variant: Variant | None, model: ModelSource | None = None, **changes: Any) -> str:
+    return ready(storage, model, **changes).result_key(variant)
+
+
+CALIBRATION = {"samples": 24, "shots": 1, "max_tokens": 300, "seed": 3}
+CHANGES: dict[str, dict[str, Any]] = {
+    "lines": {"evaluation": {"perplexity": {"languages": ["en", "hi"], "lines": 19}}},
+    "languages": {"evaluation": {"perplexity": {"languages": ["hi", "en"], "lines": 20}}},
+    "samples": {"calibration": {**CALIBRATION, "samples": 23}},
+    "shots": {"calibration": {**CALIBRATION, "shots": 2}},
+    "tokens": {"calibration": {**CALIBRATION, "max_tokens": 299}},
+    "seed": {"calibration": {**CALIBRATION, "seed": 4}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_result_is_of_what_it_was_computed_from(change: str, tmp_path: Path) -> None:
+    assert key(tmp_path, WANDA) == key(tmp_path / "elsewhere", WANDA, shards=3)
+    assert key(tmp_path, WANDA) != key(tmp_path, WANDA, **CHANGES[change])
+
+
+def test_another_dtype_has_other_results(tmp_path: Path) -> None:
+    prepared = ready(tmp_path)
+    spec = prepared.spec.model_copy(update={"model": ModelSpec(path=str(source().folder), dtype="bfloat16")})
+    assert prepare(spec, [WANDA]).result_key(WANDA) != prepared.result_key(WANDA)
+
+
+def test_the_dense_model_does_not_depend_on_calibration(tmp_path: Path) -> None:
+    assert key(tmp_path, None) == key(tmp_path, None, **CHANGES["samples"])
+    assert key(tmp_path, None) != key(tmp_path, None, **CHANGES["lines"])
+
+
+def test_random_scores_depend_on_the_seed_though_they_need_no_text(tmp_path: Path) -> None:
+    assert key(tmp_path, RANDOM) == key(tmp_path, RANDOM, **CHANGES["samples"])
+    assert key(tmp_path, RANDOM) != key(tmp_path, RANDOM, **CHANGES["seed"])
+
+
+def test_another_model_has_other_results(tmp_path: Path) -> None:
+    other = save(config("llama", rope_theta=500.0), tmp_path / "model")  # the same weights
+    assert key(tmp_path, WANDA) != key(tmp_path, WANDA, other)
+
+
+def test_a_mixtures_weights_are_part_of_its_key(tmp_path: Path) -> None:
+    prepared: Prepared = ready(tmp_path)
+    other = variant_of("mix:translation:en-fr=0.26,mono:hi=0.74", "wanda", 0.3, "unstructured", "dense")
+    assert prepared.result_key(MIXED) != prepared.result_key(other)
+    assert len({prepared.result_key(variant) for variant in (WANDA, RANDOM, MIXED, None)}) == 4
