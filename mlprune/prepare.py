@@ -22,7 +22,7 @@ from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
 from mlprune.pruning.scores import score_named
 from mlprune.shards.actors import RayPipeline, local_ray
-from mlprune.shards.pipeline import LocalPipeline, Pipeline, Pruned
+from mlprune.shards.pipeline import LocalPipeline, Pipeline, Progress, Pruned
 from mlprune.shards.planner import (
     ModelShape,
     ShardMemory,
@@ -246,9 +246,11 @@ def gather(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) 
                 pipeline.gather(calibration, progress)
 
 
-def make_masks(prepared: Prepared, pipeline: Pipeline, variant: Variant) -> Pruned:
+def make_masks(
+    prepared: Prepared, pipeline: Pipeline, variant: Variant, progress: Progress | None = None
+) -> Pruned:
     """The variant's masks, in the workers. What is dense needs its moments gathered before."""
     recipe = prepared.recipe(variant)
     if variant.propagation == "sequential":
-        return pipeline.prune_sequentially(recipe, prepared.sets_of(variant))
+        return pipeline.prune_sequentially(recipe, prepared.sets_of(variant), progress)
     return pipeline.prune(recipe)

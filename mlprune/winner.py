@@ -81,8 +81,8 @@ def prune(spec: SweepSpec, variant: Variant, output: Path) -> dict[str, Any]:
     check_output(output, prepared.shape.total)
     with open_pipeline(prepared) as pipeline:
         gather(prepared, pipeline, [variant])
-        with step(f"masks: {variant.label}"):
-            pruned = make_masks(prepared, pipeline, variant)
+        with step(f"masks: {variant.label}", "layers") as progress:
+            pruned = make_masks(prepared, pipeline, variant, progress)
         if pruned.unseen:
             warn(unseen_note(pruned.unseen))
         manifest = _manifest(prepared, variant, pruned)

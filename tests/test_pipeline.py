@@ -13,10 +13,11 @@ from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Resident
 from mlprune.prepare import Prepared, gather, make_masks
-from mlprune.shards.pipeline import GATHER_CHUNKS, Pipeline, Pruned
+from mlprune.shards.pipeline import DENSE_CHUNKS, Pipeline, Pruned
 from mlprune.shards.worker import ShardWorker
+from mlprune.variants import Variant
 from tests.tiny_models import config, save, source
-from tests.work import SEQUENTIAL, VARIANTS, WANDA, opened, ready
+from tests.work import MIXED_SEQUENTIAL, SEQUENTIAL, VARIANTS, WANDA, opened, ready
 
 FORMS = [(1, False), (2, False), (4, False), (1, True), (3, True)]
 
@@ -122,6 +123,20 @@ def test_threads_change_nothing(expected: Outcome, tmp_path: Path) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("variant", [SEQUENTIAL, MIXED_SEQUENTIAL], ids=str)
+def test_sequential_pruning_may_stop_after_any_layer(
+    variant: Variant, expected: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlprune.shards.pipeline.SEQUENTIAL_LAYERS", 1)
+    prepared = ready(tmp_path)
+    steps: list[tuple[int, int]] = []
+    with opened(prepared) as pipeline:
+        for _ in range(2):  # the second time nothing of the first is left
+            made = make_masks(prepared, pipeline, variant, lambda done, total: steps.append((done, total)))
+            assert made == expected.masks[variant.label]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
+
+
 def test_shards_that_come_later_read_what_was_stored(expected: Outcome, tmp_path: Path) -> None:
     first = ready(tmp_path, shards=2)
     with opened(first) as pipeline:
@@ -210,9 +225,9 @@ def test_chunks_are_under_way_in_every_shard_at_once() -> None:
 
 def test_chunks_are_bounded_and_whole() -> None:
     pipeline = Dry()
-    made = list(pipeline._chunks(batches(23), GATHER_CHUNKS * 3))
+    made = list(pipeline._chunks(batches(23), DENSE_CHUNKS * 3))
     assert [row for chunk in made for batch in chunk for row in batch.rows] == list(range(23))
-    assert len(made) >= GATHER_CHUNKS * 3
+    assert len(made) >= DENSE_CHUNKS * 3
     pipeline._token_bytes = 2**28 // 16  # two micro-batches of 8 tokens are all that a chunk may hold
     assert [len(chunk) for chunk in pipeline._chunks(batches(5), 1)] == [2, 2, 1]
 

@@ -23,9 +23,9 @@ Progress = Callable[[int, int], None]  # done, of how many
 
 # hidden states on their way between two shards: as much as fits a modest object store many times over
 CHUNK_BYTES = 256 * 2**20
-# More chunks keep more shards busy; but every chunk of an evaluation makes the masked layers anew.
-GATHER_CHUNKS = 4  # a shard
-LIKELIHOOD_CHUNKS = 2  # a shard, if there are several
+# Chunks a shard of a pass: more keep more shards busy, but each makes the masked layers anew.
+DENSE_CHUNKS, MASKED_CHUNKS = 4, 2
+SEQUENTIAL_LAYERS = 4  # pruned by one call; other trials' calls come between
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Pipeline(ABC):
         """Pass a calibration set through the dense model; keep its moments, in the workers and on disk."""
         self.everywhere("forget_moments", calibration.key)
         for _ in self._pass(
-            "forward", calibration.batches, GATHER_CHUNKS * len(self.spans), progress, gather=calibration.key
+            "forward", calibration.batches, DENSE_CHUNKS * len(self.spans), progress, gather=calibration.key
         ):
             pass
         self.everywhere("save_moments", calibration.key)
@@ -85,12 +85,19 @@ class Pipeline(ABC):
         """Make a variant's masks from gathered moments: every shard its own, at the same time."""
         return _pruned([layer for part in self.everywhere("mask", recipe) for layer in part])
 
-    def prune_sequentially(self, recipe: Recipe, sets: Sequence[CalibrationSet]) -> Pruned:
+    def prune_sequentially(
+        self, recipe: Recipe, sets: Sequence[CalibrationSet], progress: Progress | None = None
+    ) -> Pruned:
         """Make a variant's masks layer by layer, each from inputs that the pruned layers before it computed."""
         batches = [calibration.batches for calibration in sets]
         hidden = None
-        for shard in range(len(self.spans)):
-            hidden = self.call(shard, "prune_through", recipe, batches, hidden)
+        for shard, span in enumerate(self.spans):
+            for start in range(span.first, span.end, SEQUENTIAL_LAYERS):
+                layers = range(start, min(start + SEQUENTIAL_LAYERS, span.end))
+                hidden = self.call(shard, "prune_through", recipe, batches, hidden, layers)
+                if progress:
+                    self.get(self.call(shard, "ready"))  # answered when the layers before it are done
+                    progress(layers.stop, span.count)
         self.get(hidden)
         return _pruned([layer for part in self.everywhere("summary", recipe.variant.key) for layer in part])
 
@@ -99,7 +106,9 @@ class Pipeline(ABC):
     ) -> list[float]:
         """The negative log-likelihood of each line of the set, in nats; `variant` None is the dense model."""
         nll = [0.0] * len(evaluation.lines)
-        chunks = LIKELIHOOD_CHUNKS * len(self.spans) if len(self.spans) > 1 else 1
+        chunks = DENSE_CHUNKS * len(self.spans)
+        if variant is not None:
+            chunks = MASKED_CHUNKS * len(self.spans) if len(self.spans) > 1 else 1
         done = self._pass("likelihood", evaluation.batches, chunks, progress, variant=variant)
         values = (value for chunk in done for value in chunk)
         for batch, of_rows in zip(evaluation.batches, values, strict=True):

@@ -77,7 +77,7 @@ class ShardWorker:
         self._summaries: dict[str, list[LayerMasks]] = {}
 
     def ready(self) -> None:
-        """Answers once the layers are loaded."""
+        """Answers once the layers are loaded, and what was asked before is done."""
 
     # passes
 
@@ -204,15 +204,18 @@ class ShardWorker:
         recipe: Recipe,
         batches: Sequence[Sequence[Batch]],
         hidden: Sequence[Sequence[Tensor]] | None,
+        layers: range,
     ) -> list[list[Tensor]]:
         """Sequential pruning: a layer's moments come from inputs that the pruned layers before it computed.
 
-        `batches` and `hidden` hold a list a part of the recipe. Returns what leaves the pruned shard.
+        `layers` are the next of this shard's. `batches` and `hidden` hold a list a part of the recipe. Returns
+        what leaves the last of the pruned layers.
         """
         recorded = [self._record(part) for part in batches]
         states = [self._entering(item, hidden[n] if hidden else None) for n, item in enumerate(recorded)]
-        self.release(recipe.variant.key)
-        for index in self.span.layers:
+        if layers.start == self.span.first:
+            self.release(recipe.variant.key)
+        for index in layers:
             with self._residency.borrow(index) as layer:
                 parts = []
                 for n, (_, weight) in enumerate(recipe.parts):
