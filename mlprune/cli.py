@@ -57,7 +57,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     ]
     for decorator in reversed(decorators):
         run = decorator(run)
-    return main.command(name=function.__name__.removesuffix("_command"))(run)
+    return main.command(name=function.__name__)(run)
 
 
 def _check_json(file: str | None) -> None:

@@ -22,7 +22,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mlprune.console import size_text
 from mlprune.errors import StorageError
-from mlprune.models.hollow import meta_model, quiet_transformers
+from mlprune.models.hollow import meta_model
+from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 from mlprune.store import check_place
 

@@ -98,9 +98,9 @@ def show_outcome(outcome: SweepOutcome) -> None:
 def program(name: str) -> str:
     """How to call a program of this environment: by its name, or by its path where the name is not found."""
     beside = Path(sys.executable).with_name(name)
-    return (
-        name if shutil.which(name) or not beside.exists() else min(os.path.relpath(beside), str(beside), key=len)
-    )
+    if shutil.which(name) or not beside.exists():
+        return name
+    return min(os.path.relpath(beside), str(beside), key=len)
 
 
 def export_command(outcome: SweepOutcome, result: Result) -> str:

@@ -76,7 +76,7 @@ def _optuna(prepared: Prepared, objective: str) -> Any:
     search, seed = prepared.spec.search, prepared.spec.calibration.seed
     names = ("calibration", "score", "sparsity", "pattern", "propagation")
     space = {name: tune.choice(list(getattr(search, name)) or [None]) for name in names}
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=max(4, len(names)))
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=5)
     return OptunaSearch({"variant": space}, metric=objective, mode="min", sampler=sampler)
 
 

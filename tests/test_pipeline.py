@@ -165,6 +165,16 @@ def test_a_corrupt_file_is_gathered_again_with_a_warning(
         assert pipeline.restore(prepared.sets[str(WANDA.calibration)].key) == (True, ())
 
 
+def test_a_pass_that_broke_off_is_not_taken_for_a_whole_one(expected: Outcome, tmp_path: Path) -> None:
+    prepared = ready(tmp_path)
+    calibration = prepared.sets[str(WANDA.calibration)]
+    with opened(prepared) as pipeline:
+        pipeline.call(0, "forward", calibration.batches[:1], None, gather=calibration.key)
+        assert pipeline.restore(calibration.key) == (False, ())
+        gather(prepared, pipeline, [WANDA])
+        assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
+
+
 # promise 2: every weight moves once
 
 
@@ -245,13 +255,13 @@ def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
         padded = [_with_pads(batch, pad) for batch in calibration.batches]
         worker.forward(padded, None, gather=str(pad))
         nll = worker.likelihood([_with_pads(batch, pad) for batch in evaluation.batches], None)
-        moments = worker._moments[str(pad)]
+        moments = worker._gathering[str(pad)]
         return [m.sumsq_I for layer in moments.values() for m in layer.values()], nll
 
     with opened(prepared) as pipeline:
         worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
         (one, one_nll), (other, other_nll) = found(worker, 2), found(worker, 57)
-        tokens = {m.tokens for layer in worker._moments["2"].values() for m in layer.values()}
+        tokens = {m.tokens for layer in worker._gathering["2"].values() for m in layer.values()}
     assert all(torch.equal(a, b) for a, b in zip(one + one_nll, other + other_nll, strict=True))
     assert tokens == {calibration.tokens}
 

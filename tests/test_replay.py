@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mlprune.models.hollow import FAMILIES, Span, quiet_transformers
+from mlprune.models.hollow import FAMILIES, Span
 from mlprune.models.matrices import is_experts, run_experts
+from mlprune.models.quiet import quiet_transformers
 from mlprune.models.replay import ReplayModel
 from tests.tiny_models import source
 

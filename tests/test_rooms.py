@@ -15,7 +15,7 @@ LAYOUT = """
     mlprune errors languages variants config console
     pruning pruning.moments pruning.scores pruning.masks
     data data.corpora data.demonstrations data.calibration
-    models models.demo models.source models.hollow models.matrices models.replay models.residency
+    models models.quiet models.demo models.source models.hollow models.matrices models.replay models.residency
     store
     shards shards.worker shards.planner shards.pipeline shards.actors
     evaluation evaluation.perplexity analysis analysis.pictures export

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from mlprune import export
 from mlprune.errors import StorageError
 from mlprune.evaluation.perplexity import evaluate, metrics
-from mlprune.models.hollow import quiet_transformers
+from mlprune.models.quiet import quiet_transformers
 from mlprune.prepare import gather, make_masks
 from mlprune.variants import Variant
 from mlprune.winner import evaluate_checkpoint, prune

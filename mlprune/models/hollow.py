@@ -6,18 +6,15 @@ checkpoints are its business: the class hollows itself at the end of `__init__`,
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mlprune.errors import ModelError
+from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 
 # model_type -> whether its layers return a tuple. Each is held to the whole model, bit for bit, in
@@ -166,17 +163,3 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     with quiet_transformers(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars and notices, which know nothing of shards."""
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()

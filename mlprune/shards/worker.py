@@ -72,7 +72,8 @@ class ShardWorker:
         self._logit_tokens = min(LOGIT_TOKENS, self._model.positions or LOGIT_TOKENS)
         self._residency = Resident(self._model.layers)
         self._store = store
-        self._moments: dict[str, dict[int, dict[str, Moments]]] = {}
+        self._gathering: dict[str, dict[int, dict[str, Moments]]] = {}  # passes that are under way
+        self._moments: dict[str, dict[int, dict[str, Moments]]] = {}  # of whole passes
         self._masks: dict[str, dict[int, dict[str, PackedMask]]] = {}
         self._summaries: dict[str, list[LayerMasks]] = {}
 
@@ -96,7 +97,7 @@ class ShardWorker:
         """
         recorded = self._record(batches)
         states = self._entering(recorded, hidden)
-        gathered = self._moments.setdefault(gather, {}) if gather else None
+        gathered = self._gathering.setdefault(gather, {}) if gather else None
         for index in self.span.layers:
             masks = self._masks[variant][index] if variant else None
             with self._residency.borrow(index, masks) as layer:
@@ -162,7 +163,7 @@ class ShardWorker:
 
     def restore_moments(self, key: str) -> StoredMoments:
         """Take a calibration set's moments from the store, if it has all of this shard's layers."""
-        if len(self._moments.get(key, {})) == len(self.span.layers):
+        if key in self._moments:
             return StoredMoments(complete=True)
         found, corrupt = {}, []
         for index in self.span.layers:
@@ -180,9 +181,12 @@ class ShardWorker:
 
     def forget_moments(self, key: str) -> None:
         """Before a pass over the set: what an earlier, broken pass summed must not be added to."""
+        self._gathering.pop(key, None)
         self._moments.pop(key, None)
 
     def save_moments(self, key: str) -> None:
+        """After a pass over the set: its moments are whole, and go to the store."""
+        self._moments[key] = self._gathering.pop(key)
         for index, moments in self._moments[key].items():
             self._store.save(key, index, moments)
 
