@@ -6,11 +6,15 @@ was killed goes on with the runs that it had made, and no trial has two.
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -25,6 +29,8 @@ from mlprune.errors import SpecError
 from mlprune.store import Result, check_place
 from mlprune.variants import Variant
 
+P = ParamSpec("P")
+T = TypeVar("T")
 SQLITE = "sqlite:///"
 SWEEP_TAG, TRIAL_TAG, CAUSE_TAG, PARENT_TAG = (
     "mlprune.sweep",
@@ -73,6 +79,25 @@ def check_tracking(uri: str) -> None:
         client_of(uri)
 
 
+def _uninterrupted(method: Callable[P, T]) -> Callable[P, T]:
+    """Ctrl-C waits until the method is done: broken off, a write leaves sqlite locked for the next one."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if threading.current_thread() is not threading.main_thread():
+            return method(*args, **kwargs)
+        late: list[Any] = []
+        before = signal.signal(signal.SIGINT, lambda *given: late.append(given))
+        try:
+            return method(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if late and callable(before):
+                before(*late[0])
+
+    return run
+
+
 class SweepTracker:
     """The parent run of one sweep, and its trials' runs."""
 
@@ -99,12 +124,14 @@ class SweepTracker:
         runs = self._client.search_runs([self.experiment_id], query, max_results=1)
         return runs[0] if runs else None
 
+    @_uninterrupted
     def log_sweep(self, params: Mapping[str, object], texts: Mapping[str, str]) -> None:
         """The sweep's settings as params; texts (spec, environment) as artifacts, by file name."""
         self._client.log_batch(self.parent_id, params=[Param(k, str(v)) for k, v in params.items()])
         for file, text in texts.items():
             self._client.log_text(self.parent_id, text, file)
 
+    @_uninterrupted
     def trial_run(self, key: str, variant: Variant | None) -> str:
         """The id of the trial's run, made if there is none."""
         if key not in self._trials:
@@ -121,11 +148,13 @@ class SweepTracker:
         self._client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in trial_params(variant).items()])
         return run
 
+    @_uninterrupted
     def log_trial(self, key: str, variant: Variant | None, metrics: Mapping[str, float]) -> None:
         """Metrics of a trial that is under way."""
         run_id = self.trial_run(key, variant)
         self._log_metrics(run_id, metrics)
 
+    @_uninterrupted
     def finish_trial(self, result: Result) -> None:
         """Log a finished trial, unless its run says that it is."""
         run_id = self.trial_run(result.key, result.variant)
@@ -139,11 +168,13 @@ class SweepTracker:
             self._client.set_tag(run_id, "mlprune.masks", result.digest)
         self._client.set_terminated(run_id, "FINISHED")
 
+    @_uninterrupted
     def fail_trial(self, key: str, variant: Variant | None, cause: str) -> None:
         run_id = self.trial_run(key, variant)
         self._client.set_tag(run_id, CAUSE_TAG, cause[:5000])
         self._client.set_terminated(run_id, "FAILED")
 
+    @_uninterrupted
     def finish_sweep(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
         self._log_metrics(self.parent_id, metrics)
         for file in files:
