@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlprune.errors import SpecError
 from mlprune.languages import name_of
@@ -72,7 +72,25 @@ class PipelineSpec(_Section):
     """How the model is held."""
 
     shards: Count | Literal["auto"] = "auto"
-    residency: Literal["auto", "resident"] = "auto"
+    residency: Literal["auto", "resident", "zero"] = "auto"
+    offload: Literal["cpu", "nvme"] | None = None
+    offload_folder: str | None = None
+    ranks_per_shard: Count = 1
+    worker_memory: ByteSize | None = None
+
+    @field_validator("offload_folder")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _resident_moves_nothing(self) -> PipelineSpec:
+        if self.residency == "resident" and self.offload is not None:
+            raise SpecError("pipeline.offload", self.offload, "weights that move are residency zero")
+        if self.residency == "resident" and self.ranks_per_shard > 1:
+            remedy = "ranks share weights that move: residency zero, or 1"
+            raise SpecError("pipeline.ranks_per_shard", self.ranks_per_shard, remedy)
+        return self
 
 
 class CalibrationSpec(_Section):
@@ -182,6 +200,11 @@ class SweepSpec(_Section):
             "calibration": self.calibration.model_copy(update={"corpus": corpus}),
         }
         return self.model_copy(update=changes)
+
+    @property
+    def offload_folder(self) -> Path:
+        """Where weights that are offloaded to a disk wait."""
+        return Path(self.pipeline.offload_folder or self.storage_folder / "offload")
 
     @property
     def tracking_uri(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,26 +14,20 @@ from itertools import product
 import torch
 
 from mlprune.config import SearchSpec, SweepSpec
-from mlprune.console import step, warn
+from mlprune.console import say, step, warn
 from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet, calibration_set, evaluation_set
 from mlprune.data.corpora import open_corpus
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
+from mlprune.models.zero import Offload, make_disk_ready
 from mlprune.pruning.scores import score_named
 from mlprune.shards.actors import RayPipeline, local_ray
+from mlprune.shards.machine import this_machine
 from mlprune.shards.pipeline import LocalPipeline, Pipeline, Progress, Pruned
-from mlprune.shards.planner import (
-    ModelShape,
-    ShardMemory,
-    auto_shards,
-    check_memory,
-    check_pattern,
-    cut,
-    model_shape,
-    shard_memory,
-)
-from mlprune.shards.worker import Recipe, ShardWorker
+from mlprune.shards.planner import Plan, Work, make_plan
+from mlprune.shards.shape import ModelShape, check_pattern, model_shape
+from mlprune.shards.worker import Recipe, Setup, ShardWorker
 from mlprune.store import FORMAT, MomentStore, ResultStore, check_place
 from mlprune.variants import Calibration, Demonstration, Pattern, Variant
 
@@ -72,8 +66,7 @@ class Prepared:
     spec: SweepSpec
     source: ModelSource
     shape: ModelShape
-    spans: tuple[Span, ...]
-    memory: tuple[ShardMemory, ...]
+    plan: Plan
     sets: dict[str, CalibrationSet]  # by demonstration
     evaluation: EvaluationSet | None  # None where nothing is evaluated
 
@@ -82,6 +75,21 @@ class Prepared:
         """Of the model's content. Made when first asked for, after all that can be checked without it."""
         with step("fingerprint of the model"):
             return self.source.fingerprint()
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return self.plan.spans
+
+    def setup(self) -> Setup:
+        """What the workers need. For weights that go to a disk, what writes it is made ready."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        offload = None
+        if place := self.plan.holding.offload:
+            offload = Offload(place, self.spec.offload_folder, self.shape.packed)
+            if place == "nvme":
+                with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
+                    make_disk_ready(device)
+        return Setup(self.source, self.spec.model.dtype, device.type, self.store(), offload)
 
     def store(self) -> MomentStore:
         return MomentStore(self.spec.storage_folder / "moments", self.fingerprint, str(self.shape.dtype))
@@ -125,12 +133,12 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     shape = model_shape(config, source.dtype(spec.model.dtype), source.name)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(shape, Pattern.parse(pattern), "search.pattern")
-    shards = auto_shards(len(shape.layers)) if spec.pipeline.shards == "auto" else spec.pipeline.shards
-    spans = cut(shape, shards)
     sets, evaluation = _text(spec, variants, source, shape, evaluate)
-    memory = _memory(shape, spans, sets.values(), evaluation)
-    check_memory(memory, source.name)
-    return Prepared(spec, source, shape, spans, memory, sets, evaluation)
+    machine = this_machine(spec.offload_folder)
+    plan = make_plan(shape, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
+    if plan.why:
+        say(f"  residency: {plan.why}")
+    return Prepared(spec, source, shape, plan, sets, evaluation)
 
 
 def _text(
@@ -182,14 +190,23 @@ def _check_vocabulary(source: ModelSource, shape: ModelShape, batches: Iterable[
         raise ModelError("model.path", repr(source.name), remedy)
 
 
-def _memory(
-    shape: ModelShape, spans: Sequence[Span], sets: Iterable[CalibrationSet], evaluation: EvaluationSet | None
-) -> tuple[ShardMemory, ...]:
-    held = list(sets)
-    passes = [item.batches for item in held] + ([evaluation.batches] if evaluation else [])
-    tokens = max((sum(batch.input_ids.numel() for batch in batches) for batches in passes), default=0)
-    alive = len(spans)  # trials at once: see sweep.py
-    return tuple(shard_memory(shape, span, tokens, len(held), alive) for span in spans)
+def _work(
+    variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], evaluation: EvaluationSet | None
+) -> Work:
+    def tokens(batches: Iterable[Batch]) -> int:
+        return sum(batch.input_ids.numel() for batch in batches)
+
+    passes = [made.batches for made in sets.values()] + ([evaluation.batches] if evaluation else [])
+    sequential = [variant for variant in variants if variant.propagation == "sequential"]
+    together = [sum(tokens(sets[str(part)].batches) for part, _ in parts_of(variant)) for variant in sequential]
+    return Work(
+        calibration=tuple(tokens(made.batches) for made in sets.values()),
+        evaluation=tokens(evaluation.batches) if evaluation else 0,
+        longest=max((batch.input_ids.shape[1] for batches in passes for batch in batches), default=0),
+        variants=len(variants),
+        sequential=len(sequential),
+        sequential_tokens=max(together, default=0),
+    )
 
 
 def _check_positions(spec: SweepSpec, shape: ModelShape) -> None:
@@ -202,32 +219,29 @@ def _check_positions(spec: SweepSpec, shape: ModelShape) -> None:
 @contextmanager
 def open_pipeline(prepared: Prepared) -> Iterator[Pipeline]:
     """The model, loaded, for as long as the block runs: one shard in this process, more as Ray actors."""
-    if len(prepared.spans) > 1:
-        with open_ray_pipeline(prepared, trial_slots=1) as pipeline:
-            yield pipeline
+    if len(prepared.spans) * prepared.plan.holding.ranks > 1:
+        with open_ray_pipeline(prepared, trial_slots=1) as over_ray:
+            yield over_ray
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setup = prepared.setup()
     with step("loading the model"):
-        worker = ShardWorker(
-            prepared.source, prepared.spans[0], prepared.spec.model.dtype, device, prepared.store()
-        )
-    yield LocalPipeline([worker], prepared.shape.token_bytes)
+        pipeline = LocalPipeline([ShardWorker(setup, prepared.spans[0])], prepared.plan.chunks)
+    try:
+        yield pipeline
+    finally:
+        pipeline.close()
 
 
 @contextmanager
 def open_ray_pipeline(prepared: Prepared, trial_slots: int) -> Iterator[RayPipeline]:
     """The model as Ray actors, for as long as the block runs; Ray is started if it is not running."""
+    setup, ranks = prepared.setup(), prepared.plan.holding.ranks
     with contextlib.ExitStack() as stack:
         with step("starting Ray"):
             stack.enter_context(local_ray(trial_slots))
-        with step(f"loading the model into {len(prepared.spans)} shard(s)"):
-            pipeline = RayPipeline.launch(
-                prepared.source,
-                prepared.spans,
-                prepared.spec.model.dtype,
-                prepared.store(),
-                prepared.shape.token_bytes,
-            )
+        each = f", {ranks} ranks each" if ranks > 1 else ""
+        with step(f"loading the model into {len(prepared.spans)} shard(s){each}"):
+            pipeline = RayPipeline.launch(setup, prepared.spans, prepared.plan.chunks, ranks)
         stack.callback(pipeline.close)
         yield pipeline
 

@@ -17,6 +17,7 @@ from mlprune.config import DEFAULT_STORAGE
 from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.languages import name_of
+from mlprune.shards.planner import Plan
 from mlprune.store import Result
 from mlprune.sweep import SweepOutcome, SweepPlan
 
@@ -46,15 +47,19 @@ def show_plan(plan: SweepPlan) -> None:
     for kind, count in plan.passes.items():
         passes.add_row(kind, str(count))
     out.print(passes)
-    out.print(_memory_table(plan))
+    out.print(memory_table(prepared.plan))
     out.print(f"disk: {size_text(plan.disk)} in {spec.storage_folder}")
 
 
-def _memory_table(plan: SweepPlan) -> Table:
-    kinds = [field.replace("_", " ") for field in vars(plan.prepared.memory[0])]
-    table = _table("memory of each shard, MiB", "layers", *kinds, "total")
-    for span, need in zip(plan.prepared.spans, plan.prepared.memory, strict=True):
-        sizes = [*vars(need).values(), need.total]
+def memory_table(plan: Plan) -> Table:
+    """What a worker of each shard holds; kinds of which there is none are left out."""
+    kinds = [kind for kind in vars(plan.memory[0]) if any(vars(need)[kind] for need in plan.memory)]
+    beside = [kind for kind in kinds if kind in ("host", "disk")]
+    kinds = [kind for kind in kinds if kind not in beside]
+    title = f"memory of each worker, MiB: {plan.holding}"
+    table = _table(title, "layers", *kinds, "total", *beside)
+    for span, need in zip(plan.spans, plan.memory, strict=True):
+        sizes = [*(vars(need)[kind] for kind in kinds), need.total, *(vars(need)[kind] for kind in beside)]
         table.add_row(f"{span.first}-{span.end - 1}", *(f"{size / 2**20:,.0f}" for size in sizes))
     return table
 
@@ -67,12 +72,17 @@ def plan_values(plan: SweepPlan) -> dict[str, Any]:
         "trials": [{"key": prepared.result_key(v), "variant": vars(v)} for v in plan.variants],
         "finished": [result.key for result in plan.finished],
         "passes": plan.passes,
-        "shards": [
-            {"layers": [span.first, span.end - 1], "memory_bytes": {**vars(need), "total": need.total}}
-            for span, need in zip(prepared.spans, prepared.memory, strict=True)
-        ],
+        "residency": str(prepared.plan.holding),
+        "shards": shard_values(prepared.plan),
         "disk_bytes": plan.disk,
     }
+
+
+def shard_values(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"layers": [span.first, span.end - 1], "memory_bytes": {**vars(need), "total": need.total}}
+        for span, need in zip(plan.spans, plan.memory, strict=True)
+    ]
 
 
 # the outcome

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from mlprune.errors import ModelError
 from mlprune.models.hollow import decoder_layers, meta_model
 from mlprune.models.matrices import Matrix, Observer, has_experts, is_experts, matrices, run_experts
-from mlprune.models.residency import Resident, masked, pruned_parameters
+from mlprune.models.residency import Resident, masked, masked_by, pruned_parameters
 from mlprune.pruning.masks import PackedMask
 from mlprune.pruning.moments import Moments
 from tests.tiny_models import config
@@ -269,9 +269,9 @@ def test_a_borrowed_layer_is_masked_and_then_dense_again(make: Any, dtype: torch
     layer = make().to(dtype).requires_grad_(False)
     dense, masks = snapshot(layer), random_masks(layer)
     others = set(dense) - set(pruned_parameters(layer))
-    with Resident({7: layer}).borrow(7) as borrowed:
+    with Resident({7: layer}).borrow(7) as borrowed, masked_by(layer, None):
         assert all(torch.equal(data, dense[name]) for name, data in borrowed.state_dict().items())
-    with Resident({7: layer}).borrow(7, masks) as borrowed:
+    with Resident({7: layer}).borrow(7) as borrowed, masked_by(borrowed, masks):
         assert borrowed is layer
         check_masked(layer, dense, masks)
         assert all(torch.equal(layer.state_dict()[name], dense[name]) for name in others)
@@ -281,7 +281,7 @@ def test_a_borrowed_layer_is_masked_and_then_dense_again(make: Any, dtype: torch
 def test_the_layer_is_dense_again_after_a_failure() -> None:
     layer = gpt2_mlp()
     dense, masks = snapshot(layer), random_masks(layer)
-    with pytest.raises(KeyboardInterrupt), Resident({0: layer}).borrow(0, masks):
+    with pytest.raises(KeyboardInterrupt), masked_by(layer, masks):
         raise KeyboardInterrupt
     assert all(torch.equal(data, dense[name]) for name, data in layer.state_dict().items())
 

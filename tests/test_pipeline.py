@@ -13,7 +13,8 @@ from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Resident
 from mlprune.prepare import Prepared, gather, make_masks
-from mlprune.shards.pipeline import DENSE_CHUNKS, Pipeline, Pruned
+from mlprune.shards.pipeline import Pipeline, Pruned
+from mlprune.shards.planner import DENSE_CHUNKS, Chunks
 from mlprune.shards.worker import ShardWorker
 from mlprune.variants import Variant
 from tests.tiny_models import config, save, source
@@ -182,9 +183,9 @@ def test_a_pass_borrows_each_layer_once_a_chunk(tmp_path: Path, monkeypatch: pyt
     borrowed: list[int] = []
     borrow = Resident.borrow
 
-    def counting(self: Resident, index: int, masks: Any = None) -> Any:
+    def counting(self: Resident, index: int, then: int | None = None) -> Any:
         borrowed.append(index)
-        return borrow(self, index, masks)
+        return borrow(self, index, then)
 
     monkeypatch.setattr(Resident, "borrow", counting)
     prepared = ready(tmp_path)
@@ -194,14 +195,14 @@ def test_a_pass_borrows_each_layer_once_a_chunk(tmp_path: Path, monkeypatch: pyt
         assert borrowed == [0, 1, 2, 3], "all micro-batches pass a layer before the next is borrowed"
         borrowed.clear()
         make_masks(prepared, pipeline, SEQUENTIAL)
-        assert borrowed == [0, 0, 1, 1, 2, 2, 3], "once to gather and mask, once masked; the last only once"
+        assert borrowed == [0, 1, 2, 3], "to gather, to mask and masked: once for all three"
 
 
 class Dry(Pipeline):
     """Three shards that compute nothing: notes what is asked for, and in which order."""
 
     def __init__(self) -> None:
-        super().__init__([Span(n, n + 1, 3) for n in range(3)], token_bytes=64)
+        super().__init__([Span(n, n + 1, 3) for n in range(3)], Chunks(2**20, few=False))
         self.events: list[tuple[str, int]] = []
 
     def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +211,7 @@ class Dry(Pipeline):
 
     def get(self, promise: Any) -> Any:
         self.events.append(("get", -1))
-        return []
+        return [[]]
 
     def close(self) -> None:
         pass
@@ -223,7 +224,7 @@ def batches(count: int) -> list[Batch]:
 def test_chunks_are_under_way_in_every_shard_at_once() -> None:
     pipeline = Dry()
     steps: list[tuple[int, int]] = []
-    list(pipeline._pass("likelihood", batches(24), 12, lambda done, total: steps.append((done, total))))
+    list(pipeline._pass("likelihood", batches(24), lambda done, total: steps.append((done, total))))
     asked_before_first_answer = pipeline.events[: pipeline.events.index(("get", -1))]
     assert asked_before_first_answer == [("forward", 0), ("forward", 1), ("likelihood", 2)] * 6
     assert steps == [(done, 24) for done in range(2, 25, 2)]
@@ -234,12 +235,13 @@ def test_chunks_are_under_way_in_every_shard_at_once() -> None:
 
 
 def test_chunks_are_bounded_and_whole() -> None:
-    pipeline = Dry()
-    made = list(pipeline._chunks(batches(23), DENSE_CHUNKS * 3))
+    made = list(Chunks(2**20, few=False).of(batches(23), 3, masked=False))
     assert [row for chunk in made for batch in chunk for row in batch.rows] == list(range(23))
     assert len(made) >= DENSE_CHUNKS * 3
-    pipeline._token_bytes = 2**28 // 16  # two micro-batches of 8 tokens are all that a chunk may hold
-    assert [len(chunk) for chunk in pipeline._chunks(batches(5), 1)] == [2, 2, 1]
+    only_one = list(Chunks(2**20, few=True).of(batches(23), 3, masked=True))
+    assert len(only_one) == 1
+    for few in (False, True):  # two micro-batches of 8 tokens are all that a chunk may hold
+        assert [len(chunk) for chunk in Chunks(16, few).of(batches(5), 1, masked=True)] == [2, 2, 1]
 
 
 # promise 3: padding counts for nothing

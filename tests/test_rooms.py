@@ -16,8 +16,9 @@ LAYOUT = """
     pruning pruning.moments pruning.scores pruning.masks
     data data.corpora data.demonstrations data.calibration
     models models.quiet models.demo models.source models.hollow models.matrices models.replay models.residency
+    models.zero
     store
-    shards shards.worker shards.planner shards.pipeline shards.actors
+    shards shards.machine shards.shape shards.worker shards.planner shards.pipeline shards.actors
     evaluation evaluation.perplexity analysis analysis.pictures export
     prepare trial tracking tuning sweep winner
     report cli __main__
@@ -31,7 +32,7 @@ DOORS = {
     "ray.tune": ("mlprune.tuning",),
     "mlflow": ("mlprune.tracking",),
     "optuna": ("mlprune.tuning",),
-    "deepspeed": ("mlprune.models.",),
+    "deepspeed": ("mlprune.models.zero",),
     "matplotlib": ("mlprune.analysis.",),
     "gguf": ("mlprune.models.",),
     "langcodes": ("mlprune.languages",),

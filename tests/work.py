@@ -25,12 +25,14 @@ RANDOM = variant_of(None, "random", 0.4, "unstructured", "dense")
 VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM)
 
 
-def ready(storage: Path, model: ModelSource | None = None, shards: int = 1, **changes: Any) -> Prepared:
+def ready(
+    storage: Path, model: ModelSource | None = None, shards: int = 1, pipeline: Any = None, **changes: Any
+) -> Prepared:
     """A prepared job over VARIANTS on a tiny model: 24 prompts of up to 300 tokens, some padded."""
     values = {
         "name": "tiny",
         "model": {"path": str((model or source()).folder)},
-        "pipeline": {"shards": shards},
+        "pipeline": {"shards": shards, **(pipeline or {})},
         "calibration": {"samples": 24, "shots": 1, "max_tokens": 300, "seed": 3},
         "search": {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [0.5]},
         "evaluation": {"perplexity": {"languages": ["en", "hi"], "lines": 20}},
@@ -42,15 +44,12 @@ def ready(storage: Path, model: ModelSource | None = None, shards: int = 1, **ch
 @contextmanager
 def opened(prepared: Prepared, over_ray: bool = False) -> Iterator[Pipeline]:
     """The pipeline of any number of shards, in this process or over the Ray that runs."""
-    arguments = (prepared.source, prepared.spec.model.dtype, prepared.store())
+    setup, plan = prepared.setup(), prepared.plan
     pipeline: Pipeline
     if over_ray:
-        model, dtype, store = arguments
-        pipeline = RayPipeline.launch(model, prepared.spans, dtype, store, prepared.shape.token_bytes)
+        pipeline = RayPipeline.launch(setup, plan.spans, plan.chunks, plan.holding.ranks)
     else:
-        model, dtype, store = arguments
-        workers = [ShardWorker(model, span, dtype, "cpu", store) for span in prepared.spans]
-        pipeline = LocalPipeline(workers, prepared.shape.token_bytes)
+        pipeline = LocalPipeline([ShardWorker(setup, span) for span in plan.spans], plan.chunks)
     try:
         yield pipeline
     finally:

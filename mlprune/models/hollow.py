@@ -94,6 +94,29 @@ class Span:
         return range(self.first, self.end)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a hollow model holds, beside the small things that every one of them has (norms, positions)."""
+
+    layers: range
+    embedding: bool
+    head: bool
+
+    @classmethod
+    def whole(cls, span: Span) -> Part:
+        """All of a shard."""
+        return cls(span.layers, span.is_first, span.is_last)
+
+    @classmethod
+    def shell(cls, span: Span) -> Part:
+        """A shard without its layers."""
+        return cls(range(0), span.is_first, span.is_last)
+
+    @classmethod
+    def layer(cls, index: int) -> Part:
+        return cls(range(index, index + 1), False, False)
+
+
 class Absent(nn.Module):
     """Stands where a layer is not: keeps the plain attributes that the model's forward reads of it."""
 
@@ -104,16 +127,16 @@ class Absent(nn.Module):
                 setattr(self, name, value)
 
 
-def hollow_out(model: PreTrainedModel, span: Span) -> None:
-    """Take away what is not the span's: other layers, the embedding, the head. The rest is small; it stays."""
-    _, layers = decoder_layers(model, span.count)
+def hollow_out(model: PreTrainedModel, part: Part) -> None:
+    """Take away what is not the part's: other layers, the embedding, the head. The rest is small; it stays."""
+    _, layers = decoder_layers(model, layer_count(model.config))
     for index, layer in enumerate(layers):
-        if index not in span.layers:
+        if index not in part.layers:
             layers[index] = Absent(layer)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
-    if not (span.is_first or (span.is_last and tied)):
+    if not (part.embedding or (part.head and tied)):
         _replace(model, model.get_input_embeddings())
-    if not span.is_last:
+    if not part.head:
         _replace(model, model.get_output_embeddings())
     names = dict(model.named_parameters(remove_duplicate=False))
     model.all_tied_weights_keys = {
@@ -129,17 +152,17 @@ def _replace(model: nn.Module, gone: nn.Module) -> None:
 
 
 def load_hollow(
-    source: ModelSource, span: Span, dtype: torch.dtype, device: torch.device | str = "cpu"
+    source: ModelSource, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The model of `source` with only `span`'s weights in memory, in evaluation mode on `device`.
+    """The model of `source` with only `part`'s weights in memory, in evaluation mode on `device`.
 
-    Raises ModelError when the checkpoint lacks a weight of the span.
+    Raises ModelError when the checkpoint lacks a weight of the part.
     """
     cls = model_class(source.config())
 
     def init(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
-        hollow_out(self, span)
+        hollow_out(self, part)
 
     members = {"__init__": init, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
     hollow: Any = type(cls.__name__, (cls,), members)

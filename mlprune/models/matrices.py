@@ -74,13 +74,15 @@ def has_experts(layer: nn.Module) -> bool:
 class Observer:
     """Gathers the moments of every matrix of a layer while it runs: a context manager of hooks.
 
-    `keep` says which tokens of the coming micro-batch count, flat [B * T] bool; None: all of them.
+    `before` is what was gathered of the same pass: micro-batches are added to it one by one, so that the sum does
+    not depend on where a pass was cut into chunks. `keep` says which tokens of the coming micro-batch count, flat
+    [B * T] bool; None: all of them.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, before: Mapping[str, Moments] | None = None) -> None:
         self.layer = layer
         self.keep: Tensor | None = None
-        self.moments: dict[str, Moments] = {}
+        self.moments: dict[str, Moments] = dict(before or {})
         self._handles: list[RemovableHandle] = []
         self._last: tuple[Tensor, Tensor | None, Moments] | None = None
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlprune.models.hollow import FAMILIES, Absent, Span, decoder_layers, load_hollow
+from mlprune.models.hollow import FAMILIES, Absent, Part, Span, decoder_layers, load_hollow
 from mlprune.models.matrices import is_experts, run_experts
 from mlprune.models.source import ModelSource
 
@@ -52,21 +52,37 @@ class Recorder(Absent):
         return (out, None) if self._returns_tuple else out
 
 
-class ReplayModel:
-    """One shard's layers, held aside, and the hollow model around them that records and finishes."""
+def load_layer(source: ModelSource, span: Span, index: int, dtype: torch.dtype) -> nn.Module:
+    """One decoder layer on the CPU, ready to be run; nothing else of the model is read."""
+    model = load_hollow(source, Part.layer(index), dtype)
+    layer: nn.Module = decoder_layers(model, span.count)[1][index]
+    return _ready(layer)
 
-    def __init__(self, source: ModelSource, span: Span, dtype: torch.dtype, device: torch.device) -> None:
+
+def _ready(layer: nn.Module) -> nn.Module:
+    for module in layer.modules():
+        if is_experts(module):
+            module.forward = partial(run_experts, module)
+    return layer
+
+
+class ReplayModel:
+    """One shard's layers, held aside, and the hollow model around them that records and finishes.
+
+    `shell`: without the layers, which are then loaded one at a time (`load_layer`) and held elsewhere.
+    """
+
+    def __init__(
+        self, source: ModelSource, span: Span, dtype: torch.dtype, device: torch.device, shell: bool = False
+    ) -> None:
         self.span, self.device, self.dtype = span, device, dtype
-        self._model = load_hollow(source, span, dtype, device)
+        part = Part.shell(span) if shell else Part.whole(span)
+        self._model = load_hollow(source, part, dtype, device)
         config = self._model.config
         self._width = int(config.get_text_config().hidden_size)
         self.positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.prefix, slots = decoder_layers(self._model, span.count)
-        self.layers = {index: slots[index] for index in span.layers}
-        for layer in self.layers.values():
-            for module in layer.modules():
-                if is_experts(module):
-                    module.forward = partial(run_experts, module)
+        self.layers = {index: _ready(slots[index]) for index in part.layers}
         self._recorders = [Recorder(layer, FAMILIES[config.model_type]) for layer in slots]
         for index, recorder in enumerate(self._recorders):
             slots[index] = recorder

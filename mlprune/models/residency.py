@@ -1,11 +1,13 @@
 """Where a shard's weights live. Whoever touches a layer's weights borrows the layer.
 
-Here: `resident`, the weights stay on the device. A variant's weights are a masked copy of one layer at a
-time; the dense weights are never overwritten.
+`resident`: on the device, all the time (here). `zero`: elsewhere, brought when borrowed (`zero.py`). The dense
+weights are never overwritten: a variant's weights are masked copies, of one layer at a time.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +16,71 @@ from mlprune.models.matrices import matrices
 from mlprune.pruning.masks import PackedMask
 
 
-class Resident:
+@dataclass(frozen=True)
+class Ranks:
+    """One of the processes that hold a shard together, and where they meet (`host:port`; one meets nobody)."""
+
+    rank: int = 0
+    size: int = 1
+    address: str = ""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = Ranks()
+
+
+class Residency(ABC):
+    """The layers of one shard."""
+
+    @abstractmethod
+    def borrow(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:
+        """The layer with its dense weights in place, until the block ends.
+
+        `then` is the layer that will be borrowed next: it may be sent for while this one works.
+        """
+
+    @abstractmethod
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the ranks that hold the shard; each of them must ask."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the weights, and of what holds them elsewhere."""
+
+
+class Resident(Residency):
     """Layers whose weights are on the device all the time."""
 
     def __init__(self, layers: Mapping[int, nn.Module]) -> None:
-        self._layers = layers
+        self._layers = dict(layers)
 
-    @contextmanager
-    def borrow(self, index: int, masks: Mapping[str, PackedMask] | None = None) -> Iterator[nn.Module]:
-        """The layer with its weights in place, masked if `masks` are given; dense again afterwards."""
-        layer = self._layers[index]
-        if masks is None:
-            yield layer
-            return
-        dense = {name: layer.get_parameter(name).data for name in pruned_parameters(layer)}
-        try:
-            for name, data in masked(layer, masks).items():
-                layer.get_parameter(name).data = data
-            yield layer
-        finally:
-            for name, data in dense.items():
-                layer.get_parameter(name).data = data
+    def borrow(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:
+        return nullcontext(self._layers[index])
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    def close(self) -> None:
+        self._layers.clear()
+
+
+@contextmanager
+def masked_by(layer: nn.Module, masks: Mapping[str, PackedMask] | None) -> Iterator[None]:
+    """The borrowed layer with `masks` on until the block ends; None leaves it dense."""
+    if masks is None:
+        yield
+        return
+    dense = {name: layer.get_parameter(name).data for name in pruned_parameters(layer)}
+    try:
+        for name, data in masked(layer, masks).items():
+            layer.get_parameter(name).data = data
+        yield
+    finally:
+        for name, data in dense.items():
+            layer.get_parameter(name).data = data
 
 
 def pruned_parameters(layer: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The pipeline over Ray: one actor a shard. The only door to Ray core.
+"""The pipeline over Ray: one actor a rank of a shard. The only door to Ray core.
 
 Hidden states go from actor to actor as Ray objects, in shared memory on one node. What arrives that way is
 read-only; a layer never writes to its input (tests/test_replay.py holds every family to that).
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,12 +21,14 @@ from ray.exceptions import RayTaskError
 
 from mlprune.errors import MlpruneError
 from mlprune.models.hollow import Span
-from mlprune.models.source import ModelSource
+from mlprune.models.residency import Ranks
+from mlprune.models.zero import meeting_place
 from mlprune.shards.pipeline import Pipeline
-from mlprune.shards.worker import ShardWorker
-from mlprune.store import MomentStore
+from mlprune.shards.planner import Chunks
+from mlprune.shards.worker import Setup, ShardWorker
 
 TRIAL_SLOT = "trial_slot"  # trials take no CPU of their own: this many talk to the pipeline at once
+CLOSING_SECONDS = 10
 
 
 @contextmanager
@@ -52,45 +56,108 @@ def local_ray(trial_slots: int) -> Iterator[None]:
         ray.shutdown()
 
 
+class RankActor:
+    """One rank of a shard, as an actor. The first rank starts the others and is the one that is called.
+
+    It hands each call on before it works itself, so that all ranks do the same things in the same order: what one
+    of them waits for, in a collective, the others are doing.
+    """
+
+    def __init__(self, setup: Setup, span: Span, size: int, options: dict[str, Any], ranks: Ranks | None) -> None:
+        self._others: list[Any] = []
+        if ranks is None:
+            address = ""
+            if size > 1:
+                self._store, address = meeting_place(ray.util.get_node_ip_address(), size)
+            rank_actor = ray.remote(RankActor).options(**options)
+            self._others = [
+                rank_actor.remote(setup, span, size, options, Ranks(rank, size, address))
+                for rank in range(1, size)
+            ]
+            ranks = Ranks(0, size, address)
+        self._worker = ShardWorker(setup, span, ranks)
+
+    def run(self, method: str, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """Call the worker's method on every rank: this one's value, and references to the others'.
+
+        `args` are this rank's arguments, and then for each of them the others' (a list of references) or None.
+        """
+        own, others = args[: len(args) // 2], args[len(args) // 2 :]
+        values = []
+        for number, actor in enumerate(self._others):
+            given = [mine if theirs is None else theirs[number] for mine, theirs in zip(own, others, strict=True)]
+            values.append(
+                actor.run.options(num_returns=2).remote(method, *given, *[None] * len(given), **kwargs)[0]
+            )
+        try:
+            return getattr(self._worker, method)(*own, **kwargs), values
+        except MlpruneError:
+            raise  # every rank finds the same mistake
+        except Exception:
+            self._break_off()
+            raise
+
+    def _break_off(self) -> None:
+        """What went wrong here leaves the other ranks waiting for it: none of them stays."""
+        for actor in self._others:
+            ray.kill(actor)
+        if not self._worker.ranks.leads:
+            traceback.print_exc()
+            os._exit(1)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a call will return: the first rank's value, and a list of references to the other ranks'."""
+
+    own: Any
+    others: Any
+
+
 class RayPipeline(Pipeline):
     """All shards as actors. May be pickled to a trial, which then talks to the same actors."""
 
-    def __init__(self, actors: Sequence[Any], spans: Sequence[Span], token_bytes: int) -> None:
-        super().__init__(spans, token_bytes)
+    def __init__(self, actors: Sequence[Any], spans: Sequence[Span], chunks: Chunks) -> None:
+        super().__init__(spans, chunks)
         self._actors = list(actors)
 
     @classmethod
-    def launch(
-        cls, source: ModelSource, spans: Sequence[Span], dtype: str, store: MomentStore, token_bytes: int
-    ) -> RayPipeline:
-        """Start an actor a span and wait until all have loaded; if one cannot, none stays."""
+    def launch(cls, setup: Setup, spans: Sequence[Span], chunks: Chunks, ranks: int = 1) -> RayPipeline:
+        """Start `ranks` actors a span and wait until all have loaded; if one cannot, none stays."""
+        workers = len(spans) * ranks
         gpus = torch.cuda.device_count()
         cpus = ray.cluster_resources().get("CPU", 1)
-        a_gpu = math.ceil(len(spans) / gpus) if gpus else 0  # shards that share one
-        options = {"num_cpus": min(1, cpus / len(spans)), "num_gpus": 1 / a_gpu if gpus else 0}
-        worker = ray.remote(ShardWorker).options(**options)
-        device = "cuda" if gpus else "cpu"
-        actors = [worker.remote(source, span, dtype, device, store) for span in spans]
-        pipeline = cls(actors, spans, token_bytes)
+        a_gpu = math.ceil(workers / gpus) if gpus else 0  # workers that share one
+        options = {"num_cpus": min(1, cpus / workers), "num_gpus": 1 / a_gpu if gpus else 0}
+        worker = ray.remote(RankActor).options(**options)
+        actors = [worker.remote(setup, span, ranks, options, None) for span in spans]
+        pipeline = cls(actors, spans, chunks)
         try:
-            pipeline.get([actor.ready.remote() for actor in actors])
+            pipeline.everywhere("ready")
         except BaseException:
             pipeline.close()
             raise
         return pipeline
 
-    def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._actors[shard], method).remote(*args, **kwargs)
+    def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Promise:
+        own = [arg.own if isinstance(arg, Promise) else arg for arg in args]
+        others = [arg.others if isinstance(arg, Promise) else None for arg in args]
+        run = self._actors[shard].run.options(num_returns=2)
+        return Promise(*run.remote(method, *own, *others, **kwargs))
 
-    def get(self, promise: Any) -> Any:
+    def get(self, promise: Promise) -> list[Any]:
         try:
-            return ray.get(promise)
+            own, others = ray.get([promise.own, promise.others])
+            return [own, *ray.get(others)]
         except RayTaskError as error:
             if isinstance(error.cause, MlpruneError):
                 raise error.cause from None  # the user's mistake, without the worker's traceback around it
             raise
 
     def close(self) -> None:
+        """Let the workers put away what they have on disk, if they still can, and end them."""
+        closing = [self.call(shard, "close").own for shard in range(len(self._actors))]
+        ray.wait(closing, num_returns=max(1, len(closing)), timeout=CLOSING_SECONDS) if closing else None
         for actor in self._actors:
             ray.kill(actor)
         self._actors.clear()

@@ -1,8 +1,8 @@
 """The seam between the arithmetic and the cluster: all shards of one model, in order.
 
 What is asked of a pipeline is written once, in `Pipeline`; its two forms differ only in how a worker is
-called. A call returns a promise: the value itself in a process, an object reference over Ray. A promise may
-be given to a later call, so that hidden states go from shard to shard without passing here.
+called. A call returns a promise of what each rank of the shard returns. A promise may be given to a later call,
+whose ranks each take the value of their own, so that hidden states go from shard to shard without passing here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from torch import Tensor
 
 from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet
 from mlprune.models.hollow import Span
+from mlprune.shards.planner import Chunks
 from mlprune.shards.worker import LayerMasks, Recipe, ShardWorker
 
 Progress = Callable[[int, int], None]  # done, of how many
 
-# hidden states on their way between two shards: as much as fits a modest object store many times over
-CHUNK_BYTES = 256 * 2**20
-# Chunks a shard of a pass: more keep more shards busy, but each makes the masked layers anew.
-DENSE_CHUNKS, MASKED_CHUNKS = 4, 2
 SEQUENTIAL_LAYERS = 4  # pruned by one call; other trials' calls come between
 
 
@@ -43,41 +40,42 @@ class Pruned:
 
 
 class Pipeline(ABC):
-    """A model in shards. `token_bytes`: bytes of one token's hidden state."""
+    """A model in shards, and how its passes are cut."""
 
-    def __init__(self, spans: Sequence[Span], token_bytes: int) -> None:
+    def __init__(self, spans: Sequence[Span], chunks: Chunks) -> None:
         self.spans = tuple(spans)
-        self._token_bytes = token_bytes
+        self._chunks = chunks
 
     @abstractmethod
     def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a worker's method; a promise of what it returns. Arguments may be promises."""
 
     @abstractmethod
-    def get(self, promise: Any) -> Any:
-        """The value of a promise. Raises what the worker raised."""
+    def get(self, promise: Any) -> list[Any]:
+        """The value of each rank. Raises what a worker raised."""
 
     @abstractmethod
     def close(self) -> None:
         """Let go of the workers."""
 
     def everywhere(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every worker at the same time; the values, in order of shards."""
-        return [self.get(p) for p in [self.call(shard, method, *args) for shard in range(len(self.spans))]]
+        """Call a method of every worker at the same time; the first ranks' values, in order of shards."""
+        promises = [self.call(shard, method, *args) for shard in range(len(self.spans))]
+        return [self.get(promise)[0] for promise in promises]
 
     # what is asked of a model
 
     def restore(self, key: str) -> tuple[bool, tuple[str, ...]]:
         """Whether the store had all moments of a calibration set, and which of its files were corrupt."""
-        found = self.everywhere("restore_moments", key)
-        return all(part.complete for part in found), tuple(file for part in found for file in part.corrupt)
+        promises = [self.call(shard, "restore_moments", key) for shard in range(len(self.spans))]
+        found = [part for promise in promises for part in self.get(promise)]
+        corrupt = dict.fromkeys(file for part in found for file in part.corrupt)
+        return all(part.complete for part in found), tuple(corrupt)
 
     def gather(self, calibration: CalibrationSet, progress: Progress | None = None) -> None:
         """Pass a calibration set through the dense model; keep its moments, in the workers and on disk."""
         self.everywhere("forget_moments", calibration.key)
-        for _ in self._pass(
-            "forward", calibration.batches, DENSE_CHUNKS * len(self.spans), progress, gather=calibration.key
-        ):
+        for _ in self._pass("forward", calibration.batches, progress, gather=calibration.key):
             pass
         self.everywhere("save_moments", calibration.key)
 
@@ -106,10 +104,7 @@ class Pipeline(ABC):
     ) -> list[float]:
         """The negative log-likelihood of each line of the set, in nats; `variant` None is the dense model."""
         nll = [0.0] * len(evaluation.lines)
-        chunks = DENSE_CHUNKS * len(self.spans)
-        if variant is not None:
-            chunks = MASKED_CHUNKS * len(self.spans) if len(self.spans) > 1 else 1
-        done = self._pass("likelihood", evaluation.batches, chunks, progress, variant=variant)
+        done = self._pass("likelihood", evaluation.batches, progress, variant=variant)
         values = (value for chunk in done for value in chunk)
         for batch, of_rows in zip(evaluation.batches, values, strict=True):
             for row, value in zip(batch.rows, of_rows.tolist(), strict=True):
@@ -119,19 +114,29 @@ class Pipeline(ABC):
     def release(self, variant: str) -> None:
         self.everywhere("release", variant)
 
+    def peak_bytes(self) -> list[int]:
+        """The most memory that each shard's largest rank has held."""
+        promises = [self.call(shard, "peak_bytes") for shard in range(len(self.spans))]
+        return [max(self.get(promise)) for promise in promises]
+
     def weights(self, variant: str | None) -> Iterator[dict[str, Tensor]]:
         """The whole model's weights, masked by `variant`: what is beside the layers, then layer by layer."""
         for shard, span in enumerate(self.spans):
             if span.is_first or span.is_last:
-                yield self.get(self.call(shard, "other_weights"))
+                yield self.get(self.call(shard, "other_weights"))[0]
         for shard, span in enumerate(self.spans):
             for index in span.layers:
-                yield self.get(self.call(shard, "layer_weights", index, variant))
+                yield self.get(self.call(shard, "layer_weights", index, variant))[0]
 
     # how a pass goes
 
     def _pass(
-        self, last: str, batches: Sequence[Batch], wanted: int, progress: Progress | None, **kwargs: Any
+        self,
+        last: str,
+        batches: Sequence[Batch],
+        progress: Progress | None,
+        variant: str | None = None,
+        **given: Any,
     ) -> Iterator[list[Tensor]]:
         """Send chunks through all shards, the next on its way while one works; what the last shard returns.
 
@@ -143,39 +148,29 @@ class Pipeline(ABC):
         def take() -> list[Tensor]:
             nonlocal done
             promise, size = waiting.pop(0)
-            value: list[Tensor] = self.get(promise)
+            value = in_order(self.get(promise))
             done += size
             if progress:
                 progress(done, total)
             return value
 
-        for chunk in self._chunks(batches, wanted):
+        for chunk in self._chunks.of(batches, len(self.spans), masked=variant is not None):
             if len(waiting) >= 2 * len(self.spans):
                 yield take()
-            waiting.append((self._send(last, chunk, kwargs), len(chunk)))
+            waiting.append((self._send(last, chunk, {**given, "variant": variant}), len(chunk)))
         while waiting:
             yield take()
 
-    def _send(self, last: str, chunk: Sequence[Batch], kwargs: dict[str, Any]) -> Any:
+    def _send(self, last: str, chunk: Sequence[Batch], given: dict[str, Any]) -> Any:
         hidden = None
         for shard, span in enumerate(self.spans):
-            hidden = self.call(shard, last if span.is_last else "forward", chunk, hidden, **kwargs)
+            hidden = self.call(shard, last if span.is_last else "forward", chunk, hidden, **given)
         return hidden
 
-    def _chunks(self, batches: Sequence[Batch], wanted: int) -> Iterator[Sequence[Batch]]:
-        """Consecutive micro-batches, about `wanted` chunks of them, none larger than CHUNK_BYTES."""
-        tokens = sum(batch.input_ids.numel() for batch in batches)
-        limit = min(tokens / wanted, CHUNK_BYTES / self._token_bytes)
-        chunk: list[Batch] = []
-        size = 0
-        for batch in batches:
-            if chunk and size + batch.input_ids.numel() > limit:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(batch)
-            size += batch.input_ids.numel()
-        if chunk:
-            yield chunk
+
+def in_order(shares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What was shared out to ranks in turn, in the order that it had before."""
+    return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
 
 
 def _pruned(layers: Sequence[LayerMasks]) -> Pruned:
@@ -188,17 +183,19 @@ def _pruned(layers: Sequence[LayerMasks]) -> Pruned:
 
 
 class LocalPipeline(Pipeline):
-    """All shards in this process, one after another."""
+    """All shards in this process, one rank each, one after another."""
 
-    def __init__(self, workers: Sequence[ShardWorker], token_bytes: int) -> None:
-        super().__init__([worker.span for worker in workers], token_bytes)
+    def __init__(self, workers: Sequence[ShardWorker], chunks: Chunks) -> None:
+        super().__init__([worker.span for worker in workers], chunks)
         self._workers = list(workers)
 
     def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._workers[shard], method)(*args, **kwargs)
 
-    def get(self, promise: Any) -> Any:
-        return promise
+    def get(self, promise: Any) -> list[Any]:
+        return [promise]
 
     def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
         self._workers.clear()

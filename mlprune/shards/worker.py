@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -21,9 +23,10 @@ from mlprune.data.calibration import Batch
 from mlprune.errors import ModelError
 from mlprune.models.hollow import Span
 from mlprune.models.matrices import Observer, matrices
-from mlprune.models.replay import Recorded, ReplayModel
-from mlprune.models.residency import Resident, masked
+from mlprune.models.replay import Call, ReplayModel, load_layer
+from mlprune.models.residency import ALONE, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
+from mlprune.models.zero import Offload, Zero
 from mlprune.pruning.masks import PackedMask, keep_mask
 from mlprune.pruning.moments import Moments, mixed
 from mlprune.pruning.scores import score_named
@@ -32,6 +35,7 @@ from mlprune.variants import Pattern, Variant
 
 # logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte
 LOGIT_TOKENS = 512
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ class LayerMasks:
 
 
 @dataclass(frozen=True)
+class Setup:
+    """What all workers of a pipeline have in common. `offload` None: the weights stay on the device."""
+
+    source: ModelSource
+    dtype: str
+    device: str
+    store: MomentStore
+    offload: Offload | None = None
+
+
+@dataclass(frozen=True)
 class StoredMoments:
     """What the store had: whether all of the shard's layers, and the files that were corrupt."""
 
@@ -62,20 +77,41 @@ class StoredMoments:
 
 
 class ShardWorker:
-    """Holds the layers of `span` and what was gathered on them."""
+    """Holds the layers of `span` and what was gathered on them.
 
-    def __init__(self, source: ModelSource, span: Span, dtype: str, device: str, store: MomentStore) -> None:
+    With several ranks, each of them is told the same and does its share: the micro-batches `ranks.rank`,
+    `ranks.rank + ranks.size`, ... of what it is given. Hidden states and likelihoods are those of the share.
+    """
+
+    def __init__(self, setup: Setup, span: Span, ranks: Ranks = ALONE) -> None:
         torch.set_num_threads(_threads())
-        self.span = span
+        self.span, self.ranks = span, ranks
+        self._store = setup.store
+        dtype, device = setup.source.dtype(setup.dtype), torch.device(setup.device)
         with torch.inference_mode():
-            self._model = ReplayModel(source, span, source.dtype(dtype), torch.device(device))
+            self._model = ReplayModel(setup.source, span, dtype, device, shell=setup.offload is not None)
+            self._residency = self._reside(setup, dtype)
         self._logit_tokens = min(LOGIT_TOKENS, self._model.positions or LOGIT_TOKENS)
-        self._residency = Resident(self._model.layers)
-        self._store = store
-        self._gathering: dict[str, dict[int, dict[str, Moments]]] = {}  # passes that are under way
-        self._moments: dict[str, dict[int, dict[str, Moments]]] = {}  # of whole passes
+        self._gathering: dict[str, dict[int, Mapping[str, Moments]]] = {}  # passes that are under way
+        self._moments: dict[str, dict[int, Mapping[str, Moments]]] = {}  # of whole passes
         self._masks: dict[str, dict[int, dict[str, PackedMask]]] = {}
         self._summaries: dict[str, list[LayerMasks]] = {}
+
+    def _reside(self, setup: Setup, dtype: torch.dtype) -> Residency:
+        if setup.offload is None:
+            return Resident(self._model.layers)
+        layers = ((index, load_layer(setup.source, self.span, index, dtype)) for index in self.span.layers)
+        return Zero(layers, dtype, self._model.device, setup.offload, self.ranks)
+
+    def close(self) -> None:
+        """Let go of the weights, wherever they are."""
+        self._residency.close()
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has held: of its GPU if it has one, else of the machine."""
+        if self._model.device.type == "cuda":
+            return int(torch.cuda.max_memory_reserved(self._model.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
     def ready(self) -> None:
         """Answers once the layers are loaded, and what was asked before is done."""
@@ -95,18 +131,18 @@ class ShardWorker:
         `hidden` is what the shard before returned, one [B, T, H] a micro-batch; None on the first shard.
         The last shard returns nothing when it gathers: nobody reads what leaves the last layer then.
         """
-        recorded = self._record(batches)
-        states = self._entering(recorded, hidden)
+        batches = self._share(batches)
+        calls, states = self._enter(batches, hidden)
         gathered = self._gathering.setdefault(gather, {}) if gather else None
         for index in self.span.layers:
             masks = self._masks[variant][index] if variant else None
-            with self._residency.borrow(index, masks) as layer:
+            with self._residency.borrow(index, self._next(index)) as layer, masked_by(layer, masks):
                 if gathered is None:
-                    states = self._run(index, layer, recorded, states)
+                    self._advance(states, self._run(index, layer, calls, states))
                     continue
-                with Observer(layer) as observer:
-                    states = self._run(index, layer, recorded, states, batches, observer)
-                gathered[index] = _sum(gathered.get(index), observer.gathered())
+                with Observer(layer, gathered.get(index)) as observer:
+                    self._advance(states, self._run(index, layer, calls, states, batches, observer))
+                gathered[index] = observer.gathered()
         return [] if gather and self.span.is_last else states
 
     @torch.inference_mode()
@@ -115,31 +151,59 @@ class ShardWorker:
     ) -> list[Tensor]:
         """On the last shard: the negative log-likelihood of each row's tokens after its first, nats, [B]."""
         states = self.forward(batches, hidden, variant)
-        return [self._nll(batch, state) for batch, state in zip(batches, states, strict=True)]
+        return [self._nll(batch, state) for batch, state in zip(self._share(batches), states, strict=True)]
 
-    def _record(self, batches: Sequence[Batch]) -> list[Recorded]:
-        return [self._model.record(batch.input_ids, batch.attention_mask) for batch in batches]
+    def _share(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        return batches[self.ranks.rank :: self.ranks.size]
 
-    def _entering(self, recorded: Sequence[Recorded], hidden: Sequence[Tensor] | None) -> list[Tensor]:
-        if hidden is None:
-            return [item.embedded_BTH for item in recorded]
-        return [state.to(self._model.device) for state in hidden]
+    def _next(self, index: int) -> int | None:
+        """The shard's layer after this one, to be sent for."""
+        return index + 1 if index + 1 in self.span.layers else None
+
+    def _of_all_ranks(self, moments: Mapping[str, Moments]) -> Mapping[str, Moments]:
+        """The moments of a layer summed over the ranks. Their order of summing differs from that of one rank."""
+        if self.ranks.size == 1:
+            return moments
+        tokens = torch.tensor([float(seen.tokens) for seen in moments.values()], dtype=torch.float64)
+        parts = [tokens.to(self._model.device), *(seen.sumsq_I for seen in moments.values())]
+        total = self._residency.total(torch.cat(parts))
+        counts, *sums = torch.split(total, [len(part) for part in parts])
+        return {
+            name: Moments(int(count), sumsq_I)
+            for name, count, sumsq_I in zip(moments, counts.tolist(), sums, strict=True)
+        }
+
+    def _enter(
+        self, batches: Sequence[Batch], hidden: Sequence[Tensor] | None
+    ) -> tuple[list[Mapping[int, Call]], list[Tensor]]:
+        """For each micro-batch what the layers are given beside hidden states, and the states that enter."""
+        calls, states = [], []
+        for number, batch in enumerate(batches):
+            recorded = self._model.record(batch.input_ids, batch.attention_mask)
+            calls.append(recorded.calls)
+            states.append(recorded.embedded_BTH if hidden is None else hidden[number].to(self._model.device))
+        return calls, states
 
     def _run(
         self,
         index: int,
         layer: torch.nn.Module,
-        recorded: Sequence[Recorded],
+        calls: Sequence[Mapping[int, Call]],
         states: Sequence[Tensor],
         batches: Sequence[Batch] = (),
         observer: Observer | None = None,
-    ) -> list[Tensor]:
-        out = []
-        for number, (item, state) in enumerate(zip(recorded, states, strict=True)):
+    ) -> Iterator[Tensor]:
+        """What leaves the layer, one micro-batch after another."""
+        for number, given in enumerate(calls):
             if observer is not None:
                 observer.keep = _real_tokens(batches[number], self._model.device)
-            out.append(self._model.run(layer, state, item.calls[index]))
-        return out
+            yield self._model.run(layer, states[number], given[index])
+
+    @staticmethod
+    def _advance(states: list[Tensor], after: Iterator[Tensor]) -> None:
+        """Replace the states one by one, so that no chunk is held twice."""
+        for number, state in enumerate(after):
+            states[number] = state
 
     def _nll(self, batch: Batch, state_BTH: Tensor) -> Tensor:
         """Each row's sum, float64 [B]. Logits are made for few tokens at a time, and for no pad."""
@@ -165,7 +229,8 @@ class ShardWorker:
         """Take a calibration set's moments from the store, if it has all of this shard's layers."""
         if key in self._moments:
             return StoredMoments(complete=True)
-        found, corrupt = {}, []
+        found: dict[int, Mapping[str, Moments]] = {}
+        corrupt = []
         for index in self.span.layers:
             try:
                 moments = self._store.load(key, index)
@@ -186,7 +251,10 @@ class ShardWorker:
 
     def save_moments(self, key: str) -> None:
         """After a pass over the set: its moments are whole, and go to the store."""
-        self._moments[key] = self._gathering.pop(key)
+        gathered = self._gathering.pop(key)
+        self._moments[key] = {index: self._of_all_ranks(moments) for index, moments in gathered.items()}
+        if not self.ranks.leads:
+            return
         for index, moments in self._moments[key].items():
             self._store.save(key, index, moments)
 
@@ -198,7 +266,7 @@ class ShardWorker:
         self.release(recipe.variant.key)
         for index in self.span.layers:
             parts = [(self._moments[key][index], weight) for key, weight in recipe.parts]
-            with self._residency.borrow(index) as layer:
+            with self._residency.borrow(index, self._next(index)) as layer:
                 self._make_masks(index, layer, recipe, parts)
         return self.summary(recipe.variant.key)
 
@@ -215,23 +283,26 @@ class ShardWorker:
         `layers` are the next of this shard's. `batches` and `hidden` hold a list a part of the recipe. Returns
         what leaves the last of the pruned layers.
         """
-        recorded = [self._record(part) for part in batches]
-        states = [self._entering(item, hidden[n] if hidden else None) for n, item in enumerate(recorded)]
+        batches = [self._share(part) for part in batches]
+        entered = [self._enter(part, hidden[n] if hidden else None) for n, part in enumerate(batches)]
         if layers.start == self.span.first:
             self.release(recipe.variant.key)
         for index in layers:
-            with self._residency.borrow(index) as layer:
+            then = index + 1 if index + 1 in layers else None
+            with self._residency.borrow(index, then) as layer:
                 parts = []
-                for n, (_, weight) in enumerate(recipe.parts):
+                for (_, weight), part, (calls, states) in zip(recipe.parts, batches, entered, strict=True):
                     with Observer(layer) as observer:
-                        self._run(index, layer, recorded[n], states[n], batches[n], observer)
-                    parts.append((observer.gathered(), weight))
+                        for _ in self._run(index, layer, calls, states, part, observer):
+                            pass
+                    parts.append((self._of_all_ranks(observer.gathered()), weight))
                 masks = self._make_masks(index, layer, recipe, parts)
-            if index + 1 == self.span.count:  # nobody reads what leaves the last layer
-                return []
-            with self._residency.borrow(index, masks) as layer:
-                states = [self._run(index, layer, *pair) for pair in zip(recorded, states, strict=True)]
-        return states
+                if index + 1 == self.span.count:  # nobody reads what leaves the last layer
+                    return []
+                with masked_by(layer, masks):
+                    for calls, states in entered:
+                        self._advance(states, self._run(index, layer, calls, states))
+        return [states for _, states in entered]
 
     def _make_masks(
         self,
@@ -271,16 +342,20 @@ class ShardWorker:
 
     @torch.inference_mode()
     def layer_weights(self, index: int, variant: str | None) -> dict[str, Tensor]:
-        """A layer's weights on the CPU, masked by `variant`, by their names in the whole model."""
-        with self._residency.borrow(index) as layer:
+        """A layer's weights on the CPU, masked by `variant`, by their names in the model; of the first rank."""
+        with self._residency.borrow(index, self._next(index)) as layer:
+            if not self.ranks.leads:
+                return {}
             weights = dict(layer.state_dict())
             if variant:
                 weights.update(masked(layer, self._masks[variant][index]))
             prefix = f"{self._model.prefix}.{index}."
-            return {prefix + name: data.cpu() for name, data in weights.items()}
+            return {prefix + name: data.cpu().clone() for name, data in weights.items()}
 
     def other_weights(self) -> dict[str, Tensor]:
-        """What is not in a layer: embedding on the first shard, norm and head on the last."""
+        """What is not in a layer: embedding on the first shard, norm and head on the last; of the first rank."""
+        if not self.ranks.leads:
+            return {}
         return {name: data.cpu() for name, data in self._model.other_weights().items()}
 
 
@@ -288,10 +363,6 @@ def _threads() -> int:
     """All cores that this process may use, whatever the number of shards: BLAS rounds differently with others."""
     cores = psutil.cpu_count(logical=False) or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
-
-
-def _sum(before: Mapping[str, Moments] | None, new: Mapping[str, Moments]) -> dict[str, Moments]:
-    return {name: before[name] + seen for name, seen in new.items()} if before else dict(new)
 
 
 def _summary(masks: Mapping[str, PackedMask], unseen: Sequence[str]) -> LayerMasks:

@@ -1,0 +1,102 @@
+"""What there is to run on: this machine, or nodes that are all alike."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+# Dense bf16 FLOP/s that the makers give, without sparsity.
+GPU_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "V100": 125e12,
+}
+UNKNOWN_GPU_FLOPS = 100e12
+HOST_TO_DEVICE = 25e9  # bytes a second: PCIe 4.0 x16, from pinned memory
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`nodes` machines, all alike. Memory in bytes, rates a second and a device."""
+
+    nodes: int
+    gpus: int  # of a node; 0: its cores work
+    gpu_memory: int  # of a GPU
+    host_memory: int  # of a node
+    host_to_device: float
+    flops: float  # of a GPU, or of a node without
+    disk: int | None = None  # free for offloaded weights, of a node; None: not known
+
+    @property
+    def all_gpus(self) -> int:
+        return self.nodes * self.gpus
+
+
+def this_machine(offload_folder: Path | None = None) -> Machine:
+    """What is free here now. Speeds are not measured: `flops` is 0 where no table knows it."""
+    gpus = gpus_here()
+    disk = None
+    if offload_folder is not None:
+        place = offload_folder
+        while not place.exists():
+            place = place.parent
+        disk = psutil.disk_usage(str(place)).free
+    return Machine(
+        nodes=1,
+        gpus=len(gpus),
+        gpu_memory=min((free for _, free in gpus), default=0),
+        host_memory=host_memory_free(),
+        host_to_device=HOST_TO_DEVICE,
+        flops=flops_of(gpus[0][0]) if gpus else 0.0,
+        disk=disk,
+    )
+
+
+def gpus_here() -> list[tuple[str, int]]:
+    """Name and free bytes of each GPU that torch sees; asked of the driver's tool, which makes no context."""
+    count = torch.cuda.device_count()
+    if not count:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = [line.rsplit(",", 1) for line in lines]
+    return [(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in found][:count]
+
+
+def host_memory_free() -> int:
+    """Bytes that this process may still take: of the machine, or of the control group that it is in."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return free
+    return min(free, limit - used + int(kept.get("inactive_file", 0)))  # the cache of files gives way
+
+
+def flops_of(gpu: str) -> float:
+    """The dense bf16 FLOP/s of a GPU by its name."""
+    return next((flops for name, flops in GPU_FLOPS.items() if name in gpu), UNKNOWN_GPU_FLOPS)
+
+
+def measured_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of this machine's cores, by multiplying matrices for a tenth of a second."""
+    width = 1024
+    a, b = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
+    a @ b
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        a @ b
+        done += 1
+    return 2 * width**3 * done / (time.perf_counter() - started)
