@@ -152,6 +152,40 @@ def prune(
 
 
 @_command
+@click.argument("model", required=False)
+@click.option("--spec", default="quickstart", help="The sweep to plan; MODEL takes the place of its model.")
+@click.option("--nodes", type=click.IntRange(1), help="Machines, all alike.")
+@click.option("--gpus-per-node", type=click.IntRange(0), help="0: cores alone.")
+@click.option("--gpu-memory", metavar="SIZE", help="Of one GPU, as 80GiB.")
+@click.option("--host-memory", metavar="SIZE", help="Of one node, as 1TiB.")
+@click.option("--host-to-device", metavar="SIZE", help="What a GPU is sent in a second, as 25GB.")
+@click.option("--flops", type=float, help="Of one GPU (or node of cores) in a second, as 312e12.")
+def plan(model: str | None, spec: str, corpus: str | None, assignments: tuple[str, ...], **machines: Any) -> Any:
+    """Plan MODEL on machines: a folder, a hub id, demo, or a config.json alone. No weights are read.
+
+    Without options for machines: those of the Ray cluster that runs, or else this one.
+    """
+    checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
+    for name in ("gpu_memory", "host_memory", "host_to_device"):
+        machines[name] = _size(name, machines[name])
+    from mlprune import report
+    from mlprune.scale import Asked, plan_scale
+
+    planned = plan_scale(checked, Asked(**machines))
+    report.show_scale(planned)
+    return report.scale_values(planned)
+
+
+def _size(name: str, text: str | None) -> int | None:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return None if text is None else int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise SpecError("--" + name.replace("_", "-"), repr(text), "write a size, as 80GiB") from None
+
+
+@_command
 @click.argument("model")
 @click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
 @click.option("--languages", metavar="LIST", help="As en,fr; ISO 639 codes that the corpus has.")

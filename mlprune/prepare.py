@@ -23,7 +23,7 @@ from mlprune.models.source import ModelSource, find_model
 from mlprune.models.zero import Offload, make_disk_ready
 from mlprune.pruning.scores import score_named
 from mlprune.shards.actors import RayPipeline, local_ray
-from mlprune.shards.machine import this_machine
+from mlprune.shards.machine import this_machine, with_disk
 from mlprune.shards.pipeline import LocalPipeline, Pipeline, Progress, Pruned
 from mlprune.shards.planner import Plan, Work, make_plan
 from mlprune.shards.shape import ModelShape, check_pattern, model_shape
@@ -134,7 +134,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(shape, Pattern.parse(pattern), "search.pattern")
     sets, evaluation = _text(spec, variants, source, shape, evaluate)
-    machine = this_machine(spec.offload_folder)
+    machine = with_disk(this_machine(), spec.offload_folder)
     plan = make_plan(shape, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
     if plan.why:
         say(f"  residency: {plan.why}")
@@ -247,17 +247,18 @@ def open_ray_pipeline(prepared: Prepared, trial_slots: int) -> Iterator[RayPipel
 
 
 def gather(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
-    """Have the dense moments that the variants need: from the store, else by a pass each."""
+    """Have the dense moments that the variants need: from the store, else by one pass for all of them."""
     names = {str(part) for v in variants if v.propagation == "dense" for part, _ in parts_of(v)}
-    for name, calibration in prepared.sets.items():
-        if name not in names:
-            continue
-        complete, corrupt = pipeline.restore(calibration.key)
+    missing = {}
+    for name in prepared.sets.keys() & names:
+        complete, corrupt = pipeline.restore(prepared.sets[name].key)
         for file in corrupt:
             warn(f"{file} is corrupt; its moments are gathered again")
         if not complete:
-            with step(f"calibrating on {name}", "batches") as progress:
-                pipeline.gather(calibration, progress)
+            missing[name] = prepared.sets[name]
+    if missing:
+        with step(f"calibrating on {', '.join(sorted(missing))}", "batches") as progress:
+            pipeline.gather([missing[name] for name in sorted(missing)], progress)
 
 
 def make_masks(

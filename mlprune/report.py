@@ -17,6 +17,7 @@ from mlprune.config import DEFAULT_STORAGE
 from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.languages import name_of
+from mlprune.scale import ScalePlan
 from mlprune.shards.planner import Plan
 from mlprune.store import Result
 from mlprune.sweep import SweepOutcome, SweepPlan
@@ -75,6 +76,70 @@ def plan_values(plan: SweepPlan) -> dict[str, Any]:
         "residency": str(prepared.plan.holding),
         "shards": shard_values(prepared.plan),
         "disk_bytes": plan.disk,
+    }
+
+
+# a model on machines
+
+
+def show_scale(planned: ScalePlan) -> None:
+    """How the model would be held, how long each phase would take, and what would help."""
+    machine, shape, work = planned.machine, planned.shape, planned.work
+    gpus = f"{machine.gpus} GPUs of {size_text(machine.gpu_memory)}, " if machine.gpus else ""
+    out.print(
+        f"{planned.name}: {len(shape.layers)} layers, {shape.pruned_total / 1e9:.4g}B weights in matrices, "
+        f"{size_text(shape.total)} in {str(shape.dtype).removeprefix('torch.')}",
+        style="bold",
+    )
+    out.print(
+        f"on {machine.nodes} node(s) of {gpus}{size_text(machine.host_memory)} of memory; "
+        f"{machine.flops / 1e12:.3g} TFLOP/s, {machine.host_to_device / 1e9:.3g} GB/s to a GPU"
+        if machine.gpus
+        else f"on {machine.nodes} node(s) of {size_text(machine.host_memory)} of memory; "
+        f"{machine.flops / 1e12:.3g} TFLOP/s"
+    )
+    out.print(
+        f"for {work.variants} variants, {len(work.calibration)} calibration sets of "
+        f"{max(work.calibration, default=0):,} tokens, {work.evaluation:,} tokens of evaluation"
+    )
+    if planned.plan is None:
+        out.print(f"does not fit: {planned.why_not}", style="red", soft_wrap=True)
+    else:
+        if planned.plan.why:
+            out.print(f"residency: {planned.plan.why}", soft_wrap=True)
+        out.print(memory_table(planned.plan))
+        out.print(_phases_table(planned))
+    for change in planned.changes:
+        out.print(f"with {change}", soft_wrap=True)
+
+
+def _phases_table(planned: ScalePlan) -> Table:
+    table = _table("time, estimated", "phase", "time", "bound by")
+    for phase in planned.phases:
+        table.add_row(phase.name, time_text(phase.seconds), phase.bound)
+    table.add_row("all", time_text(sum(phase.seconds for phase in planned.phases)), "")
+    return table
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as a person reads them: `3 min`, `2.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def scale_values(planned: ScalePlan) -> dict[str, Any]:
+    """The same as plain values."""
+    return {
+        "model": planned.name,
+        "machine": vars(planned.machine),
+        "work": vars(planned.work),
+        "fits": planned.plan is not None,
+        "why_not": planned.why_not or None,
+        "residency": str(planned.plan.holding) if planned.plan else None,
+        "shards": shard_values(planned.plan) if planned.plan else [],
+        "phases": [vars(phase) for phase in planned.phases],
+        "changes": list(planned.changes),
     }
 
 

@@ -170,7 +170,7 @@ def test_a_pass_that_broke_off_is_not_taken_for_a_whole_one(expected: Outcome, t
     prepared = ready(tmp_path)
     calibration = prepared.sets[str(WANDA.calibration)]
     with opened(prepared) as pipeline:
-        pipeline.call(0, "forward", calibration.batches[:1], None, gather=calibration.key)
+        pipeline.call(0, "forward", calibration.batches[:1], None, gather=[calibration.key])
         assert pipeline.restore(calibration.key) == (False, ())
         gather(prepared, pipeline, [WANDA])
         assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
@@ -255,7 +255,7 @@ def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
 
     def found(worker: ShardWorker, pad: int) -> tuple[Any, Any]:
         padded = [_with_pads(batch, pad) for batch in calibration.batches]
-        worker.forward(padded, None, gather=str(pad))
+        worker.forward(padded, None, gather=[str(pad)] * len(padded))
         nll = worker.likelihood([_with_pads(batch, pad) for batch in evaluation.batches], None)
         moments = worker._gathering[str(pad)]
         return [m.sumsq_I for layer in moments.values() for m in layer.values()], nll

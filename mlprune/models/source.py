@@ -10,6 +10,7 @@ else its index; the last two only if the user trusts the model, because a pickle
 import contextlib
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,9 +37,13 @@ class ModelSource:
     """A model's folder, and what the user allows in reading it."""
 
     name: str  # as the user wrote it: demo, a hub id, a folder
-    folder: Path  # where config, weights and tokenizer lie
+    folder: Path  # where config, weights and tokenizer lie; a config file alone, where no more is needed
     trust_remote_code: bool
     allow_pickle: bool
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder if self.folder.is_file() else self.folder / "config.json"
 
     def config(self) -> PretrainedConfig:
         try:
@@ -81,7 +86,7 @@ class ModelSource:
 
     def fingerprint(self) -> str:
         """32 hex digits of the content: config, weights and, where it is trusted, the model's own code."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        digest = hashlib.sha256(self.config_file.read_bytes())
         code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
         files = [*self.weight_files(), *code]
         for path, content in zip(files, _file_hashes(files), strict=True):
@@ -133,7 +138,7 @@ def find_model(
     progress: Progress | None = None,
 ) -> ModelSource:
     """Find the model, fetch it if need be, and check all that can be checked without loading a weight."""
-    folder = _folder_of(name, progress)
+    folder = Path(name) if _is_config(name) and not weights else _folder_of(name, progress)
     if folder is not None and revision is not None:
         raise ModelError("model.revision", revision, f"only a hub id has revisions, and {name} is none")
     if folder is None:
@@ -144,6 +149,10 @@ def find_model(
     if weights:
         source.weight_files()
     return source
+
+
+def _is_config(name: str) -> bool:
+    return name.endswith(".json") and os.path.isfile(name)  # noqa: PTH113 - a Path refuses some names
 
 
 def _folder_of(name: str, progress: Progress | None) -> Path | None:
@@ -201,7 +210,7 @@ def _hub_remedy(error: Exception, name: str, revision: str | None) -> str:
 
 def _check_config(source: ModelSource) -> None:
     """The config is there, well formed, and of a causal language model that may be run."""
-    path = source.folder / "config.json"
+    path = source.config_file
     if not path.is_file():
         raise source._error(f"no config.json in {source.folder}: name a Hugging Face model's folder")
     try:

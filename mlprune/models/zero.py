@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from mlprune.errors import SpecError
+from mlprune.models.memory import give_back_freed_memory
 from mlprune.models.residency import Ranks, Residency
 
 ALIGNMENT = 64  # bytes: each weight begins where a vector load would have it
@@ -126,6 +127,7 @@ class Zero(Residency):
             holder = nn.ParameterList([flat])
             self._deepspeed.zero.Init(module=holder, config_dict_or_path=self._config)
         self._layers[index], self._layouts[index], self._flats[index] = layer.to(self._device), layout, flat
+        give_back_freed_memory()
 
     def _empty(self, layer: nn.Module, layout: Layout) -> None:
         for name in layout.slots:

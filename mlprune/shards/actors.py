@@ -18,11 +18,13 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlprune.errors import MlpruneError
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Ranks
 from mlprune.models.zero import meeting_place
+from mlprune.shards.machine import Machine, gpus_here, this_machine
 from mlprune.shards.pipeline import Pipeline
 from mlprune.shards.planner import Chunks
 from mlprune.shards.worker import Setup, ShardWorker
@@ -54,6 +56,41 @@ def local_ray(trial_slots: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_machine() -> Machine | None:
+    """The nodes of the Ray cluster that runs, as their own tools report them; None if none runs.
+
+    Of nodes that differ, the least of each; if any has GPUs, only those that do.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        except ConnectionError:
+            return None
+    try:
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        here = [NodeAffinitySchedulingStrategy(node, soft=False) for node in alive]
+        look = ray.remote(_look)
+        seen = ray.get([look.options(num_cpus=0, scheduling_strategy=place).remote() for place in here])
+    finally:
+        if ours:
+            ray.shutdown()
+    nodes = [node for node in seen if node.gpus] or seen
+    return Machine(
+        nodes=len(nodes),
+        gpus=min(node.gpus for node in nodes),
+        gpu_memory=min(node.gpu_memory for node in nodes),
+        host_memory=min(node.host_memory for node in nodes),
+        host_to_device=min(node.host_to_device for node in nodes),
+        flops=min(node.flops for node in nodes),
+    )
+
+
+def _look() -> Machine:
+    """A node as it sees itself. A task that asks for no GPU is shown none by Ray; the driver's tool shows all."""
+    return this_machine(gpus_here())
 
 
 class RankActor:

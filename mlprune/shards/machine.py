@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -42,15 +44,10 @@ class Machine:
         return self.nodes * self.gpus
 
 
-def this_machine(offload_folder: Path | None = None) -> Machine:
-    """What is free here now. Speeds are not measured: `flops` is 0 where no table knows it."""
-    gpus = gpus_here()
-    disk = None
-    if offload_folder is not None:
-        place = offload_folder
-        while not place.exists():
-            place = place.parent
-        disk = psutil.disk_usage(str(place)).free
+def this_machine(gpus: Sequence[tuple[str, int]] | None = None) -> Machine:
+    """What is free here now, with `gpus` or those that torch sees. Cores are not measured: their `flops` is 0."""
+    if gpus is None:
+        gpus = gpus_here()[: torch.cuda.device_count()]
     return Machine(
         nodes=1,
         gpus=len(gpus),
@@ -58,19 +55,24 @@ def this_machine(offload_folder: Path | None = None) -> Machine:
         host_memory=host_memory_free(),
         host_to_device=HOST_TO_DEVICE,
         flops=flops_of(gpus[0][0]) if gpus else 0.0,
-        disk=disk,
     )
 
 
+def with_disk(machine: Machine, folder: Path) -> Machine:
+    """The same, and what is free where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return replace(machine, disk=psutil.disk_usage(str(folder)).free)
+
+
 def gpus_here() -> list[tuple[str, int]]:
-    """Name and free bytes of each GPU that torch sees; asked of the driver's tool, which makes no context."""
-    count = torch.cuda.device_count()
-    if not count:
+    """Name and free bytes of each GPU; asked of the driver's own tool, because torch would make a context."""
+    if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = [line.rsplit(",", 1) for line in lines]
-    return [(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in found][:count]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    found = [line.rsplit(",", 1) for line in lines if line.count(",") == 1]
+    return [(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in found]
 
 
 def host_memory_free() -> int:

@@ -11,6 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -72,12 +73,19 @@ class Pipeline(ABC):
         corrupt = dict.fromkeys(file for part in found for file in part.corrupt)
         return all(part.complete for part in found), tuple(corrupt)
 
-    def gather(self, calibration: CalibrationSet, progress: Progress | None = None) -> None:
-        """Pass a calibration set through the dense model; keep its moments, in the workers and on disk."""
-        self.everywhere("forget_moments", calibration.key)
-        for _ in self._pass("forward", calibration.batches, progress, gather=calibration.key):
-            pass
-        self.everywhere("save_moments", calibration.key)
+    def gather(self, sets: Sequence[CalibrationSet], progress: Progress | None = None) -> None:
+        """Pass calibration sets through the dense model together; keep their moments, here and on disk."""
+        for made in sets:
+            self.everywhere("forget_moments", made.key)
+        batches = [batch for made in sets for batch in made.batches]
+        keys = [made.key for made in sets for _ in made.batches]
+        ends = dict(zip(accumulate(len(made.batches) for made in sets), sets, strict=True))
+        saved = 0
+        for done, _ in self._pass("forward", batches, progress, gather=keys):
+            for number in range(saved + 1, done + 1):
+                if number in ends:  # whole: it is not lost if a later set breaks off
+                    self.everywhere("save_moments", ends[number].key)
+            saved = done
 
     def prune(self, recipe: Recipe) -> Pruned:
         """Make a variant's masks from gathered moments: every shard its own, at the same time."""
@@ -104,8 +112,8 @@ class Pipeline(ABC):
     ) -> list[float]:
         """The negative log-likelihood of each line of the set, in nats; `variant` None is the dense model."""
         nll = [0.0] * len(evaluation.lines)
-        done = self._pass("likelihood", evaluation.batches, progress, variant=variant)
-        values = (value for chunk in done for value in chunk)
+        passing = self._pass("likelihood", evaluation.batches, progress, variant=variant)
+        values = (value for _, chunk in passing for value in chunk)
         for batch, of_rows in zip(evaluation.batches, values, strict=True):
             for row, value in zip(batch.rows, of_rows.tolist(), strict=True):
                 nll[row] = value
@@ -136,28 +144,29 @@ class Pipeline(ABC):
         batches: Sequence[Batch],
         progress: Progress | None,
         variant: str | None = None,
-        **given: Any,
-    ) -> Iterator[list[Tensor]]:
-        """Send chunks through all shards, the next on its way while one works; what the last shard returns.
+        gather: Sequence[str] = (),
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Send chunks through all shards, the next on its way while one works.
 
-        At most two chunks a shard are on their way: what waits takes memory.
+        Yields, chunk by chunk, how many micro-batches are done and what the last shard returned. At most two
+        chunks a shard are on their way: what waits takes memory.
         """
         waiting: list[tuple[Any, int]] = []
-        done, total = 0, len(batches)
+        sent = 0
 
-        def take() -> list[Tensor]:
-            nonlocal done
-            promise, size = waiting.pop(0)
-            value = in_order(self.get(promise))
-            done += size
+        def take() -> tuple[int, list[Tensor]]:
+            promise, done = waiting.pop(0)
+            values = in_order(self.get(promise))
             if progress:
-                progress(done, total)
-            return value
+                progress(done, len(batches))
+            return done, values
 
         for chunk in self._chunks.of(batches, len(self.spans), masked=variant is not None):
             if len(waiting) >= 2 * len(self.spans):
                 yield take()
-            waiting.append((self._send(last, chunk, {**given, "variant": variant}), len(chunk)))
+            keys = gather[sent : sent + len(chunk)]
+            sent += len(chunk)
+            waiting.append((self._send(last, chunk, {"gather": keys} if keys else {"variant": variant}), sent))
         while waiting:
             yield take()
 

@@ -26,9 +26,10 @@ CHUNK_BYTES = 256 * 2**20
 DENSE_CHUNKS, MASKED_CHUNKS = 4, 2
 # Of a machine's memory, what hidden states on their way may take under ZeRO (Ray's object store has 30%).
 HIDDEN_SHARE = 0.2
-# An interpreter with torch, transformers, DeepSpeed and Ray; the same and a CUDA context with its libraries.
-PROCESS_BYTES = 540 * 2**20
+# Measured: an interpreter with torch, transformers and Ray; DeepSpeed beside them. Not measured: a CUDA context.
+PROCESS_BYTES, DEEPSPEED_BYTES = 470 * 2**20, 90 * 2**20
 GPU_PROCESS_BYTES = 2**30
+GPU_USABLE = 0.95  # the rest is lost between blocks of torch's allocator
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class WorkerMemory:
     @property
     def total(self) -> int:
         """On the device."""
-        return sum(vars(self).values()) - self.host - self.disk
+        return int(sum(vars(self).values())) - self.host - self.disk
 
 
 def worker_memory(
@@ -124,8 +125,9 @@ def worker_memory(
     gathering = max(shape.layer_widths[index] for index in span.layers)
     pruned = sum(shape.pruned[index] for index in span.layers)
     logits = min(LOGIT_TOKENS, shape.positions or LOGIT_TOKENS) * shape.vocabulary * (8 if item == 4 else item + 8)
+    process = PROCESS_BYTES + DEEPSPEED_BYTES * zero
     return WorkerMemory(
-        process=GPU_PROCESS_BYTES if on_gpu else PROCESS_BYTES,
+        process=GPU_PROCESS_BYTES if on_gpu else process,
         weights=ends + (here if zero else layers),
         working=_borrowed(shape, holding, on_gpu) + _working(shape, max(shape.pruned[i] for i in span.layers)),
         hidden=_hidden(shape, shards, work, holding, chunks, on_gpu),
@@ -133,7 +135,7 @@ def worker_memory(
         moments=(len(work.calibration) * widths + gathering) * 8,
         masks=min(shards, work.variants) * pruned // 8,  # so many trials are alive at once
         logits=logits if span.is_last and work.evaluation else 0,
-        host=(PROCESS_BYTES + (away if holding.offload == "cpu" else _disk_buffers(shape, holding))) * on_gpu,
+        host=(process + (away if holding.offload == "cpu" else _disk_buffers(shape, holding))) * on_gpu,
         disk=away if holding.offload == "nvme" else 0,
     )
 
@@ -161,7 +163,7 @@ def _working(shape: ModelShape, largest_layer: int) -> int:
 
 
 def _hidden(shape: ModelShape, shards: int, work: Work, holding: Holding, chunks: Chunks, on_gpu: bool) -> int:
-    dense = max((chunks.size(tokens, shards, masked=False) for tokens in work.calibration), default=0)
+    dense = chunks.size(sum(work.calibration), shards, masked=False)
     masked = chunks.size(work.evaluation, shards, masked=True)
     tokens = max(dense, masked, work.sequential_tokens, work.micro_batch) / holding.ranks
     copies = 1 if on_gpu or shards == 1 else 3  # what came in and what goes out are shared memory on one machine
@@ -198,7 +200,7 @@ def make_plan(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSp
         plan = _plan(shape, spans, work, machine, holding, asked)
         short = shortage(plan, machine, asked)
         if short is None:
-            why = f"{reasons[0]}, so {holding}" if reasons else ""
+            why = f"{', '.join(reasons)}, so {holding}" if reasons else ""
             return replace(plan, why=why)
         reasons.append(f"{holding} needs {short}")
     if asked.residency != "auto":
@@ -245,7 +247,7 @@ def _whole_pass(
     shape: ModelShape, spans: tuple[Span, ...], work: Work, machine: Machine, holding: Holding, asked: PipelineSpec
 ) -> int:
     """Tokens of a chunk, where each brings every weight anew: a whole pass, or what there is room for."""
-    longest = max((*work.calibration, work.evaluation, work.micro_batch))
+    longest = max(sum(work.calibration), work.evaluation, work.micro_batch)
     least = Chunks(work.micro_batch, few=True)
     bare = max(
         worker_memory(shape, span, len(spans), work, holding, least, machine.gpus > 0).total for span in spans
@@ -261,7 +263,7 @@ def _whole_pass(
 def device_bytes(machine: Machine, workers: int, asked: PipelineSpec) -> int:
     """What one worker may hold: its part of a GPU, or of the memory of the machine it is on."""
     if machine.gpus:
-        have = machine.gpu_memory // -(-workers // machine.all_gpus)
+        have = int(machine.gpu_memory * GPU_USABLE) // -(-workers // machine.all_gpus)
     else:
         have = machine.host_memory // -(-workers // machine.nodes)
     return min(have, int(asked.worker_memory)) if asked.worker_memory else have

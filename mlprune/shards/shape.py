@@ -43,6 +43,11 @@ class ModelShape:
     dtype: torch.dtype
 
     @property
+    def pruned_total(self) -> int:
+        """Weights in all matrices."""
+        return sum(self.pruned)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token's hidden state."""
         return self.hidden * self.dtype.itemsize

@@ -10,7 +10,7 @@ import hashlib
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,6 +23,7 @@ from mlprune.data.calibration import Batch
 from mlprune.errors import ModelError
 from mlprune.models.hollow import Span
 from mlprune.models.matrices import Observer, matrices
+from mlprune.models.memory import give_back_freed_memory
 from mlprune.models.replay import Call, ReplayModel, load_layer
 from mlprune.models.residency import ALONE, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
@@ -124,25 +125,32 @@ class ShardWorker:
         batches: Sequence[Batch],
         hidden: Sequence[Tensor] | None,
         variant: str | None = None,
-        gather: str | None = None,
+        gather: Sequence[str] | None = None,
     ) -> list[Tensor]:
-        """Pass a chunk through the layers, masked by `variant`; add its moments to the set `gather`.
+        """Pass a chunk through the layers, masked by `variant`.
+
+        `gather` names the calibration set of each micro-batch: its moments are added to that set's.
 
         `hidden` is what the shard before returned, one [B, T, H] a micro-batch; None on the first shard.
         The last shard returns nothing when it gathers: nobody reads what leaves the last layer then.
         """
         batches = self._share(batches)
         calls, states = self._enter(batches, hidden)
-        gathered = self._gathering.setdefault(gather, {}) if gather else None
+        keys = gather[self.ranks.rank :: self.ranks.size] if gather else ()
+        sets = {key: [n for n, own in enumerate(keys) if own == key] for key in dict.fromkeys(gather or ())}
         for index in self.span.layers:
             masks = self._masks[variant][index] if variant else None
             with self._residency.borrow(index, self._next(index)) as layer, masked_by(layer, masks):
-                if gathered is None:
-                    self._advance(states, self._run(index, layer, calls, states))
-                    continue
-                with Observer(layer, gathered.get(index)) as observer:
-                    self._advance(states, self._run(index, layer, calls, states, batches, observer))
-                gathered[index] = observer.gathered()
+                if not gather:
+                    self._advance(index, layer, calls, states)
+                for key, members in sets.items():
+                    of_set = self._gathering.setdefault(key, {})
+                    with Observer(layer, of_set.get(index)) as observer:
+                        for number in members:
+                            observer.keep = _real_tokens(batches[number], self._model.device)
+                            states[number] = self._model.run(layer, states[number], calls[number][index])
+                    of_set[index] = observer.gathered()
+        give_back_freed_memory()
         return [] if gather and self.span.is_last else states
 
     @torch.inference_mode()
@@ -184,26 +192,12 @@ class ShardWorker:
             states.append(recorded.embedded_BTH if hidden is None else hidden[number].to(self._model.device))
         return calls, states
 
-    def _run(
-        self,
-        index: int,
-        layer: torch.nn.Module,
-        calls: Sequence[Mapping[int, Call]],
-        states: Sequence[Tensor],
-        batches: Sequence[Batch] = (),
-        observer: Observer | None = None,
-    ) -> Iterator[Tensor]:
-        """What leaves the layer, one micro-batch after another."""
+    def _advance(
+        self, index: int, layer: torch.nn.Module, calls: Sequence[Mapping[int, Call]], states: list[Tensor]
+    ) -> None:
+        """The states through the layer, each in place of what it was: no chunk is held twice."""
         for number, given in enumerate(calls):
-            if observer is not None:
-                observer.keep = _real_tokens(batches[number], self._model.device)
-            yield self._model.run(layer, states[number], given[index])
-
-    @staticmethod
-    def _advance(states: list[Tensor], after: Iterator[Tensor]) -> None:
-        """Replace the states one by one, so that no chunk is held twice."""
-        for number, state in enumerate(after):
-            states[number] = state
+            states[number] = self._model.run(layer, states[number], given[index])
 
     def _nll(self, batch: Batch, state_BTH: Tensor) -> Tensor:
         """Each row's sum, float64 [B]. Logits are made for few tokens at a time, and for no pad."""
@@ -246,7 +240,7 @@ class ShardWorker:
 
     def forget_moments(self, key: str) -> None:
         """Before a pass over the set: what an earlier, broken pass summed must not be added to."""
-        self._gathering.pop(key, None)
+        self._gathering[key] = {}
         self._moments.pop(key, None)
 
     def save_moments(self, key: str) -> None:
@@ -268,6 +262,7 @@ class ShardWorker:
             parts = [(self._moments[key][index], weight) for key, weight in recipe.parts]
             with self._residency.borrow(index, self._next(index)) as layer:
                 self._make_masks(index, layer, recipe, parts)
+        give_back_freed_memory()
         return self.summary(recipe.variant.key)
 
     @torch.inference_mode()
@@ -293,15 +288,17 @@ class ShardWorker:
                 parts = []
                 for (_, weight), part, (calls, states) in zip(recipe.parts, batches, entered, strict=True):
                     with Observer(layer) as observer:
-                        for _ in self._run(index, layer, calls, states, part, observer):
-                            pass
+                        for batch, given, state in zip(part, calls, states, strict=True):
+                            observer.keep = _real_tokens(batch, self._model.device)
+                            self._model.run(layer, state, given[index])
                     parts.append((self._of_all_ranks(observer.gathered()), weight))
                 masks = self._make_masks(index, layer, recipe, parts)
                 if index + 1 == self.span.count:  # nobody reads what leaves the last layer
                     return []
                 with masked_by(layer, masks):
                     for calls, states in entered:
-                        self._advance(states, self._run(index, layer, calls, states))
+                        self._advance(index, layer, calls, states)
+        give_back_freed_memory()
         return [states for _, states in entered]
 
     def _make_masks(
