@@ -76,7 +76,14 @@ class PipelineSpec(_Section):
     offload: Literal["cpu", "nvme"] | None = None
     offload_folder: str | None = None
     ranks_per_shard: Count = 1
-    worker_memory: ByteSize | None = None
+    worker_memory: Annotated[ByteSize, Field(gt=0)] | None = None
+
+    @field_validator("worker_memory", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise SpecError("pipeline.worker_memory", repr(value), "must be a size, as 16GiB")
+        return value
 
     @field_validator("offload_folder")
     @classmethod

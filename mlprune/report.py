@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,22 @@ def show_plan(plan: SweepPlan) -> None:
 
 
 def memory_table(plan: Plan) -> Table:
-    """What a worker of each shard holds; kinds of which there is none are left out."""
-    kinds = [kind for kind in vars(plan.memory[0]) if any(vars(need)[kind] for need in plan.memory)]
-    beside = [kind for kind in kinds if kind in ("host", "disk")]
-    kinds = [kind for kind in kinds if kind not in beside]
-    title = f"memory of each worker, MiB: {plan.holding}"
-    table = _table(title, "layers", *kinds, "total", *beside)
-    for span, need in zip(plan.spans, plan.memory, strict=True):
-        sizes = [*(vars(need)[kind] for kind in kinds), need.total, *(vars(need)[kind] for kind in beside)]
-        table.add_row(f"{span.first}-{span.end - 1}", *(f"{size / 2**20:,.0f}" for size in sizes))
+    """What a worker of each shard holds; shards that hold the same are one row."""
+    kinds = {kind: [vars(need)[kind] for need in plan.memory] for kind in vars(plan.memory[0])}
+    kinds["activations"] = [sum(both) for both in zip(kinds.pop("hidden"), kinds["activations"], strict=True)]
+    beside = {kind: kinds.pop(kind) for kind in ("host", "disk")}
+    kinds |= {"total": [need.total for need in plan.memory]} | {k: v for k, v in beside.items() if any(v)}
+    unit, name = (2**30, "GiB") if max(kinds["total"]) > 10 * 2**30 else (2**20, "MiB")
+    ranks = f", {plan.holding.ranks} ranks a shard" if plan.holding.ranks > 1 else ""
+    table = _table(f"memory of each worker, {name}: {plan.holding}{ranks}", "layers", *kinds)
+    table.padding = (0, 1, 0, 0)  # many columns
+    sizes = list(zip(*kinds.values(), strict=True))
+    for row, alike in groupby(range(len(sizes)), key=lambda number: sizes[number]):
+        first, *more = alike
+        last = plan.spans[more[-1] if more else first]
+        shards = f" x{1 + len(more)}" if more else ""
+        figures = (f"{size / unit:,.1f}" if unit == 2**30 else f"{size / unit:,.0f}" for size in row)
+        table.add_row(f"{plan.spans[first].first}-{last.end - 1}{shards}", *figures)
     return table
 
 
@@ -85,39 +93,44 @@ def plan_values(plan: SweepPlan) -> dict[str, Any]:
 def show_scale(planned: ScalePlan) -> None:
     """How the model would be held, how long each phase would take, and what would help."""
     machine, shape, work = planned.machine, planned.shape, planned.work
-    gpus = f"{machine.gpus} GPUs of {size_text(machine.gpu_memory)}, " if machine.gpus else ""
     out.print(
-        f"{planned.name}: {len(shape.layers)} layers, {shape.pruned_total / 1e9:.4g}B weights in matrices, "
+        f"{planned.name}: {len(shape.layers)} layers, {shape.pruned_total / 1e9:.3g}B weights in matrices, "
         f"{size_text(shape.total)} in {str(shape.dtype).removeprefix('torch.')}",
         style="bold",
+        soft_wrap=True,
     )
-    out.print(
-        f"on {machine.nodes} node(s) of {gpus}{size_text(machine.host_memory)} of memory; "
-        f"{machine.flops / 1e12:.3g} TFLOP/s, {machine.host_to_device / 1e9:.3g} GB/s to a GPU"
-        if machine.gpus
-        else f"on {machine.nodes} node(s) of {size_text(machine.host_memory)} of memory; "
-        f"{machine.flops / 1e12:.3g} TFLOP/s"
-    )
+    nodes = f"{machine.nodes} node{'s' * (machine.nodes > 1)}"
+    speed = f"{machine.flops / 1e12:.3g} TFLOP/s"
+    host = f"{size_text(machine.host_memory)} of memory"
+    if machine.gpus:
+        gpus = (
+            f"{machine.gpus} GPUs of {size_text(machine.gpu_memory)}, {speed}, {machine.host_to_device / 1e9:.3g}"
+        )
+        out.print(f"on {nodes}, each of {gpus} GB/s from the host; {host}", soft_wrap=True)
+    else:
+        out.print(f"on {nodes}, each of {host}, {speed}", soft_wrap=True)
     out.print(
         f"for {work.variants} variants, {len(work.calibration)} calibration sets of "
         f"{max(work.calibration, default=0):,} tokens, {work.evaluation:,} tokens of evaluation"
     )
     if planned.plan is None:
-        out.print(f"does not fit: {planned.why_not}", style="red", soft_wrap=True)
+        out.print(planned.why_not, style="red", soft_wrap=True)
     else:
         if planned.plan.why:
             out.print(f"residency: {planned.plan.why}", soft_wrap=True)
         out.print(memory_table(planned.plan))
         out.print(_phases_table(planned))
+    better = "it would fit with" if planned.plan is None else "the weights would stay where they are used with"
     for change in planned.changes:
-        out.print(f"with {change}", soft_wrap=True)
+        out.print(f"{better} {change}", soft_wrap=True)
 
 
 def _phases_table(planned: ScalePlan) -> Table:
-    table = _table("time, estimated", "phase", "time", "bound by")
+    table = _table("time, estimated", "phase", "time", "bound by", "weights moved", "hidden moved")
     for phase in planned.phases:
-        table.add_row(phase.name, time_text(phase.seconds), phase.bound)
-    table.add_row("all", time_text(sum(phase.seconds for phase in planned.phases)), "")
+        moved = [size_text(size) if size else "-" for size in (phase.weights_moved, phase.hidden_moved)]
+        table.add_row(phase.name, time_text(phase.seconds), phase.bound, *moved)
+    table.add_row("all", time_text(sum(phase.seconds for phase in planned.phases)), "", "", "")
     return table
 
 

@@ -18,7 +18,8 @@ from mlprune.prepare import parts_of, variants_of
 from mlprune.shards.actors import cluster_machine
 from mlprune.shards.forecast import Phase, forecast
 from mlprune.shards.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
-from mlprune.shards.planner import Plan, Work, make_plan
+from mlprune.shards.memory import Work
+from mlprune.shards.planner import Plan, make_plan
 from mlprune.shards.shape import ModelShape, model_shape
 
 TOKENS_OF_A_LINE = 64  # of news text; a language that the tokenizer hardly knows takes several times as many
@@ -65,7 +66,7 @@ def plan_scale(spec: SweepSpec, asked: Asked) -> ScalePlan:
     try:
         plan, why_not = make_plan(shape, work, machine, spec.pipeline, source.name), ""
     except ModelError as error:
-        plan, why_not = None, str(error)
+        plan, why_not = None, error.remedy
     phases = tuple(forecast(shape, work, plan, machine)) if plan else ()
     settled = plan is not None and plan.holding.offload is None
     changes = () if settled else tuple(_changes(shape, work, machine, spec.pipeline, plan))

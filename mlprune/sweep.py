@@ -186,7 +186,7 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Re
     todo = [variant for variant in plan.variants if variant not in {result.variant for result in done}]
     if dense is not None and not todo:
         return dense, done, {}
-    with open_ray_pipeline(prepared, trial_slots=len(prepared.spans)) as pipeline:
+    with open_ray_pipeline(prepared, trial_slots=prepared.plan.trials) as pipeline:
         if dense is None:
             tracker.trial_run(prepared.result_key(None), None)
             with step("evaluating the dense model", "batches") as progress:

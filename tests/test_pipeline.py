@@ -13,8 +13,8 @@ from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Resident
 from mlprune.prepare import Prepared, gather, make_masks
+from mlprune.shards.memory import DENSE_CHUNKS, Chunks
 from mlprune.shards.pipeline import Pipeline, Pruned
-from mlprune.shards.planner import DENSE_CHUNKS, Chunks
 from mlprune.shards.worker import ShardWorker
 from mlprune.variants import Variant
 from tests.tiny_models import config, save, source

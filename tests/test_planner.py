@@ -1,269 +1,302 @@
-"""Layers to shards, what a model weighs, and what is refused before a weight is loaded."""
+"""What a worker holds, and which residency is chosen before a weight is loaded. (Cutting: test_shape.py.)"""
 
+import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+import re
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
-import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from mlprune.config import PipelineSpec, spec_from, with_assignments
+from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
 from mlprune.errors import ModelError, SpecError
-from mlprune.models.hollow import FAMILIES, Span, check_family
-from mlprune.models.replay import ReplayModel
-from mlprune.shards.planner import (
-    ModelShape,
-    auto_shards,
-    check_memory,
-    check_pattern,
-    cut,
-    model_shape,
-    shard_memory,
-)
-from mlprune.variants import Pattern
-from tests.tiny_models import config, source
+from mlprune.models.hollow import Span
+from mlprune.shards import planner
+from mlprune.shards.machine import Machine
+from mlprune.shards.memory import Chunks, Holding, Work, WorkerMemory, worker_memory
+from mlprune.shards.planner import Plan, cut
+from mlprune.shards.shape import ModelShape, model_shape
+from tests.tiny_models import config
 
-SMALL = st.integers(0, 6)  # where a limit that is wrong by one shows
-SIZES = st.lists(st.integers(1, 6) | st.integers(1, 60), min_size=1, max_size=8)
+GIB, BIG = 2**30, 2**50
+TINY = model_shape(config("llama", tie_word_embeddings=False), torch.float32, "llama")
 
 
-def shape(layers: Sequence[int], ends: tuple[int, int] = (0, 0)) -> ModelShape:
-    """A model of nothing but sizes."""
-    return ModelShape(
-        layers=tuple(layers),
-        ends=ends,
-        tied=False,
-        pruned=sum(layers),
-        largest_layer=max(layers),
-        total=sum(layers) + sum(ends),
-        widths={f"{n}.q": 8 for n in range(len(layers))},
-        hidden=8,
-        intermediate=8,
-        vocabulary=32,
-        positions=None,
-        has_experts=False,
-        dtype=torch.float32,
+def shape(layers: list[int], ends: tuple[int, int] = (0, 0)) -> ModelShape:
+    """A float32 model of such sizes; all weights of its layers are pruned; their inputs are 1, 2, 3 ... wide."""
+    made = replace(TINY, layers=tuple(layers), ends=ends, layer_widths=tuple(range(1, len(layers) + 1)))
+    return replace(made, pruned=tuple(size // 4 for size in layers), packed=max(layers) // 4)
+
+
+def test_a_pass_is_cut_for_all_shards_to_be_busy_or_by_the_limit() -> None:
+    dense, masked = (Chunks(10**9, few=False).size(2400, 3, masked) for masked in (False, True))
+    assert dense <= masked <= 2400 / 3  # masks are made anew for each chunk
+    assert Chunks(10**9, few=False).size(2400, 6, False) == dense / 2
+    for few, shards, whole in ((True, 3, False), (True, 3, True), (False, 1, True)):
+        assert Chunks(2400, few).size(2400, shards, whole) == 2400
+        assert Chunks(7, few).size(2400, shards, whole) == 7
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 900)), st.builds(Chunks, st.integers(1, 3000)), st.integers(1, 4), st.booleans())
+def test_chunks_are_consecutive_and_full(sizes: list[int], cutter: Chunks, shards: int, masked: bool) -> None:
+    batches = [Batch(torch.zeros((1, size), dtype=torch.int64), (size,), (0,)) for size in sizes]
+    chunks = list(cutter.of(batches, shards, masked))
+    assert [id(batch) for chunk in chunks for batch in chunk] == [id(batch) for batch in batches]
+    most = cutter.size(sum(sizes), shards, masked)
+    tokens = [[batch.input_ids.numel() for batch in chunk] for chunk in chunks]
+    assert all(len(chunk) == 1 or 0 < sum(chunk) <= most for chunk in tokens)
+    assert all(sum(chunk) + after[0] > most for chunk, after in itertools.pairwise(tokens))
+
+
+WORK = Work(calibration=(4000, 6000), evaluation=5000, longest=100, variants=9)
+RESIDENT, CPU, NVME = Holding("resident"), Holding("zero", "cpu"), Holding("zero", "nvme")
+MODEL = shape([1000, 2000, 3000, 4000], (700, 900))
+ALL, FIRST, LAST = Span(0, 4, 4), Span(0, 2, 4), Span(2, 4, 4)
+
+
+def held(span: Span, how: Holding = RESIDENT, gpu: bool = True, limit: int = 10**6, **work: Any) -> WorkerMemory:
+    chunks, shards = Chunks(limit, few=how != RESIDENT), 1 if span == ALL else 2
+    return worker_memory(MODEL, span, shards, replace(WORK, **work), how, chunks, gpu, trials=1)
+
+
+def test_resident_weights_are_the_layers_and_the_shards_ends() -> None:
+    found = [held(span) for span in (ALL, FIRST, LAST)]
+    assert [part.weights for part in found] == [10000 + 700 + 900, 3000 + 700, 7000 + 900]
+    assert [part.disk for part in found] == [0, 0, 0]
+    assert found[0].host < found[1].host == found[2].host  # from shard to shard hidden states pass through it
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_offloaded_layers_are_somewhere_else(ranks: int) -> None:
+    cpu, nvme = replace(CPU, ranks=ranks), replace(NVME, ranks=ranks)
+    share, first_share, buffers = 7000 // ranks, 3000 // ranks, 2 * 4000 // ranks
+    assert [(held(LAST, how).weights, held(LAST, how).disk) for how in (cpu, nvme)] == [(900, 0), (900, share)]
+    assert held(LAST, cpu).host - held(FIRST, cpu).host == share - first_share
+    assert held(LAST, cpu).host - share == held(LAST, nvme).host - buffers >= held(LAST).host
+    two_layers = [held(FIRST, how).working - held(FIRST).working for how in (cpu, nvme)]
+    assert two_layers == [2 * 4000, 2 * 4000]  # of the largest of any shard
+    here, disk = held(LAST, cpu, gpu=False), held(LAST, nvme, gpu=False)  # the host is the device
+    assert [here.weights, here.host, here.disk] == [900 + share, 0, 0]
+    assert [disk.weights, disk.host, disk.disk] == [900, 0, share]
+
+
+def test_masks_are_a_bit_a_weight_for_each_trial_alive() -> None:
+    rest = (MODEL, LAST, 2, WORK, RESIDENT, Chunks(1, few=False), True)
+    assert [worker_memory(*rest, trials).masks for trials in (1, 2, 8)] == [1750 // 8, 2 * 1750 // 8, 1750]
+
+
+@pytest.mark.parametrize(("span", "widths"), [(ALL, 10), (FIRST, 3), (LAST, 7)])
+def test_moments_are_eight_bytes_an_input_of_every_set(span: Span, widths: int) -> None:
+    sets = [held(span, calibration=(100,) * count).moments for count in range(4)]
+    assert [after - before for before, after in itertools.pairwise(sets)] == [widths * 8] * 3
+
+
+def test_logits_are_the_last_shards_when_something_is_evaluated() -> None:
+    assert held(ALL).logits == held(LAST).logits > 0
+    assert held(FIRST).logits == held(LAST, evaluation=0).logits == 0
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_hidden_states_are_those_of_the_largest_chunk(gpu: bool) -> None:
+    found = [held(ALL, CPU, gpu, limit).hidden for limit in (2000, 3000, 4000)]
+    assert found == [found[0], found[0] * 3 // 2, found[0] * 2]
+    whole = held(ALL, CPU, gpu).hidden
+    assert whole == held(ALL, CPU, gpu, 10**7).hidden == 5 * found[0] >= 5 * 2000 * 32 * 4  # all sets together
+    assert held(ALL, CPU, gpu, evaluation=20000).hidden == 2 * whole
+    uncut = [held(ALL, CPU, gpu, 1, **{kind: 4000}).hidden for kind in ("sequential_tokens", "longest")]
+    assert uncut == [found[2], found[2]]
+    assert held(ALL, replace(CPU, ranks=2), gpu).hidden < whole
+
+
+def test_a_rank_holds_a_whole_micro_batch() -> None:
+    part = held(ALL, replace(CPU, ranks=4), calibration=(1024,), evaluation=0)
+    assert part.hidden >= MICRO_BATCH_TOKENS * MODEL.token_bytes
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(0, 60), st.integers(1, 7))
+def test_more_shards_and_more_ranks_never_hold_more(layers: list[int], end: int, ranks: int) -> None:
+    model, few = shape(layers, (end, end)), Chunks(1, few=True)
+
+    def largest(shards: int, how: Holding, kind: str) -> int:
+        parts = [worker_memory(model, span, shards, WORK, how, few, True, 1) for span in cut(model, shards)]
+        return max(int(getattr(part, kind)) for part in parts)
+
+    weights = [largest(shards, RESIDENT, "weights") for shards in range(1, len(layers) + 1)]
+    assert weights == sorted(weights, reverse=True)
+    for how, kind in itertools.product((CPU, NVME), ("host", "disk", "hidden")):
+        assert largest(1, replace(how, ranks=ranks + 1), kind) <= largest(1, replace(how, ranks=ranks), kind)
+
+
+# what is chosen
+
+BLOCKS, UNEVEN = shape([GIB] * 8, (GIB, GIB)), shape([5 * GIB, GIB])
+GPUS = Machine(nodes=1, gpus=2, gpu_memory=BIG, host_memory=BIG, host_to_device=1e9, flops=1e12, disk=BIG)
+CORES = replace(GPUS, gpus=0, gpu_memory=0)
+BOTH = pytest.mark.parametrize("machine", [GPUS, CORES])
+BRIEF = Work(calibration=(1000,), evaluation=1000, longest=10, variants=1)  # every chunk is a micro-batch
+LONG = replace(BRIEF, calibration=(10**8,), evaluation=10**7)
+ZERO = {"residency": "zero"}
+
+
+def plan(machine: Machine, work: Work = BRIEF, model: ModelShape = BLOCKS, /, **asked: Any) -> Plan:
+    return planner.make_plan(model, work, machine, PipelineSpec(**asked), "big")
+
+
+def refused(machine: Machine, **asked: Any) -> ModelError:
+    with pytest.raises(ModelError, match=r"\A.*'big'.*\Z") as caught:  # one line, with the model's name
+        plan(machine, **asked)
+    return caught.value
+
+
+def device(made: Plan) -> int:
+    return max(part.total for part in made.memory)
+
+
+def away(made: Plan) -> int:
+    return sum(part.disk or part.host or part.total for part in made.memory)
+
+
+def gpus(need: int, workers: int = 2) -> Machine:
+    """Two GPUs with room for just that many bytes a worker."""
+    memory = bisect.bisect_left(
+        range(BIG), need, key=lambda n: planner.device_bytes(replace(GPUS, gpu_memory=n), workers, PipelineSpec())
+    )
+    return replace(GPUS, gpu_memory=memory)
+
+
+ENOUGH, SHORT = gpus(device(plan(GPUS))), gpus(device(plan(GPUS)) - 1)  # of a byte
+HOST, DISK, CORE = away(plan(GPUS, **ZERO)), away(plan(GPUS, **ZERO, offload="nvme")), away(plan(CORES))
+LACK, LACKS = r"resident needs [\d.]+ GiB of [\d.]+ GiB", "needs .* host memory"
+CHOICES = [
+    (ENOUGH, "resident", ""),
+    (replace(SHORT, host_memory=HOST), "zero/cpu", f"{LACK} a worker, so zero/cpu"),
+    (replace(SHORT, host_memory=HOST - 1), "zero/nvme", f"{LACK} a worker, zero/cpu {LACKS}, so zero/nvme"),
+    (replace(CORES, host_memory=CORE), "resident", ""),
+    (replace(CORES, host_memory=CORE - 1), "zero/nvme", f"{LACK} host memory, so zero/nvme"),
+]
+NONSENSE = ["offload=cpu", "ranks_per_shard=2", *(f"worker_memory={size}" for size in ("lots", -1, 0, "true"))]
+AUTO = [(1, 1, 1, 1), (1, 4, 1, 4), (1, 4, 3, 1), (2, 3, 1, 6), (2, 3, 2, 3), (3, 4, 1, 8), (4, 0, 1, 1)]
+
+
+@pytest.mark.parametrize(("machine", "holding", "why"), CHOICES)
+def test_the_first_residency_that_fits_is_taken_and_told(machine: Machine, holding: str, why: str) -> None:
+    made = plan(machine)
+    assert str(made.holding) == holding
+    assert re.fullmatch(why, made.why)
+
+
+@pytest.mark.parametrize(("variants", "trials"), [(1, 1), (2, 2), (9, 2)])
+def test_a_trial_a_shard_is_alive_or_fewer_before_weights_move(variants: int, trials: int) -> None:
+    work = replace(BRIEF, variants=variants)
+    roomy = plan(GPUS, work)
+    assert (roomy.trials, plan(gpus(device(roomy)), work).trials) == (trials, trials)
+    tight = plan(ENOUGH, work)  # for the masks of one
+    assert (tight.holding, tight.trials, tight.why) == (RESIDENT, 1, "")
+
+
+@BOTH
+def test_what_is_asked_is_taken_and_its_memory_told(machine: Machine) -> None:
+    kinds = ("process", "weights", "working", "hidden", "activations", "moments", "masks", "logits")
+    for holding in (RESIDENT, CPU, NVME, replace(CPU, ranks=2)):
+        asked = {"residency": holding.residency, "offload": holding.offload, "ranks_per_shard": holding.ranks}
+        made = plan(machine, LONG, shards=1, **asked)
+        assert (made.holding, made.why, made.chunks.few) == (holding, "", holding != RESIDENT)
+        each = worker_memory(BLOCKS, made.spans[0], 1, LONG, holding, made.chunks, machine == GPUS, 1)
+        assert (made.spans, made.memory) == (cut(BLOCKS, 1), (each,))
+        assert each.total == sum(getattr(each, kind) for kind in kinds)  # on the device
+    assert [plan(CORES, **ZERO).holding, plan(CORES, ranks_per_shard=2).holding] == [CPU, replace(CPU, ranks=2)]
+
+
+def test_what_does_not_fit_is_answered() -> None:
+    line = rf"pipeline\.residency: resident: 'big' does not fit: {LACK} a worker; take auto"
+    assert re.fullmatch(line, str(refused(SHORT, residency="resident")))
+    line = f"does not fit: {LACK} a worker; zero/cpu {LACKS}; take [^/]*"  # no other place than asked
+    assert re.fullmatch(line, refused(replace(SHORT, host_memory=HOST - 1), offload="cpu").remedy)
+    nowhere = gpus(5 * GIB)
+    assert re.search(f"{LACK} a worker; zero/cpu needs .*; zero/nvme needs .*; take", refused(nowhere).remedy)
+    assert (refused(nowhere).key, refused(nowhere, **ZERO).key) == ("model.path", "pipeline.residency")
+    with pytest.raises(SpecError, match=r"pipeline.ranks_per_shard: 2: .* need 4 GPUs, there are 2: take fewer"):
+        plan(GPUS, shards=2, ranks_per_shard=2)
+
+
+def test_a_disk_that_is_too_small_is_named() -> None:
+    assert [plan(replace(SHORT, disk=disk), offload="nvme").holding for disk in (DISK, None)] == [NVME, NVME]
+    assert "GiB disk" in str(refused(replace(SHORT, disk=DISK - 1), offload="nvme"))
+    assert "GiB disk" in str(refused(replace(GPUS, disk=DISK - 1), offload="nvme", ranks_per_shard=2))
+
+
+def test_a_shards_layers_are_on_one_nodes_disk() -> None:
+    refused(replace(GPUS, nodes=2, disk=DISK - 1), shards=1, offload="nvme", **ZERO)
+
+
+@BOTH
+def test_a_worker_keeps_to_its_limit(machine: Machine) -> None:
+    need = device(plan(machine))
+    assert plan(machine, worker_memory=need).holding == RESIDENT
+    assert plan(SHORT, worker_memory=need).holding == CPU
+    assert plan(machine, worker_memory=need - 1).holding != RESIDENT
+    assert "of 2 GiB a worker" in str(refused(machine, residency="resident", worker_memory="2GiB"))
+
+
+def test_a_limit_that_nobody_reaches_changes_nothing() -> None:
+    machine = replace(CORES, host_memory=away(plan(CORES, BRIEF, UNEVEN, shards=2)))
+    found = [plan(machine, BRIEF, UNEVEN, shards=2, worker_memory=limit) for limit in (None, BIG)]
+    assert [made.holding for made in found] == [RESIDENT, RESIDENT]
+
+
+def test_workers_share_gpus_and_nodes() -> None:
+    need, parts = device(plan(GPUS, shards=4)), [part.total for part in plan(CORES, shards=4).memory]
+    shared, node = gpus(need, workers=4), max(sum(parts[:2]), sum(parts[2:]))
+    assert 2 * need <= shared.gpu_memory
+    for machine in (shared, replace(gpus(need), nodes=2), replace(CORES, nodes=2, host_memory=node)):
+        assert plan(machine, shards=4).holding == RESIDENT
+        less = replace(machine, gpu_memory=machine.gpu_memory - 1, host_memory=machine.host_memory - 1)
+        refused(less, shards=4, residency="resident")
+    two_ranks = replace(GPUS, host_memory=2 * away(plan(GPUS, ranks_per_shard=2)))
+    assert plan(two_ranks, ranks_per_shard=2).holding.offload == "cpu"
+    assert (
+        plan(replace(two_ranks, host_memory=two_ranks.host_memory - 1), ranks_per_shard=2).holding.offload
+        == "nvme"
     )
 
 
-def partitions(count: int, parts: int) -> Iterator[list[tuple[int, int]]]:
-    """Every way to cut `count` layers into `parts` neighbouring runs of at least one."""
-    for inner in itertools.combinations(range(1, count), parts - 1):
-        edges = [0, *inner, count]
-        yield list(itertools.pairwise(edges))
+@pytest.mark.parametrize(("nodes", "gpus", "ranks", "shards"), AUTO)
+def test_auto_is_as_many_shards_as_there_are_gpus_for(nodes: int, gpus: int, ranks: int, shards: int) -> None:
+    assert len(plan(replace(GPUS, nodes=nodes, gpus=gpus), ranks_per_shard=ranks).spans) == shards
 
 
-def heaviest(sizes: Sequence[int], cuts: Sequence[tuple[int, int]]) -> int:
-    return max(sum(sizes[first:end]) for first, end in cuts)
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**34), st.integers(0, 2**30), st.sampled_from([1, 2]))
+def test_a_zero_chunk_is_what_there_is_room_for(spare: int, more: int, ranks: int) -> None:
+    asked: dict[str, Any] = {**ZERO, "shards": 1, "ranks_per_shard": ranks}
+    small = gpus(device(plan(GPUS, **asked)) + spare)
+    made, other = (plan(replace(small, gpu_memory=small.gpu_memory + n), LONG, **asked) for n in (0, more))
+    assert MICRO_BATCH_TOKENS <= made.chunks.limit <= other.chunks.limit <= 10**8
+    room = planner.device_bytes(small, ranks, PipelineSpec()) - device(made)
+    assert 0 <= room < (MICRO_BATCH_TOKENS * BLOCKS.token_bytes if made.chunks.limit < 10**8 else BIG)
 
 
-# cutting
+def test_chunks_between_shards_leave_most_of_the_host_free() -> None:
+    hosts = (replace(GPUS, host_memory=count * GIB) for count in (6, 7, 8))
+    limits = [plan(host, LONG, **ZERO, offload="nvme").chunks.limit for host in hosts]
+    assert limits == sorted(set(limits))
+    assert 2 * limits[0] * BLOCKS.token_bytes < 3 * GIB
 
 
-@settings(max_examples=500, deadline=None)
-@given(SIZES, SMALL | st.integers(0, 200), SMALL | st.integers(0, 200), st.data())
-def test_the_heaviest_shard_is_as_light_as_can_be(
-    first: list[int], head: int, tail: int, data: st.DataObject
-) -> None:
-    model = shape(first, (head, tail))
-    shards = data.draw(st.integers(1, len(first)))
-    sizes = list(first)
-    sizes[0] += head
-    sizes[-1] += tail
-    spans = cut(model, shards)
-    assert len(spans) == shards
-    assert [index for span in spans for index in span.layers] == list(range(len(first)))
-    assert all(len(span.layers) >= 1 and span.count == len(first) for span in spans)
-    best = min(heaviest(sizes, cuts) for cuts in partitions(len(first), shards))
-    assert heaviest(sizes, [(span.first, span.end) for span in spans]) == best
+def test_cores_take_what_there_is_room_for_a_worker_or_a_micro_batch() -> None:
+    for model, spare, compared in ((BLOCKS, GIB, int.__gt__), (UNEVEN, 0, int.__eq__)):  # one is over its part
+        tight = replace(CORES, host_memory=away(plan(CORES, BRIEF, model, **ZERO, shards=2)) + spare)
+        assert compared(plan(tight, LONG, model, **ZERO, shards=2).chunks.limit, MICRO_BATCH_TOKENS)
 
 
-@pytest.mark.parametrize("sizes", [[5] * 6, [100, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 100]])
-def test_as_many_shards_as_layers_have_one_each(sizes: list[int]) -> None:
-    assert cut(shape(sizes), 6) == tuple(Span(n, n + 1, 6) for n in range(6))
-
-
-@pytest.mark.parametrize("shards", [0, -1, 5])
-def test_shards_that_cannot_be_are_answered(shards: int) -> None:
-    with pytest.raises(SpecError) as caught:
-        cut(shape([1] * 4), shards)
-    assert str(caught.value) == f"pipeline.shards: {shards}: the model has 4 layers; write 1 to 4"
-
-
-def test_auto_is_a_shard_a_gpu_and_no_more_than_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpus, expected in ((0, 1), (1, 1), (4, 4), (8, 6)):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert auto_shards(6) == expected
-
-
-# measuring
-
-TIED = {"tie_word_embeddings": True}
-UNTIED = {"tie_word_embeddings": False}
-MODELS = [
-    ("llama", UNTIED),
-    ("llama", TIED),
-    ("gemma2", TIED),
-    ("gpt2", TIED),
-    ("bloom", TIED),
-    ("opt", TIED),
-    ("mixtral", UNTIED),
-    ("qwen3_moe", TIED),
-    ("xglm", TIED),
-]
-
-
-def bytes_of(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "changes"), MODELS)
-def test_the_shape_is_that_of_the_real_model(family: str, changes: dict[str, bool], dtype: torch.dtype) -> None:
-    made = config(family, **changes)
-    found = model_shape(made, dtype, family)
-    model = AutoModelForCausalLM.from_config(made).to(dtype)
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
-    assert found.layers == tuple(bytes_of(layer) for layer in layers)
-    assert found.total == bytes_of(model)
-    assert found.ends == (bytes_of(model.get_input_embeddings()), bytes_of(model.get_output_embeddings()))
-    assert (found.hidden, found.vocabulary, found.dtype) == (32, 384, dtype)
-    assert found.has_experts is (family in ("mixtral", "qwen3_moe"))
-    assert found.intermediate == max(found.widths.values())
-
-
-def test_what_is_pruned_is_counted_by_hand() -> None:
-    found = model_shape(config("llama"), torch.float32, "llama")
-    attention, mlp = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48
-    assert found.pruned == 4 * (attention + mlp)
-    assert found.largest_layer == attention + mlp
-    assert found.intermediate == found.widths["3.mlp.down_proj"] == 48
-    assert len(found.widths) == 4 * 7
-    mixture = model_shape(config("mixtral"), torch.float32, "mixtral")
-    assert mixture.pruned == 4 * (attention + 4 * mlp)  # four experts; the router is not pruned
-    assert mixture.widths["0.mlp.experts.down_proj.3"] == 48
-
-
-def beside(family: str, changes: dict[str, bool]) -> int:
-    """Bytes of norms and positions: in no layer, and neither embedding nor head. Every shard holds them."""
-    model = AutoModelForCausalLM.from_config(config(family, **changes))
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    apart = {id(parameter) for module in (layers, *ends) for parameter in module.parameters()}
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in apart)
-
-
-def planned(family: str, changes: dict[str, bool], shards: int) -> list[int]:
-    found = model_shape(config(family, **changes), torch.float32, family)
-    return [shard_memory(found, span, 0, 0, 0).weights for span in cut(found, shards)]
-
-
-@pytest.mark.parametrize("shards", [1, 2, 3, 4])
-@pytest.mark.parametrize(("family", "changes"), MODELS)
-def test_the_shards_weigh_what_the_model_weighs(family: str, changes: dict[str, bool], shards: int) -> None:
-    """But for what every shard holds; several shards of a tied model have its embedding twice."""
-    if changes == TIED and shards == 1:
-        return  # see below
-    whole = AutoModelForCausalLM.from_config(config(family, **changes))
-    again = bytes_of(whole.get_input_embeddings()) if changes == TIED else 0
-    assert sum(planned(family, changes, shards)) == bytes_of(whole) + again - beside(family, changes)
-
-
-def test_one_shard_of_a_tied_model_has_one_embedding() -> None:
-    whole = AutoModelForCausalLM.from_config(config("bloom", **TIED))
-    assert planned("bloom", TIED, 1) == [bytes_of(whole) - beside("bloom", TIED)]
-
-
-@pytest.mark.parametrize(("family", "changes"), [("llama", UNTIED), ("bloom", TIED), ("gpt2", TIED)])
-def test_a_loaded_shard_weighs_what_was_planned(family: str, changes: dict[str, bool]) -> None:
-    found = model_shape(config(family), torch.float32, family)
-    for span, weight in zip(cut(found, 3), planned(family, changes, 3), strict=True):
-        model = ReplayModel(source(family), span, torch.float32, torch.device("cpu"))
-        held = sum(bytes_of(layer) for layer in model.layers.values())
-        held += sum(other.numel() * 4 for other in model.other_weights().values())
-        assert weight <= held <= weight + beside(family, changes)
-
-
-def test_memory_by_hand() -> None:
-    model = replace(shape([10, 20, 30, 40], (7, 9)), dtype=torch.bfloat16, pruned=800)
-    first, last = (shard_memory(model, span, 100, 3, 2) for span in (Span(0, 1, 4), Span(1, 4, 4)))
-    assert (first.weights, last.weights) == (10 + 7, 20 + 30 + 40 + 9)
-    assert (first.moments, last.moments) == (3 * 8 * 8, 3 * 3 * 8 * 8)  # float64 of every input of its layers
-    assert (first.masks, last.masks) == (2 * 200 // 8, 2 * 600 // 8)  # one bit a weight
-    assert first.hidden == 2 * 100 * 8 * 2
-    assert first.masked_layer == 40 * (2 + 4 + 1)
-    assert (first.logits, last.logits > 0) == (0, True)
-    parts = ("weights", "masked_layer", "hidden", "activations", "moments", "masks", "logits")
-    assert last.total == sum(getattr(last, part) for part in parts)
-
-
-# refusing
-
-
-def test_a_width_that_the_group_does_not_divide_is_named() -> None:
-    model = model_shape(config("llama", intermediate_size=50), torch.float32, "llama")
-    with pytest.raises(SpecError) as caught:
-        check_pattern(model, Pattern.parse("2:4"), "search.pattern")
-    remedy = "the 50 inputs of layer 0.mlp.down_proj are not divisible by 4; use unstructured"
-    assert str(caught.value) == f"search.pattern: '2:4': {remedy}"
-    check_pattern(model, Pattern.parse("1:2"), "search.pattern")
-    check_pattern(model, Pattern.parse("unstructured"), "search.pattern")
-    check_pattern(model_shape(config("gpt2"), torch.float32, "gpt2"), Pattern.parse("2:4"), "search.pattern")
-
-
-def test_a_conv1ds_inputs_are_those_that_the_group_must_divide() -> None:
-    model = model_shape(config("gpt2", n_inner=50), torch.float32, "gpt2")
-    with pytest.raises(SpecError, match=r"the 50 inputs of layer 0\.mlp\.c_proj are not divisible by 4"):
-        check_pattern(model, Pattern.parse("2:4"), "search.pattern")
-
-
-@pytest.mark.parametrize("family", ["t5", "bert", "mamba"])
-def test_a_family_that_is_not_known_is_refused_by_name(family: str) -> None:
-    with pytest.raises(ModelError) as caught:
-        model_shape(AutoConfig.for_model(family), torch.float32, "some/model")
-    line = str(caught.value)
-    assert line.startswith(f"model.path: 'some/model' ({family}): unsupported family; supported: ")
-    assert line.endswith(", ".join(FAMILIES))
-
-
-@pytest.mark.parametrize("key", ["num_kv_shared_layers", "hidden_size_per_layer_input"])
-def test_layers_that_share_state_are_refused_by_name(key: str) -> None:
-    with pytest.raises(ModelError) as caught:
-        model_shape(config("llama", **{key: 2}), torch.float32, "some/model")
-    remedy = f"its layers share state ({key}), so it cannot be cut into shards"
-    assert str(caught.value) == f"model.path: 'some/model' (llama): {remedy}"
-    check_family(config("llama", **{key: 0}), "some/model")
-
-
-def on_cpu(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-
-
-def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shape([2**30] * 4)
-    needs = [shard_memory(model, span, 0, 0, 0) for span in cut(model, 2)]
-    need = sum(part.total for part in needs)
-    on_cpu(monkeypatch, need)
-    check_memory(needs, "big")
-    on_cpu(monkeypatch, need - 1)
-    with pytest.raises(
-        ModelError, match=r"^model\.path: 'big': needs .* GiB of .* GiB, this machine's free memory;"
-    ):
-        check_memory(needs, "big")
-
-
-def test_each_shard_has_a_gpu_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shape([2**30] * 4)
-    needs = [shard_memory(model, span, 0, 0, 0) for span in cut(model, 2)]
-    most = max(part.total for part in needs)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (most, most))
-    check_memory(needs, "big")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (most - 1, most - 1))
-    with pytest.raises(ModelError, match="GiB, a GPU; take more shards or bfloat16"):
-        check_memory(needs, "big")
+@pytest.mark.parametrize("wrong", NONSENSE)
+def test_nonsense_is_refused_by_its_key(wrong: str) -> None:
+    plain, settings = {"search": {"score": ["wanda"], "sparsity": [0.5]}}, ("residency=resident", wrong)
+    with pytest.raises(SpecError, match=rf"^pipeline\.{wrong.split('=')[0]}: "):
+        spec_from(with_assignments(plain, [f"pipeline.{setting}" for setting in settings]))

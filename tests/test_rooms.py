@@ -15,10 +15,11 @@ LAYOUT = """
     mlprune errors languages variants config console
     pruning pruning.moments pruning.scores pruning.masks
     data data.corpora data.demonstrations data.calibration
-    models models.quiet models.demo models.source models.hollow models.matrices models.replay models.memory models.residency
-    models.zero
+    models models.quiet models.demo models.source models.hollow models.matrices models.memory
+    models.replay models.residency models.zero
     store
-    shards shards.machine shards.shape shards.worker shards.planner shards.forecast shards.pipeline shards.actors
+    shards shards.machine shards.shape shards.worker shards.memory shards.planner shards.forecast
+    shards.pipeline shards.actors
     evaluation evaluation.perplexity analysis analysis.pictures export
     prepare trial tracking tuning sweep winner scale
     report cli __main__

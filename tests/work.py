@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mlprune.config import spec_from
 from mlprune.models.source import ModelSource
 from mlprune.prepare import Prepared, prepare, variant_of
@@ -13,6 +15,10 @@ from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import ShardWorker
 from mlprune.variants import Variant
 from tests.tiny_models import source
+
+needs_libaio = pytest.mark.skipif(
+    not Path("/usr/include/libaio.h").exists(), reason="nvme needs libaio's headers: apt install libaio-dev"
+)
 
 WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 SEQUENTIAL = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")

@@ -6,13 +6,14 @@ weights are never overwritten: a variant's weights are masked copies, of one lay
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mlprune.models.matrices import matrices
+from mlprune.models.memory import Heap
 from mlprune.pruning.masks import PackedMask
 
 
@@ -56,9 +57,14 @@ class Resident(Residency):
 
     def __init__(self, layers: Mapping[int, nn.Module]) -> None:
         self._layers = dict(layers)
+        self._heap = Heap()
 
-    def borrow(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:
-        return nullcontext(self._layers[index])
+    @contextmanager
+    def borrow(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
+        try:
+            yield self._layers[index]
+        finally:
+            self._heap.tidy()
 
     def total(self, values: Tensor) -> Tensor:
         return values

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from mlprune.errors import SpecError
-from mlprune.models.memory import give_back_freed_memory
+from mlprune.models.memory import Heap
 from mlprune.models.residency import Ranks, Residency
 
 ALIGNMENT = 64  # bytes: each weight begins where a vector load would have it
@@ -81,6 +81,7 @@ class Zero(Residency):
     ) -> None:
         """Take the `layers` one at a time, so that no more than one is ever whole in memory."""
         self._device, self._ranks, self._dtype = device, ranks, dtype
+        self._heap = Heap()
         self._deepspeed = _deepspeed(device)
         _meet(ranks, device)
         self._folder = _Folder(offload.folder) if offload.place == "nvme" else None
@@ -127,7 +128,7 @@ class Zero(Residency):
             holder = nn.ParameterList([flat])
             self._deepspeed.zero.Init(module=holder, config_dict_or_path=self._config)
         self._layers[index], self._layouts[index], self._flats[index] = layer.to(self._device), layout, flat
-        give_back_freed_memory()
+        self._heap.tidy()
 
     def _empty(self, layer: nn.Module, layout: Layout) -> None:
         for name in layout.slots:
@@ -146,6 +147,7 @@ class Zero(Residency):
         finally:
             self._empty(layer, layout)
             flat.partition(param_list=[flat], has_been_updated=False)
+            self._heap.tidy()
 
     def _send_for(self, index: int) -> None:
         """Begin to bring a layer; `_bring` waits for it."""

@@ -24,9 +24,9 @@ from mlprune.errors import MlpruneError
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Ranks
 from mlprune.models.zero import meeting_place
-from mlprune.shards.machine import Machine, gpus_here, this_machine
+from mlprune.shards.machine import Machine, gpus_here, machine_with
+from mlprune.shards.memory import Chunks
 from mlprune.shards.pipeline import Pipeline
-from mlprune.shards.planner import Chunks
 from mlprune.shards.worker import Setup, ShardWorker
 
 TRIAL_SLOT = "trial_slot"  # trials take no CPU of their own: this many talk to the pipeline at once
@@ -90,7 +90,7 @@ def cluster_machine() -> Machine | None:
 
 def _look() -> Machine:
     """A node as it sees itself. A task that asks for no GPU is shown none by Ray; the driver's tool shows all."""
-    return this_machine(gpus_here())
+    return machine_with(gpus_here())
 
 
 class RankActor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -19,6 +21,7 @@ GPU_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "L4": 121e12,
     "V100": 125e12,
@@ -44,10 +47,17 @@ class Machine:
         return self.nodes * self.gpus
 
 
-def this_machine(gpus: Sequence[tuple[str, int]] | None = None) -> Machine:
-    """What is free here now, with `gpus` or those that torch sees. Cores are not measured: their `flops` is 0."""
-    if gpus is None:
-        gpus = gpus_here()[: torch.cuda.device_count()]
+def this_machine() -> Machine:
+    """What is free here now. What cores do is not measured: their `flops` is 0."""
+    gpus = gpus_here(os.environ.get("CUDA_VISIBLE_DEVICES"))[: torch.cuda.device_count()]
+    if not gpus and torch.cuda.is_available():  # no tool to ask: torch knows, at the price of a context
+        every = range(torch.cuda.device_count())
+        gpus = [(torch.cuda.get_device_name(n), torch.cuda.mem_get_info(n)[0]) for n in every]
+    return machine_with(gpus)
+
+
+def machine_with(gpus: Sequence[tuple[str, int]]) -> Machine:
+    """This machine with GPUs of such names and free bytes."""
     return Machine(
         nodes=1,
         gpus=len(gpus),
@@ -65,31 +75,37 @@ def with_disk(machine: Machine, folder: Path) -> Machine:
     return replace(machine, disk=psutil.disk_usage(str(folder)).free)
 
 
-def gpus_here() -> list[tuple[str, int]]:
-    """Name and free bytes of each GPU; asked of the driver's own tool, because torch would make a context."""
-    if shutil.which("nvidia-smi") is None:
+def gpus_here(visible: str | None = None) -> list[tuple[str, int]]:
+    """Name and free bytes of each GPU, or of the `visible` ones (as in CUDA_VISIBLE_DEVICES).
+
+    Asked of the driver's own tool, because torch would make a context on the GPU.
+    """
+    if shutil.which("nvidia-smi") is None or visible == "":
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    query += [f"--id={visible}"] if visible else []
     lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    found = [line.rsplit(",", 1) for line in lines if line.count(",") == 1]
-    return [(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in found]
+    found = [line.rpartition(",") for line in lines]
+    return [(name.strip(), int(free) * 2**20) for name, _, free in found if free.strip().isdigit()]
 
 
 def host_memory_free() -> int:
-    """Bytes that this process may still take: of the machine, or of the control group that it is in."""
+    """Bytes that this process may still take: of the machine, or of its control group (version 2)."""
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        name = Path("/proc/self/cgroup").read_text().partition("0::")[2].splitlines()[0]
+        group = Path("/sys/fs/cgroup") / name.lstrip("/")
+        limit, used = (int((group / f"memory.{kind}").read_text()) for kind in ("max", "current"))
         kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or no limit ("max")
+    except (OSError, ValueError, IndexError):  # no such group, or no limit ("max")
         return free
     return min(free, limit - used + int(kept.get("inactive_file", 0)))  # the cache of files gives way
 
 
 def flops_of(gpu: str) -> float:
     """The dense bf16 FLOP/s of a GPU by its name."""
-    return next((flops for name, flops in GPU_FLOPS.items() if name in gpu), UNKNOWN_GPU_FLOPS)
+    known = (flops for name, flops in GPU_FLOPS.items() if re.search(rf"\b{name}\b", gpu))
+    return next(known, UNKNOWN_GPU_FLOPS)
 
 
 def measured_flops(dtype: torch.dtype) -> float:

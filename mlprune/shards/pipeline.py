@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet
 from mlprune.models.hollow import Span
-from mlprune.shards.planner import Chunks
+from mlprune.shards.memory import Chunks
 from mlprune.shards.worker import LayerMasks, Recipe, ShardWorker
 
 Progress = Callable[[int, int], None]  # done, of how many

@@ -1,181 +1,30 @@
-"""Layers to shards, by bytes; where the weights live; and the memory that this takes, before any weight is read.
-
-Sizes are bytes, where not said otherwise. What a worker holds is told by kind (`WorkerMemory`), each kind by a
-formula of its own, and tests hold the sum to the peak of real workers.
-"""
+"""Layers to shards, by bytes, and where the weights live: the first way that fits, before any weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from mlprune.config import PipelineSpec
 from mlprune.console import size_text
-from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
-from mlprune.models.zero import BORROWED
 from mlprune.shards.machine import Machine
+from mlprune.shards.memory import (
+    CHUNK_BYTES,
+    Chunks,
+    Holding,
+    Work,
+    WorkerMemory,
+    copies_of_hidden,
+    worker_memory,
+)
 from mlprune.shards.shape import ModelShape
-from mlprune.shards.worker import LOGIT_TOKENS
 
-# hidden states on their way between two shards: as much as fits a modest object store many times over
-CHUNK_BYTES = 256 * 2**20
-# Chunks a shard of a pass: more keep more shards busy, but each makes the masked layers anew.
-DENSE_CHUNKS, MASKED_CHUNKS = 4, 2
 # Of a machine's memory, what hidden states on their way may take under ZeRO (Ray's object store has 30%).
 HIDDEN_SHARE = 0.2
-# Measured: an interpreter with torch, transformers and Ray; DeepSpeed beside them. Not measured: a CUDA context.
-PROCESS_BYTES, DEEPSPEED_BYTES = 470 * 2**20, 90 * 2**20
-GPU_PROCESS_BYTES = 2**30
 GPU_USABLE = 0.95  # the rest is lost between blocks of torch's allocator
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """How a pass's micro-batches are cut: into chunks that follow each other through the shards."""
-
-    limit: int  # tokens of a chunk at most, pads included; a micro-batch is never cut
-    few: bool  # each chunk brings every weight anew: as few as `limit` allows
-
-    def size(self, tokens: int, shards: int, masked: bool) -> float:
-        """Tokens of a chunk of a pass of `tokens`."""
-        wanted = MASKED_CHUNKS if masked else DENSE_CHUNKS
-        one = self.few or (masked and shards == 1)
-        return min(tokens / (1 if one else wanted * shards), self.limit)
-
-    def of(self, batches: Sequence[Batch], shards: int, masked: bool) -> Iterator[Sequence[Batch]]:
-        """Consecutive micro-batches, in chunks of at most `size` tokens or of one micro-batch."""
-        limit = self.size(sum(batch.input_ids.numel() for batch in batches), shards, masked)
-        chunk: list[Batch] = []
-        size = 0
-        for batch in batches:
-            if chunk and size + batch.input_ids.numel() > limit:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(batch)
-            size += batch.input_ids.numel()
-        if chunk:
-            yield chunk
-
-
-@dataclass(frozen=True)
-class Work:
-    """What will be asked of the model. Tokens count pads."""
-
-    calibration: tuple[int, ...]  # tokens of each calibration set
-    evaluation: int  # tokens of the evaluation set
-    longest: int  # tokens of the longest row
-    variants: int  # trials in all
-    sequential: int = 0  # of them, those pruned layer by layer
-    sequential_tokens: int = 0  # of the largest such variant's calibration sets together
-
-    @property
-    def micro_batch(self) -> int:
-        """Tokens of the largest micro-batch."""
-        return max(MICRO_BATCH_TOKENS, self.longest)
-
-
-@dataclass(frozen=True)
-class Holding:
-    """How a shard's weights are held: on the device, or offloaded and partitioned over `ranks`."""
-
-    residency: Literal["resident", "zero"]
-    offload: Literal["cpu", "nvme"] | None = None
-    ranks: int = 1
-
-    def __str__(self) -> str:
-        return f"zero/{self.offload}" if self.offload else "resident"
-
-
-@dataclass(frozen=True)
-class WorkerMemory:
-    """The most bytes that one rank of one shard needs on its device, by kind; and beside the device."""
-
-    process: int  # interpreter and libraries; on a GPU its context
-    weights: int  # what stays: with ZeRO only embedding and head
-    working: int  # borrowed layers, a masked copy of one, scores while masks are made
-    hidden: int  # hidden states of a chunk
-    activations: int  # within a layer, of a micro-batch
-    moments: int
-    masks: int
-    logits: int
-    host: int = 0  # in the machine's memory, where the device is a GPU
-    disk: int = 0
-
-    @property
-    def total(self) -> int:
-        """On the device."""
-        return int(sum(vars(self).values())) - self.host - self.disk
-
-
-def worker_memory(
-    shape: ModelShape, span: Span, shards: int, work: Work, holding: Holding, chunks: Chunks, on_gpu: bool
-) -> WorkerMemory:
-    """The memory of one rank of the shard that holds `span`, one of `shards`."""
-    ends = shape.ends[0] * span.is_first + shape.ends[1] * span.is_last
-    if shape.tied and span.is_first and span.is_last:
-        ends = shape.ends[0]
-    layers = sum(shape.layers[index] for index in span.layers)
-    away = layers // holding.ranks if holding.offload else 0
-    here = away if holding.offload == "cpu" and not on_gpu else 0  # "offloaded" to where it is used
-    item, zero = shape.dtype.itemsize, holding.offload is not None
-    widths = sum(shape.layer_widths[index] for index in span.layers)
-    gathering = max(shape.layer_widths[index] for index in span.layers)
-    pruned = sum(shape.pruned[index] for index in span.layers)
-    logits = min(LOGIT_TOKENS, shape.positions or LOGIT_TOKENS) * shape.vocabulary * (8 if item == 4 else item + 8)
-    process = PROCESS_BYTES + DEEPSPEED_BYTES * zero
-    return WorkerMemory(
-        process=GPU_PROCESS_BYTES if on_gpu else process,
-        weights=ends + (here if zero else layers),
-        working=_borrowed(shape, holding, on_gpu) + _working(shape, max(shape.pruned[i] for i in span.layers)),
-        hidden=_hidden(shape, shards, work, holding, chunks, on_gpu),
-        activations=_activations(shape, work),
-        moments=(len(work.calibration) * widths + gathering) * 8,
-        masks=min(shards, work.variants) * pruned // 8,  # so many trials are alive at once
-        logits=logits if span.is_last and work.evaluation else 0,
-        host=(process + (away if holding.offload == "cpu" else _disk_buffers(shape, holding))) * on_gpu,
-        disk=away if holding.offload == "nvme" else 0,
-    )
-
-
-def _disk_buffers(shape: ModelShape, holding: Holding) -> int:
-    buffers = BORROWED * shape.packed * shape.dtype.itemsize // holding.ranks
-    return buffers if holding.offload == "nvme" else 0
-
-
-def _borrowed(shape: ModelShape, holding: Holding, on_gpu: bool) -> int:
-    """Layers that are here because they are borrowed, or while they are handed over."""
-    if holding.offload is None:
-        return 0
-    layer = shape.packed * shape.dtype.itemsize
-    if on_gpu:
-        return BORROWED * layer
-    gathered = BORROWED * layer if holding.ranks > 1 else 0
-    return _disk_buffers(shape, holding) + max(gathered, BORROWED * layer)  # read from the checkpoint, and packed
-
-
-def _working(shape: ModelShape, largest_layer: int) -> int:
-    """A masked copy of a layer with one mask unpacked; or the scores of one matrix, and what sorts them."""
-    matrix, item = shape.largest_matrix, shape.dtype.itemsize
-    return max(largest_layer * item + 3 * matrix, matrix * (10 if item == 4 else 14))
-
-
-def _hidden(shape: ModelShape, shards: int, work: Work, holding: Holding, chunks: Chunks, on_gpu: bool) -> int:
-    dense = chunks.size(sum(work.calibration), shards, masked=False)
-    masked = chunks.size(work.evaluation, shards, masked=True)
-    tokens = max(dense, masked, work.sequential_tokens, work.micro_batch) / holding.ranks
-    copies = 1 if on_gpu or shards == 1 else 3  # what came in and what goes out are shared memory on one machine
-    return int(tokens * shape.token_bytes * copies)
-
-
-def _activations(shape: ModelShape, work: Work) -> int:
-    """Some [tokens, width] tensors, attention scores where they are made whole, squares for the moments."""
-    tokens, item = work.micro_batch, shape.dtype.itemsize
-    attention = shape.heads * tokens * work.longest * (item + 4)
-    squares = tokens * shape.intermediate * 8
-    return tokens * (10 * shape.hidden + 3 * shape.intermediate) * item + attention + squares
 
 
 @dataclass(frozen=True)
@@ -185,6 +34,7 @@ class Plan:
     spans: tuple[Span, ...]
     holding: Holding
     chunks: Chunks
+    trials: int  # at once: one a shard, or as many as there is room for the masks of
     memory: tuple[WorkerMemory, ...]  # of one rank of each shard
     why: str  # of the residency, in one line
 
@@ -195,19 +45,30 @@ def make_plan(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSp
     Raises ModelError when nothing fits, SpecError when what is asked cannot be.
     """
     spans = cut(shape, _shards(shape, machine, asked))
+    _check_ranks(len(spans), machine, asked)
     reasons: list[str] = []
     for holding in _candidates(asked, machine):
-        plan = _plan(shape, spans, work, machine, holding, asked)
-        short = shortage(plan, machine, asked)
-        if short is None:
-            why = f"{', '.join(reasons)}, so {holding}" if reasons else ""
-            return replace(plan, why=why)
+        for trials in range(max(1, min(len(spans), work.variants)), 0, -1):
+            plan = _plan(shape, spans, work, machine, holding, asked, trials)
+            short = shortage(plan, machine, asked)
+            if short is None:
+                return replace(plan, why=f"{', '.join(reasons)}, so {holding}" if reasons else "")
         reasons.append(f"{holding} needs {short}")
     if asked.residency != "auto":
-        remedy = f"{reasons[-1]}; take auto, or zero with offload nvme" if asked.residency == "resident" else ""
-        remedy = remedy or f"{reasons[-1]}; take more shards, offload nvme, or fewer calibration tokens"
-        raise ModelError("pipeline.residency", asked.residency, f"{name!r} does not fit: {remedy}")
-    raise ModelError("model.path", repr(name), f"does not fit: {'; '.join(reasons)}; take more shards or bfloat16")
+        other = "take auto" if asked.residency == "resident" else "take more shards or fewer calibration tokens"
+        raise ModelError(
+            "pipeline.residency", asked.residency, f"{name!r} does not fit: {'; '.join(reasons)}; {other}"
+        )
+    other = " or bfloat16" if shape.dtype.itemsize == 4 else ""
+    raise ModelError("model.path", repr(name), f"does not fit: {'; '.join(reasons)}; take more shards{other}")
+
+
+def _check_ranks(shards: int, machine: Machine, asked: PipelineSpec) -> None:
+    """Ranks of a shard take a GPU each: they wait for each other, so none may wait for a GPU."""
+    ranks = asked.ranks_per_shard
+    if machine.gpus and ranks > 1 and shards * ranks > machine.all_gpus:
+        remedy = f"{shards} shards of {ranks} ranks need {shards * ranks} GPUs, there are {machine.all_gpus}"
+        raise SpecError("pipeline.ranks_per_shard", ranks, f"{remedy}: take fewer of either")
 
 
 def _shards(shape: ModelShape, machine: Machine, asked: PipelineSpec) -> int:
@@ -232,32 +93,34 @@ def _candidates(asked: PipelineSpec, machine: Machine) -> list[Holding]:
 
 
 def _plan(
-    shape: ModelShape, spans: tuple[Span, ...], work: Work, machine: Machine, holding: Holding, asked: PipelineSpec
+    shape: ModelShape,
+    spans: tuple[Span, ...],
+    work: Work,
+    machine: Machine,
+    holding: Holding,
+    asked: PipelineSpec,
+    trials: int,
 ) -> Plan:
+    def memory(chunks: Chunks) -> tuple[WorkerMemory, ...]:
+        on_gpu = machine.gpus > 0
+        return tuple(
+            worker_memory(shape, span, len(spans), work, holding, chunks, on_gpu, trials) for span in spans
+        )
+
     chunks = Chunks(CHUNK_BYTES // shape.token_bytes, few=False)
-    if holding.offload:
-        chunks = Chunks(_whole_pass(shape, spans, work, machine, holding, asked), few=True)
-    memory = tuple(
-        worker_memory(shape, span, len(spans), work, holding, chunks, machine.gpus > 0) for span in spans
-    )
-    return Plan(spans, holding, chunks, memory, "")
-
-
-def _whole_pass(
-    shape: ModelShape, spans: tuple[Span, ...], work: Work, machine: Machine, holding: Holding, asked: PipelineSpec
-) -> int:
-    """Tokens of a chunk, where each brings every weight anew: a whole pass, or what there is room for."""
-    longest = max(sum(work.calibration), work.evaluation, work.micro_batch)
-    least = Chunks(work.micro_batch, few=True)
-    bare = max(
-        worker_memory(shape, span, len(spans), work, holding, least, machine.gpus > 0).total for span in spans
-    )
-    room = (device_bytes(machine, len(spans) * holding.ranks, asked) - bare) * holding.ranks
-    copies = 1 if machine.gpus or len(spans) == 1 else 3
-    limit = work.micro_batch + room // (shape.token_bytes * copies)
-    if len(spans) > 1:  # a chunk a shard is on its way at once
-        limit = min(limit, int(machine.host_memory * HIDDEN_SHARE) // len(spans) // shape.token_bytes)
-    return max(work.micro_batch, min(longest, limit))
+    if holding.offload:  # a whole pass in one chunk, or what there is room for
+        bare = memory(Chunks(work.micro_batch, few=True))
+        room = device_bytes(machine, len(spans) * holding.ranks, asked) - max(part.total for part in bare)
+        beside = machine.host_memory - _of_a_node([part.host for part in bare], machine, holding.ranks)
+        limit = work.micro_batch + room * holding.ranks // (
+            shape.token_bytes * copies_of_hidden(len(spans), machine.gpus > 0)
+        )
+        if len(spans) > 1:  # a chunk a shard is on its way at once
+            on_the_way = min(int(machine.host_memory * HIDDEN_SHARE), beside) // (2 * len(spans))
+            limit = min(limit, on_the_way // shape.token_bytes)
+        longest = max(sum(work.calibration), work.evaluation)
+        chunks = Chunks(max(work.micro_batch, min(longest, limit)), few=True)
+    return Plan(spans, holding, chunks, trials, memory(chunks), "")
 
 
 def device_bytes(machine: Machine, workers: int, asked: PipelineSpec) -> int:
@@ -266,25 +129,29 @@ def device_bytes(machine: Machine, workers: int, asked: PipelineSpec) -> int:
         have = int(machine.gpu_memory * GPU_USABLE) // -(-workers // machine.all_gpus)
     else:
         have = machine.host_memory // -(-workers // machine.nodes)
-    return min(have, int(asked.worker_memory)) if asked.worker_memory else have
+    return have if asked.worker_memory is None else min(have, int(asked.worker_memory))
+
+
+def _of_a_node(parts: Sequence[int], machine: Machine, ranks: int) -> int:
+    """The largest sum over the workers of one node, `parts` being of one rank of each shard."""
+    workers = [part for part in parts for _ in range(ranks)]
+    a_node = -(-len(workers) // machine.nodes)
+    return max(sum(workers[first : first + a_node]) for first in range(0, len(workers), a_node))
 
 
 def shortage(plan: Plan, machine: Machine, asked: PipelineSpec) -> str | None:
     """What the plan lacks, as `31 GiB of 24 GiB a worker`; None if it fits."""
-    ranks = plan.holding.ranks
-    workers = len(plan.spans) * ranks
-    if machine.gpus and ranks > 1 and workers > machine.all_gpus:
-        return f"{workers} GPUs of {machine.all_gpus}: a rank has one of its own"
-    if machine.gpus or asked.worker_memory:
-        need, have = max(part.total for part in plan.memory), device_bytes(machine, workers, asked)
-        if need > have:
-            return f"{size_text(need)} of {size_text(have)} a worker"
-    totals = [part.host if machine.gpus else part.total for part in plan.memory for _ in range(ranks)]
-    a_node = -(-workers // machine.nodes)
-    need = max(sum(totals[n : n + a_node]) for n in range(0, workers, a_node))
-    if need > machine.host_memory:
-        return f"{size_text(need)} of {size_text(machine.host_memory)} host memory"
-    disk = max(sum(part.disk for part in plan.memory) * ranks // machine.nodes, 0)
+    ranks, memory = plan.holding.ranks, plan.memory
+    limit = None if asked.worker_memory is None else int(asked.worker_memory)
+    if machine.gpus:
+        limit = device_bytes(machine, len(plan.spans) * ranks, asked)
+    most = max(part.total for part in memory)
+    if limit is not None and most > limit:
+        return f"{size_text(most)} of {size_text(limit)} a worker"
+    host = _of_a_node([part.host if machine.gpus else part.total for part in memory], machine, ranks)
+    if host > machine.host_memory:
+        return f"{size_text(host)} of {size_text(machine.host_memory)} host memory"
+    disk = _of_a_node([part.disk for part in memory], machine, ranks)
     if machine.disk is not None and disk > machine.disk:
         return f"{size_text(disk)} of {size_text(machine.disk)} disk"
     return None

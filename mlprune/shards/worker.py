@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +21,7 @@ from mlprune.data.calibration import Batch
 from mlprune.errors import ModelError
 from mlprune.models.hollow import Span
 from mlprune.models.matrices import Observer, matrices
-from mlprune.models.memory import give_back_freed_memory
+from mlprune.models.memory import peak_memory
 from mlprune.models.replay import Call, ReplayModel, load_layer
 from mlprune.models.residency import ALONE, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
@@ -36,7 +34,6 @@ from mlprune.variants import Pattern, Variant
 
 # logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte
 LOGIT_TOKENS = 512
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of getrusage
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class ShardWorker:
         """The most memory that this process has held: of its GPU if it has one, else of the machine."""
         if self._model.device.type == "cuda":
             return int(torch.cuda.max_memory_reserved(self._model.device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+        return peak_memory()
 
     def ready(self) -> None:
         """Answers once the layers are loaded, and what was asked before is done."""
@@ -150,7 +147,6 @@ class ShardWorker:
                             observer.keep = _real_tokens(batches[number], self._model.device)
                             states[number] = self._model.run(layer, states[number], calls[number][index])
                     of_set[index] = observer.gathered()
-        give_back_freed_memory()
         return [] if gather and self.span.is_last else states
 
     @torch.inference_mode()
@@ -262,7 +258,6 @@ class ShardWorker:
             parts = [(self._moments[key][index], weight) for key, weight in recipe.parts]
             with self._residency.borrow(index, self._next(index)) as layer:
                 self._make_masks(index, layer, recipe, parts)
-        give_back_freed_memory()
         return self.summary(recipe.variant.key)
 
     @torch.inference_mode()
@@ -298,7 +293,6 @@ class ShardWorker:
                 with masked_by(layer, masks):
                     for calls, states in entered:
                         self._advance(index, layer, calls, states)
-        give_back_freed_memory()
         return [states for _, states in entered]
 
     def _make_masks(

@@ -1,0 +1,313 @@
+"""Sizes that are known before a weight is read: the model's, its shards', and the machine's."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mlprune.errors import ModelError, SpecError
+from mlprune.models.hollow import FAMILIES, check_family
+from mlprune.models.matrices import matrices
+from mlprune.models.replay import ReplayModel
+from mlprune.models.zero import Layout
+from mlprune.shards import machine
+from mlprune.shards.memory import Chunks, Holding, Work, worker_memory
+from mlprune.shards.planner import cut
+from mlprune.shards.shape import ModelShape, check_pattern, model_shape
+from mlprune.variants import Pattern
+from tests.tiny_models import config, source
+
+EVERY = pytest.mark.parametrize("family", FAMILIES)
+BOTH = pytest.mark.parametrize("tied", [True, False])
+ATTENTION, MLP = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48  # weights of a tiny llama's layer
+
+
+def shape(family: str, dtype: torch.dtype = torch.float32, /, **changes: Any) -> ModelShape:
+    return model_shape(config(family, **changes), dtype, "some/model")
+
+
+LLAMA = shape("llama")
+
+
+@functools.cache
+def real(family: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    made: torch.nn.Module = AutoModelForCausalLM.from_config(config(family, tie_word_embeddings=tied)).to(dtype)
+    return made
+
+
+def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+# the model
+
+
+@pytest.mark.parametrize(("dtype", "item"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@BOTH
+@EVERY
+def test_the_sizes_are_those_of_the_real_model(family: str, tied: bool, dtype: torch.dtype, item: int) -> None:
+    found, model = shape(family, dtype, tie_word_embeddings=tied), real(family, tied, dtype)
+    assert found.layers == tuple(bytes_of(layer) for layer in layers_of(model))
+    assert found.total == bytes_of(model)
+    assert (found.tied, found.ends) == (tied, (item * 384 * 32, item * 384 * 32))
+    assert found.packed == max(Layout.of(layer, dtype).elements for layer in layers_of(model))
+    assert (found.dtype, found.token_bytes) == (dtype, item * 32)
+    assert (found.hidden, found.vocabulary, found.heads, found.positions) == (32, 384, 4, 512)
+    assert found.has_experts is (family in ("mixtral", "qwen3_moe"))
+
+
+@EVERY
+def test_the_matrices_are_those_of_the_real_model(family: str) -> None:
+    found = shape(family, torch.bfloat16)
+    widths: dict[str, int] = {}
+    largest = 0
+    for number, layer in enumerate(layers_of(real(family))):
+        views = {
+            name: matrix.view_OI(layer.get_parameter(matrix.parameter)) for name, matrix in matrices(layer).items()
+        }
+        widths |= {f"{number}.{name}": view.shape[1] for name, view in views.items()}
+        assert found.layer_widths[number] == sum(view.shape[1] for view in views.values())
+        assert found.pruned[number] == sum(view.numel() for view in views.values())
+        largest = max(largest, *(view.numel() for view in views.values()))
+    assert (found.widths, found.intermediate, found.largest_matrix) == (widths, max(widths.values()), largest)
+
+
+def test_of_layers_that_differ_the_largest_counts() -> None:
+    found = shape("qwen3_moe", mlp_only_layers=[0], intermediate_size=640)  # the first is no mixture
+    assert found.packed * 4 >= found.layers[0] > found.layers[1]
+    assert found.largest_matrix == 640 * 32
+    assert found.layer_widths[:2] == (4 * 32 + 2 * 32 + 640, 4 * 32 + 4 * (32 + 24))
+
+
+def test_what_is_pruned_is_counted_by_hand() -> None:
+    assert (LLAMA.pruned, LLAMA.largest_matrix) == ((ATTENTION + MLP,) * 4, 32 * 48)
+    assert LLAMA.intermediate == LLAMA.widths["3.mlp.down_proj"] == 48
+    assert LLAMA.layer_widths == (4 * 32 + 2 * 32 + 48,) * 4
+    assert LLAMA.pruned_total == 4 * (ATTENTION + MLP)
+    mixture = shape("mixtral")
+    assert (mixture.pruned, mixture.largest_matrix) == ((ATTENTION + 4 * MLP,) * 4, 2 * 48 * 32)  # but no router
+    assert mixture.widths["0.mlp.experts.down_proj.3"] == 48
+    assert mixture.layer_widths == (4 * 32 + 4 * (32 + 48),) * 4
+
+
+@pytest.mark.parametrize(("chosen", "experts"), [(1, 4), (2, 4), (3, 8)])
+def test_a_token_meets_the_head_all_matrices_and_of_experts_its_own(chosen: int, experts: int) -> None:
+    assert LLAMA.active == 4 * (ATTENTION + MLP) + 384 * 32
+    for family, key, width in (("mixtral", "num_local_experts", 48), ("qwen3_moe", "num_experts", 24)):
+        found = shape(family, num_experts_per_tok=chosen, **{key: experts})
+        assert found.active == 4 * (ATTENTION + chosen * 3 * 32 * width) + 384 * 32
+
+
+# what is refused
+
+
+def test_a_width_that_the_group_does_not_divide_is_named() -> None:
+    for family, odd, name in (("llama", "intermediate_size", "mlp.down_proj"), ("gpt2", "n_inner", "mlp.c_proj")):
+        with pytest.raises(SpecError) as caught:
+            check_pattern(shape(family, **{odd: 50}), Pattern.parse("2:4"), "search.pattern")
+        remedy = f"the 50 inputs of layer 0.{name} are not divisible by 4; use unstructured"
+        assert str(caught.value) == f"search.pattern: '2:4': {remedy}"
+
+
+@pytest.mark.parametrize(("pattern", "width"), [("1:2", 50), ("unstructured", 50), ("2:4", 48)])
+def test_a_pattern_that_divides_every_width_passes(pattern: str, width: int) -> None:
+    check_pattern(shape("llama", intermediate_size=width), Pattern.parse(pattern), "search.pattern")
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "mamba"])
+def test_a_family_that_is_not_known_is_refused_by_name(family: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        model_shape(AutoConfig.for_model(family), torch.float32, "some/model")
+    known = f"unsupported family; supported: {', '.join(FAMILIES)}"
+    assert str(caught.value) == f"model.path: 'some/model' ({family}): {known}"
+
+
+@pytest.mark.parametrize("key", ["num_kv_shared_layers", "hidden_size_per_layer_input"])
+def test_layers_that_share_state_are_refused_by_name(key: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        shape("llama", **{key: 2})
+    remedy = f"its layers share state ({key}), so it cannot be cut into shards"
+    assert str(caught.value) == f"model.path: 'some/model' (llama): {remedy}"
+    check_family(config("llama", **{key: 0}), "some/model")
+
+
+# its shards
+
+
+def heaviest(sizes: Sequence[int], edges: Sequence[int]) -> int:
+    return max(sum(sizes[first:end]) for first, end in itertools.pairwise(edges))
+
+
+SMALL = st.integers(0, 6)  # where a limit that is wrong by one shows
+SIZES = st.lists(st.integers(1, 6) | st.integers(1, 60), min_size=1, max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, SMALL | st.integers(0, 200), SMALL | st.integers(0, 200), st.data())
+def test_the_heaviest_shard_is_as_light_as_can_be(
+    layers: list[int], head: int, tail: int, data: st.DataObject
+) -> None:
+    count = len(layers)
+    shards = data.draw(st.integers(1, count))
+    spans = cut(replace(LLAMA, layers=tuple(layers), ends=(head, tail)), shards)
+    assert [index for span in spans for index in span.layers] == list(range(count))
+    assert [span.count for span in spans if span.layers] == [count] * shards
+    sizes = [head + layers[0], *layers[1:]]
+    sizes[-1] += tail
+    best = min(
+        heaviest(sizes, [0, *inner, count]) for inner in itertools.combinations(range(1, count), shards - 1)
+    )
+    assert heaviest(sizes, [0, *(span.end for span in spans)]) == best
+
+
+@pytest.mark.parametrize("shards", [0, -1, 5])
+def test_shards_that_cannot_be_are_answered(shards: int) -> None:
+    with pytest.raises(SpecError) as caught:
+        cut(LLAMA, shards)
+    assert str(caught.value) == f"pipeline.shards: {shards}: the model has 4 layers; write 1 to 4"
+
+
+def weights(found: ModelShape, shards: int) -> list[int]:
+    """Bytes that are planned for the weights of each resident shard."""
+    given = (shards, Work((), 0, 0, 0), Holding("resident"), Chunks(1, few=False), False, 1)
+    return [worker_memory(found, span, *given).weights for span in cut(found, shards)]
+
+
+def beside(model: torch.nn.Module) -> int:
+    """Bytes of norms and positions: in no layer, and neither embedding nor head. Every shard holds them."""
+    parts = (
+        layers_of(model),
+        *(m for m in model.modules() if getattr(m, "weight", torch.ones(0)).shape == (384, 32)),
+    )
+    apart = {id(parameter) for part in parts for parameter in part.parameters()}
+    return sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in apart)
+
+
+@BOTH
+@EVERY
+def test_the_shards_weigh_what_the_model_weighs(family: str, tied: bool) -> None:
+    """But for what every shard holds; several shards of a tied model have its embedding twice."""
+    found, model = shape(family, tie_word_embeddings=tied), real(family, tied)
+    for shards in range(1, 5):
+        again = 4 * 384 * 32 if tied and shards > 1 else 0
+        assert sum(weights(found, shards)) == bytes_of(model) + again - beside(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+def test_a_loaded_shard_weighs_what_was_planned(family: str) -> None:
+    found = shape(family)
+    for span, planned in zip(cut(found, 3), weights(found, 3), strict=True):
+        model = ReplayModel(source(family), span, torch.float32, torch.device("cpu"))
+        held = sum(bytes_of(layer) for layer in model.layers.values())
+        held += sum(other.nbytes for other in model.other_weights().values())
+        assert planned <= held <= planned + beside(real(family))
+
+
+# the machine
+
+H100, A10G = ("NVIDIA H100 80GB HBM3", 81000 * 2**20), ("NVIDIA A10G", 22000 * 2**20)
+PRINTED = f"{H100[0]}, 81000\\n{A10G[0]}, 22000\\n"
+
+
+def driver(monkeypatch: pytest.MonkeyPatch, folder: Path, printed: str, code: int = 0) -> None:
+    """The driver's tool, as an imposter that prints when it is asked rightly; torch sees a GPU."""
+    right = '*"--query-gpu=name,memory.free"*"--format=csv,noheader,nounits"*'
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncase \"$*\" in {right}) printf '{printed}' ;; esac\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_the_driver_tells_of_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver(monkeypatch, tmp_path, PRINTED)
+    assert machine.gpus_here() == [H100, A10G]
+    driver(monkeypatch, tmp_path, "No devices were found\\n", code=6)
+    assert machine.gpus_here() == []
+    (tmp_path / "nvidia-smi").unlink()
+    assert machine.gpus_here() == []
+
+
+def test_this_machine_has_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver(monkeypatch, tmp_path, PRINTED)
+    here = machine.this_machine()
+    assert (here.nodes, here.gpus, here.gpu_memory) == (1, 1, H100[1])
+    assert (here.flops, here.disk) == (machine.GPU_FLOPS["H100"], None)
+    assert 0 < here.host_memory <= psutil.virtual_memory().total
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    none = machine.this_machine()
+    assert (none.gpus, none.gpu_memory, none.flops) == (0, 0, 0.0)
+    both = machine.machine_with([H100, A10G])
+    assert (both.gpus, both.all_gpus, both.gpu_memory) == (2, 2, A10G[1])  # counts on the fullest
+
+
+def test_the_disk_of_a_folder_that_is_still_to_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(psutil, "disk_usage", lambda place: SimpleNamespace(free=len(place)))
+    here = machine.machine_with([])
+    assert machine.with_disk(here, tmp_path / "a" / "b") == replace(here, disk=len(str(tmp_path)))
+    assert machine.with_disk(here, tmp_path).disk == len(str(tmp_path))
+    assert not (tmp_path / "a").exists()
+
+
+GROUPS = {  # memory.max, memory.current, memory.stat -> free of 1000
+    "the group's limit less what it has taken": ("900", "500", "anon 7\n", 400),
+    "the cache of files gives way": ("900", "500", "anon 7\ninactive_file 100\nactive_file 50\n", 500),
+    "never more than the machine has": ("9000", "500", "inactive_file 0\n", 1000),
+    "no limit": ("max\n", "500", "inactive_file 100\n", 1000),
+    "no group": (None, "500", "inactive_file 100\n", 1000),
+}
+
+
+@pytest.mark.parametrize(("limit", "used", "stat", "free"), GROUPS.values(), ids=GROUPS)
+def test_host_memory_is_the_groups(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str | None, used: str, stat: str, free: int
+) -> None:
+    group = tmp_path / "sys/fs/cgroup/a/b"
+    for name, text in (("max", limit), ("current", used), ("stat", stat)):
+        if text is not None:
+            group.mkdir(parents=True, exist_ok=True)
+            (group / f"memory.{name}").write_text(text)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("3:cpu:/elsewhere\n0::/a/b\n")
+    monkeypatch.setattr(machine, "Path", lambda place: tmp_path / place.lstrip("/"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert machine.host_memory_free() == free
+
+
+KNOWN = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A10G": "A10G",
+    "NVIDIA L40": "L40",
+}
+KNOWN |= {
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA L40": "L40",
+    "NVIDIA H200": "H200",
+    "Tesla V100-SXM2-16GB": "V100",
+}
+
+
+@pytest.mark.parametrize("gpu", [*KNOWN, "NVIDIA GeForce RTX 4090", "NVIDIA A10", ""])
+def test_a_gpu_is_known_by_its_name_or_guessed(gpu: str) -> None:
+    expected = machine.GPU_FLOPS[KNOWN[gpu]] if gpu in KNOWN else machine.UNKNOWN_GPU_FLOPS
+    assert machine.flops_of(gpu) == expected
+
+
+def test_the_speed_of_the_cores_is_measured() -> None:
+    assert machine.measured_flops(torch.float32) > 0
