@@ -239,6 +239,8 @@ def _spec_error(error: ValidationError) -> SpecError:
     if first["type"] == "missing":
         return SpecError(key, "nothing", "this key is needed")
     remedy = _REMEDIES.get(first["type"]) or first["msg"].replace("Input should be", "must be")
+    if names == ["pipeline", "worker_memory"]:
+        remedy = "must be a size, as 16GiB"
     if names == ["pipeline", "shards"]:
         remedy = "must be a number from 1 to the model's layers, or auto"
     if names[:2] == ["search", "sparsity"] and first["type"] in ("greater_than_equal", "less_than"):

@@ -20,7 +20,7 @@ from mlprune.data.corpora import open_corpus
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
-from mlprune.models.zero import Offload, make_disk_ready
+from mlprune.models.zero import Offload, disk_access, make_disk_ready
 from mlprune.pruning.scores import score_named
 from mlprune.shards.actors import RayPipeline, local_ray
 from mlprune.shards.machine import this_machine, with_disk
@@ -83,8 +83,7 @@ class Prepared:
 
     def setup(self) -> Setup:
         """What the workers need. For weights that go to a disk, what writes it is made ready."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        offload = None
+        device, offload = worker_device(), None
         if place := self.plan.holding.offload:
             offload = Offload(place, self.spec.offload_folder, self.shape.packed)
             if place == "nvme":
@@ -116,6 +115,10 @@ class Prepared:
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
 
+def worker_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
     """Check the spec against model and corpus; tokenise; cut the model into shards. Loads no weights.
 
@@ -139,6 +142,9 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     plan = make_plan(shape, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
     if plan.why:
         say(f"  residency: {plan.why}")
+    if plan.holding.offload == "nvme":
+        check_place(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
+        disk_access(worker_device())
     return Prepared(spec, source, shape, plan, sets, evaluation)
 
 

@@ -170,10 +170,10 @@ def test_dry_run_counts_and_makes_nothing(place: Path) -> None:
     assert len(variants) == len({trial["key"] for trial in plan["trials"]}) == 1 + 3 * 2
     assert plan["finished"] == []
     assert list(plan["passes"].values()) == [3, 3, 7 + 1]  # calibration, sequential pruning, evaluation
-    kinds = {"weights", "masked_layer", "hidden", "activations", "moments", "masks", "logits"}
+    kinds = {"process", "weights", "working", "hidden", "activations", "moments", "masks", "logits"}
     (shard,) = plan["shards"]
-    assert shard["layers"] == [0, 3]
-    assert shard["memory_bytes"].keys() == kinds | {"total"}
+    assert (plan["residency"], shard["layers"]) == ("resident", [0, 3])
+    assert shard["memory_bytes"].keys() == kinds | {"host", "disk", "total"}
     assert shard["memory_bytes"]["total"] == sum(shard["memory_bytes"][kind] for kind in kinds)
     assert plan["disk_bytes"] > 0
 
@@ -181,7 +181,8 @@ def test_dry_run_counts_and_makes_nothing(place: Path) -> None:
 SETTINGS = """
 name: other
 model: {path: elsewhere, dtype: bfloat16, revision: v1, trust_remote_code: true, allow_pickle: true}
-pipeline: {shards: 3, residency: resident}
+pipeline: {shards: 3, residency: zero, offload: nvme, offload_folder: /fast, ranks_per_shard: 2,
+  worker_memory: 1024}
 calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11}
 search: {calibration: ["mono:no", "mix:mono:en=0.5,mono:fr=0.5"], score: [random], sparsity: [0.1, 0.25],
   pattern: ["2:4"], propagation: [sequential], samples: 2, searcher: optuna, objective: worst}

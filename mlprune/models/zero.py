@@ -260,10 +260,12 @@ def _meet(ranks: Ranks, device: torch.device) -> None:
 
 
 def make_disk_ready(device: torch.device) -> None:
-    """Compile what reads and writes the disk, once a machine (minutes); before workers do it at the same time.
+    """Compile what reads and writes the disk, once a machine (minutes); before workers do it at the same time."""
+    disk_access(device).load(verbose=False)
 
-    Raises SpecError where it cannot be compiled.
-    """
+
+def disk_access(device: torch.device) -> Any:
+    """DeepSpeed's builder of what reads and writes a disk. Raises SpecError where it cannot be compiled."""
     _deepspeed(device)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -271,4 +273,4 @@ def make_disk_ready(device: torch.device) -> None:
     if not builder.is_compatible(verbose=False):
         remedy = "needs libaio's headers and a C++ compiler: apt install libaio-dev g++, or take cpu"
         raise SpecError("pipeline.offload", "nvme", remedy)
-    builder.load(verbose=False)
+    return builder

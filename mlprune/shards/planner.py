@@ -59,8 +59,9 @@ def make_plan(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSp
         raise ModelError(
             "pipeline.residency", asked.residency, f"{name!r} does not fit: {'; '.join(reasons)}; {other}"
         )
-    other = " or bfloat16" if shape.dtype.itemsize == 4 else ""
-    raise ModelError("model.path", repr(name), f"does not fit: {'; '.join(reasons)}; take more shards{other}")
+    helps = ["more shards"] * (machine.all_gpus > len(spans)) + ["bfloat16"] * (shape.dtype.itemsize == 4)
+    other = " or ".join(helps or ["larger machines, or more of them"])
+    raise ModelError("model.path", repr(name), f"does not fit: {'; '.join(reasons)}; take {other}")
 
 
 def _check_ranks(shards: int, machine: Machine, asked: PipelineSpec) -> None:
@@ -150,7 +151,7 @@ def shortage(plan: Plan, machine: Machine, asked: PipelineSpec) -> str | None:
         return f"{size_text(most)} of {size_text(limit)} a worker"
     host = _of_a_node([part.host if machine.gpus else part.total for part in memory], machine, ranks)
     if host > machine.host_memory:
-        return f"{size_text(host)} of {size_text(machine.host_memory)} host memory"
+        return f"{size_text(host)} of {size_text(machine.host_memory)} {'host' if machine.gpus else 'free'} memory"
     disk = _of_a_node([part.disk for part in memory], machine, ranks)
     if machine.disk is not None and disk > machine.disk:
         return f"{size_text(disk)} of {size_text(machine.disk)} disk"
