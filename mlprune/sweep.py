@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlprune.analysis.pictures import draw_sweep
 from mlprune.config import SearchSpec, SweepSpec
-from mlprune.console import say, step, warn
+from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SweepError
 from mlprune.prepare import Prepared, gather, open_ray_pipeline, parts_of, prepare, variants_of
 from mlprune.store import Result
@@ -195,6 +195,8 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Re
             tracker.finish_trial(dense)
         gather(prepared, pipeline, plan.unfinished)
         new, failed = run_trials(prepared, pipeline, tracker, todo)
+        planned = max(need.total for need in prepared.plan.memory)
+        say(f"  a worker held {size_text(max(pipeline.peak_bytes()))} at most; {size_text(planned)} were planned")
     for label, cause in failed.items():
         warn(f"{label} failed: {cause}")
     for result in new:

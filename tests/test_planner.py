@@ -178,7 +178,7 @@ CHOICES = [
     (replace(SHORT, host_memory=HOST), "zero/cpu", f"{LACK} a worker, so zero/cpu"),
     (replace(SHORT, host_memory=HOST - 1), "zero/nvme", f"{LACK} a worker, zero/cpu {LACKS}, so zero/nvme"),
     (replace(CORES, host_memory=CORE), "resident", ""),
-    (replace(CORES, host_memory=CORE - 1), "zero/nvme", f"{LACK} host memory, so zero/nvme"),
+    (replace(CORES, host_memory=CORE - 1), "zero/nvme", f"{LACK} free memory, so zero/nvme"),
 ]
 NONSENSE = ["offload=cpu", "ranks_per_shard=2", *(f"worker_memory={size}" for size in ("lots", -1, 0, "true"))]
 AUTO = [(1, 1, 1, 1), (1, 4, 1, 4), (1, 4, 3, 1), (2, 3, 1, 6), (2, 3, 2, 3), (3, 4, 1, 8), (4, 0, 1, 1)]

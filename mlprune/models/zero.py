@@ -206,7 +206,7 @@ class _Folder:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root, wait=True):  # nobody takes a folder that is new for one that was left
             for left in root.glob("shard-*"):
-                with contextlib.suppress(BlockingIOError):  # its process lives
+                with contextlib.suppress(BlockingIOError, FileNotFoundError):  # its process lives, or just went
                     _lock(left).close()
                     shutil.rmtree(left, ignore_errors=True)
             self.path = Path(tempfile.mkdtemp(prefix="shard-", dir=root))

@@ -1,0 +1,71 @@
+"""The same work on a GPU: what must not change there, and what a worker takes of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlprune.prepare import Prepared, gather, make_masks
+from mlprune.shards.worker import Setup
+from tests.test_pipeline import outcome
+from tests.tiny_models import source
+from tests.work import VARIANTS, WANDA, opened, ready
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+
+
+@pytest.mark.parametrize("pipeline", [{}, {"residency": "zero", "offload": "cpu"}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_shards_and_residency_change_no_bit(family: str, pipeline: dict[str, Any], tmp_path: Path) -> None:
+    outcomes = []
+    for shards, how in ((1, {}), (3, pipeline)):
+        prepared = ready(tmp_path / str(shards), source(family, "bfloat16"), shards, how)
+        with opened(prepared) as held:
+            outcomes.append(outcome(prepared, held))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_gpu_sees_what_cores_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 kernels differ in their last bits, so masks may differ where scores tie: hardly anywhere."""
+    here, there = ready(tmp_path / "gpu"), ready(tmp_path / "cpu")
+    with opened(here) as pipeline:
+        gather(here, pipeline, [WANDA])
+        on_gpu = make_masks(here, pipeline, WANDA), masks(pipeline)
+    setup = here.setup()
+    monkeypatch.setattr(Prepared, "setup", lambda self: Setup(setup.source, setup.dtype, "cpu", self.store()))
+    with opened(there) as pipeline:
+        gather(there, pipeline, [WANDA])
+        on_cpu = make_masks(there, pipeline, WANDA), masks(pipeline)
+    assert on_gpu[0].dropped == on_cpu[0].dropped
+    differing = sum(int((a != b).sum()) for a, b in zip(on_gpu[1], on_cpu[1], strict=True))
+    assert differing < on_cpu[0].weights / 1000
+
+
+def masks(pipeline: Any) -> list[torch.Tensor]:
+    (worker,) = pipeline._workers
+    return [mask.unpack().cpu() for layer in worker._masks[WANDA.key].values() for mask in layer.values()]
+
+
+def test_weights_are_halves_and_moments_doubles_on_the_gpu(tmp_path: Path) -> None:
+    prepared = ready(tmp_path, source("llama", "bfloat16"))
+    with opened(prepared) as pipeline:
+        gather(prepared, pipeline, VARIANTS)
+        (worker,) = pipeline._workers  # type: ignore[attr-defined]
+        with worker._residency.borrow(0) as layer:
+            held = {(weight.dtype, weight.device.type) for weight in layer.parameters()}
+        sums = {(m.sumsq_I.dtype, m.sumsq_I.device.type) for s in worker._moments.values() for m in s[0].values()}
+    assert (held, sums) == ({(torch.bfloat16, "cuda")}, {(torch.float64, "cuda")})
+
+
+def test_the_next_layer_comes_on_a_stream_of_its_own(tmp_path: Path) -> None:
+    prepared = ready(tmp_path, pipeline={"residency": "zero", "offload": "cpu"})
+    with opened(prepared) as pipeline:
+        (worker,) = pipeline._workers  # type: ignore[attr-defined]
+        zero = worker._residency
+        assert zero._stream is not None
+        assert zero._stream != torch.cuda.current_stream()
+        assert all(flat.ds_tensor.is_pinned() for flat in zero._flats.values())
