@@ -92,8 +92,12 @@ class Zero(Residency):
         self._flats: dict[int, Any] = {}
         self._coming: tuple[int, Any] | None = None  # the layer that was sent for, and DeepSpeed's handle
         self.fetches: Counter[int] = Counter()  # how often each layer was brought
-        for index, layer in layers:
-            self._hand_over(index, layer)
+        try:
+            for index, layer in layers:
+                self._hand_over(index, layer)
+        except BaseException:
+            self.close()
+            raise
 
     def _configuration(self, offload: Offload) -> dict[str, Any]:
         away: dict[str, Any] = {"device": offload.place, "pin_memory": self._device.type == "cuda"}
@@ -132,7 +136,7 @@ class Zero(Residency):
 
     def _empty(self, layer: nn.Module, layout: Layout) -> None:
         for name in layout.slots:
-            layer.get_parameter(name).data = torch.empty(0, dtype=self._dtype)
+            layer.get_parameter(name).data = torch.empty(0, dtype=self._dtype, device=self._device)
 
     @contextmanager
     def borrow(self, index: int, then: int | None = None) -> Iterator[nn.Module]:

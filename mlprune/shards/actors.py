@@ -6,6 +6,7 @@ read-only; a layer never writes to its input (tests/test_replay.py holds every f
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import traceback
@@ -17,7 +18,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlprune.errors import MlpruneError
@@ -193,8 +194,10 @@ class RayPipeline(Pipeline):
 
     def close(self) -> None:
         """Let the workers put away what they have on disk, if they still can, and end them."""
-        closing = [self.call(shard, "close").own for shard in range(len(self._actors))]
-        ray.wait(closing, num_returns=max(1, len(closing)), timeout=CLOSING_SECONDS) if closing else None
+        for promise in [self.call(shard, "close") for shard in range(len(self._actors))]:
+            with contextlib.suppress(RayError):  # dead, or busy: then the next that comes puts it away
+                _, others = ray.get([promise.own, promise.others], timeout=CLOSING_SECONDS)
+                ray.get(others, timeout=CLOSING_SECONDS)
         for actor in self._actors:
             ray.kill(actor)
         self._actors.clear()

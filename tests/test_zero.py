@@ -1,0 +1,300 @@
+"""ZeRO: weights that wait elsewhere change no bit, move once a pass, and are never all in memory."""
+
+import functools
+import gc
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import ray
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch, EvaluationSet
+from mlprune.models.replay import ReplayModel
+from mlprune.models.residency import ALONE, Ranks
+from mlprune.models.source import ModelSource
+from mlprune.models.zero import ALIGNMENT, Layout, Offload, Zero, _Folder, meeting_place
+from mlprune.prepare import Prepared, make_masks
+from mlprune.shards.memory import Chunks
+from mlprune.shards.pipeline import Pipeline, in_order
+from tests.test_pipeline import Outcome, outcome
+from tests.tiny_models import source
+from tests.work import SEQUENTIAL, SPARSE_2_4, WANDA, masks_of, needs_libaio, opened, ready
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PLACES = [pytest.param("cpu"), pytest.param("nvme", marks=needs_libaio)]
+needs_gpus = pytest.mark.skipif(0 < torch.cuda.device_count() < 4, reason="each rank needs a GPU of its own")
+
+
+def bits(weights: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {n: (w.dtype, w.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()) for n, w in weights.items()}
+
+
+def offloaded(storage: Path, place: str, model: ModelSource | None = None, **pipeline: Any) -> Prepared:
+    return ready(storage, model, pipeline={"residency": "zero", "offload": place, **pipeline})
+
+
+def computed(prepared: Prepared) -> tuple[Outcome, list[Any]]:
+    """Numbers; weights of a variant, and dense, held until the last has come: buffers are used again."""
+    with opened(prepared) as pipeline:
+        numbers = outcome(prepared, pipeline)
+        make_masks(prepared, pipeline, SPARSE_2_4)
+        dense = {name: data for piece in pipeline.weights(None) for name, data in piece.items()}
+        return numbers, [bits(weights) for weights in (masks_of(prepared, pipeline, SPARSE_2_4), dense)]
+
+
+@pytest.fixture(scope="module")
+def resident(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return functools.cache(lambda *model: computed(ready(tmp_path_factory.mktemp("resident"), source(*model))))
+
+
+CPU = ["llama 1 float32", "llama 2 bfloat16", "gpt2 2 float32", "mixtral 1 float32", "bloom 2 float32"]
+NVME = ["llama 2 float32", "llama 1 bfloat16", "mixtral 2 float32"]
+FORMS = [f"cpu {form}" for form in CPU] + [pytest.param(f"nvme {form}", marks=needs_libaio) for form in NVME]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_wait_elsewhere_give_the_same_bits(form: str, resident: Any, tmp_path: Path) -> None:
+    place, family, shards, dtype = form.split()
+    prepared = offloaded(tmp_path, place, source(family, dtype), shards=int(shards))
+    assert (str(prepared.plan.holding), len(prepared.spans)) == (f"zero/{place}", int(shards))
+    found = computed(prepared)
+    assert found == resident(family, dtype)
+    assert {kind for weights in found[1] for kind, _ in weights.values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_chunk_brings_each_layer_once_ahead(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[int, int, int]] = []  # the layer that works, how many were sent for, and are coming
+    run, prepared = ReplayModel.run, offloaded(tmp_path, place)
+    chunks, evaluation = Chunks(2 * MICRO_BATCH_TOKENS, few=True), cast(EvaluationSet, prepared.evaluation)
+    count = len(list(chunks.of(evaluation.batches, 1, masked=True)))
+    assert 1 < count < len(evaluation.batches)
+    with opened(prepared) as pipeline:
+        zero = pipeline._workers[0]._residency  # type: ignore[attr-defined]
+        layers, swapper = list(zero._layers.values()), zero._flats[0].nvme_swapper
+
+        def running(model: ReplayModel, layer: nn.Module, *given: Any) -> Tensor:
+            coming = swapper.pending_reads if swapper else zero._coming is not None
+            events.append((layers.index(layer), zero.fetches.total(), coming))
+            return run(model, layer, *given)
+
+        monkeypatch.setattr(ReplayModel, "run", running)
+        pipeline.gather([prepared.sets["translation:en-fr"]])  # of many micro-batches, in one chunk
+        make_masks(prepared, pipeline, SEQUENTIAL)
+        pipeline._chunks = chunks
+        pipeline.likelihood(evaluation, SEQUENTIAL.key)
+        assert zero.fetches == dict.fromkeys(range(4), 2 + count)
+    each = [(0, 2, 1), (1, 3, 1), (2, 4, 1), (3, 4, 0)]
+    all_of_them = [(layer, 4 * turn + sent, coming) for turn in range(2 + count) for layer, sent, coming in each]
+    assert [event for event, _ in itertools.groupby(events)] == all_of_them
+
+
+def layer(index: int) -> nn.Module:
+    """Of no model. Always the same; no two of one size. The norm has another dtype, and stays where it is."""
+    torch.manual_seed(index)
+    linear = nn.Linear(33, 24 + index), nn.Linear(24 + index, 700, bias=False)
+    return nn.Sequential(*linear, nn.LayerNorm(700).bfloat16()).requires_grad_(False)
+
+
+def packed(index: int) -> Tensor:
+    made, layout = layer(index), Layout.of(layer(index), torch.float32)
+    flat = torch.zeros(layout.elements)
+    for name, view in layout.views(flat):
+        view.copy_(made.get_parameter(name))
+    return flat
+
+
+def held(folder: Path, place: Any, layers: Iterable[Any] = (), ranks: Ranks = ALONE) -> closing[Zero]:
+    given = layers or ((index, layer(index)) for index in range(4))
+    return closing(Zero(given, torch.float32, DEVICE, Offload(place, folder, len(packed(3))), ranks))
+
+
+def is_right(zero: Zero, index: int, then: int | None) -> bool:
+    with zero.borrow(index, then) as found:
+        return bits(found.state_dict()) == bits(layer(index).state_dict())
+
+
+def is_empty(made: nn.Module) -> bool:
+    return not any(parameter.numel() for parameter in made.parameters() if parameter.dtype == torch.float32)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_layers_are_borrowed_in_any_order_and_given_back_also_after_a_failure(place: str, tmp_path: Path) -> None:
+    with held(tmp_path, place) as zero:
+        # hints that are right, wrong and none, a layer twice, and at the end one that nobody comes for
+        for index, then in [(0, 1), (1, 2), (0, 3), (3, 0), (1, None), (1, 2), (1, 0), (3, 2)]:
+            assert is_right(zero, index, then)
+            assert all(is_empty(one) for one in zero._layers.values())
+            assert {n for n, flat in zero._flats.items() if flat.numel()} <= {then}, "what nobody wants is here"
+        for index in (0, 2, 2):
+            with pytest.raises(ZeroDivisionError), zero.borrow(index, then=index + 1):
+                raise ZeroDivisionError
+            assert is_empty(zero._layers[index])
+        assert all(is_right(zero, index, then) for index, then in [(0, 1), (1, 2), (2, 3), (3, 1)])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_layers_are_handed_over_one_at_a_time(place: str, tmp_path: Path) -> None:
+    in_memory: list[int] = []  # elements of all large tensors, in whatever hands
+
+    def one_by_one() -> Iterator[tuple[int, nn.Module]]:
+        for index in (1, 3):
+            made = layer(index)
+            yield index, made
+            assert is_empty(made), "the next is asked for, and this one is still whole"
+            gc.collect()
+            found: list[Any] = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.numel() > 9999]
+            sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in found}
+            in_memory.append(sum(sizes.values()))
+
+    with held(tmp_path, place, one_by_one()):
+        assert in_memory[1] - in_memory[0] == (len(packed(3)) if place == "cpu" else 0)
+
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=3), DTYPES), max_size=8), DTYPES)
+def test_each_parameter_of_the_dtype_has_an_aligned_place_of_its_own(shapes: Any, dtype: torch.dtype) -> None:
+    made = nn.ParameterList(nn.Parameter(torch.zeros(size, dtype=kind)) for size, kind in shapes)
+    layout = Layout.of(made, dtype)
+    views = dict(layout.views(torch.zeros(layout.elements, dtype=dtype)))
+    wanted = {name: data.shape for name, data in made.named_parameters() if data.dtype == dtype}
+    assert {name: view.shape for name, view in views.items()} == wanted
+    for view in views.values():
+        assert view.storage_offset() * dtype.itemsize % ALIGNMENT == 0
+        assert not view.any(), "another is there"
+        view.fill_(1)
+
+
+def arrives(data: Tensor, expected: Tensor) -> bool:
+    end = time.monotonic() + 20
+    while not torch.equal(data, expected) and time.monotonic() < end:
+        time.sleep(0.01)
+    return torch.equal(data, expected)
+
+
+@needs_libaio
+def test_weights_are_on_the_disk_and_arrive_while_another_layer_works(tmp_path: Path) -> None:
+    with held(tmp_path, "nvme") as zero:
+        for index, flat in zero._flats.items():
+            (file,) = tmp_path.rglob(f"{flat.ds_id}_*.swp")
+            assert file.read_bytes().startswith(packed(index).numpy().tobytes())
+        swapper, coming, expected = flat.nvme_swapper, zero._flats[1].ds_id, packed(1)
+        swapper.buffers.zero_()  # layers were handed over through them
+        with zero.borrow(0, then=1):
+            buffer = swapper.param_id_to_swap_buffer[coming][: len(expected)]
+            assert arrives(buffer, expected)
+            assert swapper.pending_reads == 1, "somebody waited for it"
+    assert not list(tmp_path.rglob("*.swp"))
+
+
+def test_the_folder_of_a_killed_process_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
+    make = f"import time, pathlib, mlprune.models.zero as z; it = z._Folder(pathlib.Path({str(tmp_path)!r}))"
+    code = f"{make}; (it.path / 'weights').touch(); print(it.path, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        left = Path((process.stdout or sys.stdin).readline().strip())
+        _Folder(tmp_path).close()
+        kept = (left / "weights").exists()
+        process.kill()
+    own, other = _Folder(tmp_path), _Folder(tmp_path)
+    own.close()
+    assert (kept, left.exists(), own.path.exists(), other.path.exists()) == (True, False, False, True)
+    other.close()
+
+
+def test_a_folder_gone_since_it_was_seen_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([tmp_path / "shard-gone"]))
+    _Folder(tmp_path).close()
+
+
+@needs_libaio
+def test_a_shard_that_cannot_be_read_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(IndexError):
+        held(tmp_path, "nvme", ([(0, layer(0))][index] for index in range(2)))
+    assert not list(tmp_path.rglob("*.swp"))
+
+
+def half(rank: int, address: str, folder: Path) -> list[int]:
+    with held(folder, "cpu", ranks=Ranks(rank, 2, address)) as zero:
+        assert all(is_right(zero, index, then) for index, then in [(0, 1), (1, 3), (0, None), (2, 3), (3, None)])
+        flat, expected = zero._flats[1], packed(1) + 1
+        flat.ds_tensor.add_(1)  # what no memory has held as a whole
+        with zero.borrow(0, then=1):
+            assert arrives(flat.data, expected)
+            assert flat.ds_status.name == "INFLIGHT", "somebody waited for it"
+        return [one.ds_tensor.numel() for one in zero._flats.values()]
+
+
+@needs_gpus
+def test_each_rank_holds_its_part_and_layers_arrive_while_another_works(tmp_path: Path) -> None:
+    _store, address = meeting_place("127.0.0.1", 2)
+    with get_context("spawn").Pool(2) as pool:
+        found = pool.starmap(half, [(rank, address, tmp_path) for rank in range(2)], chunksize=1)
+    assert found == [[len(packed(index)) // 2 for index in range(4)]] * 2
+
+
+def assert_alike(found: Outcome, expected: Outcome) -> None:
+    """Each rank sums the moments of its share, in float64: only their last digits may differ."""
+    assert (found.masks, found.likelihoods) == (expected.masks, expected.likelihoods)
+    for (name, (tokens, sums)), (other, seen) in zip(found.moments.items(), expected.moments.items(), strict=True):
+        assert (name, tokens) == (other, seen[0])
+        assert list(memoryview(sums).cast("d")) == pytest.approx(memoryview(seen[1]).cast("d"), rel=1e-12, abs=0)
+
+
+@needs_gpus
+@pytest.mark.usefixtures("ray_cluster")
+def test_ranks_compute_what_one_does_and_when_one_dies_nobody_hangs(resident: Any, tmp_path: Path) -> None:
+    prepared = offloaded(tmp_path, "cpu", shards=2, ranks_per_shard=2)
+    batch = prepared.sets["mono:hi"].batches[0]
+    with opened(prepared, over_ray=True) as pipeline:
+        assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
+        for batches in ([batch, None], [batch, batch]):  # the second rank dies of nothing, and then is dead
+            promise = pipeline.call(0, "forward", batches, None)
+            assert ray.wait([promise.own], timeout=120)[0], "it hangs"
+            with pytest.raises(ray.exceptions.RayError):
+                pipeline.get(promise)
+
+
+@needs_libaio
+@needs_gpus
+@pytest.mark.usefixtures("ray_cluster")
+def test_ranks_over_a_disk_compute_what_one_does_even_without_work(resident: Any, tmp_path: Path) -> None:
+    prepared = offloaded(tmp_path, "nvme", ranks_per_shard=2)
+    small = prepared.sets["mono:hi"].batches[0]
+    large = Batch(small.input_ids.repeat(64, 1), small.lengths * 64, small.rows * 64)
+    with opened(prepared, over_ray=True) as pipeline:
+        assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
+        found = of_one_micro_batch(prepared, pipeline)
+        pipeline.call(0, "likelihood", [small, large], None)  # nobody waits for the second rank
+    with opened(ready(tmp_path / "resident")) as pipeline:
+        assert found == of_one_micro_batch(prepared, pipeline)
+    assert not list(tmp_path.rglob("*.swp")), "closing did not wait for the second rank"
+
+
+def of_one_micro_batch(prepared: Prepared, pipeline: Pipeline) -> list[Any]:
+    calibration, evaluation = prepared.sets["translation:en-fr"], cast(EvaluationSet, prepared.evaluation)
+    short = replace(calibration, batches=calibration.batches[:1])
+    pipeline.gather([short])
+    sequential = pipeline.prune_sequentially(prepared.recipe(SEQUENTIAL), [short])
+    likelihood = pipeline.likelihood(replace(evaluation, batches=evaluation.batches[:1]))
+    return [pipeline.prune(prepared.recipe(WANDA)), sequential, likelihood]
+
+
+def test_what_is_shared_out_comes_back_in_order() -> None:
+    for count, size in itertools.product(range(13), range(1, 6)):
+        items = [torch.tensor(number) for number in range(count)]
+        assert in_order([items[rank::size] for rank in range(size)]) == items
