@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
+from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import Resident
 from mlprune.prepare import Prepared, gather, make_masks
 from mlprune.shards.memory import DENSE_CHUNKS, Chunks
 from mlprune.shards.pipeline import Pipeline, Pruned
-from mlprune.shards.worker import ShardWorker
+from mlprune.shards.worker import LOGIT_TOKENS, ShardWorker
+from mlprune.trial import run_trial
 from mlprune.variants import Variant
 from tests.tiny_models import config, save, source
 from tests.work import MIXED_SEQUENTIAL, SEQUENTIAL, VARIANTS, WANDA, opened, ready
@@ -242,6 +245,38 @@ def test_chunks_are_bounded_and_whole() -> None:
     assert len(only_one) == 1
     for few in (False, True):  # two micro-batches of 8 tokens are all that a chunk may hold
         assert [len(chunk) for chunk in Chunks(16, few).of(batches(5), 1, masked=True)] == [2, 2, 1]
+
+
+# what a worker holds
+
+
+def test_logits_are_never_made_for_many_tokens_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    logits = ReplayModel.logits
+
+    def counting(self: ReplayModel, hidden_BTH: Tensor) -> Tensor:
+        made.append(hidden_BTH.shape[0] * hidden_BTH.shape[1])
+        return logits(self, hidden_BTH)
+
+    monkeypatch.setattr(ReplayModel, "logits", counting)
+    prepared = ready(tmp_path)
+    assert prepared.evaluation is not None
+    with opened(prepared) as pipeline:
+        pipeline.likelihood(prepared.evaluation)
+    tokens = [sum(length - 1 for length in batch.lengths) for batch in prepared.evaluation.batches]
+    assert max(tokens) > LOGIT_TOKENS >= max(made), "each micro-batch at once, or none that is large"
+    assert sum(made) == sum(tokens), "no pad, and no token twice"
+
+
+def test_a_trial_leaves_no_mask_behind(tmp_path: Path) -> None:
+    prepared, seen = ready(tmp_path), list[int]()
+    with opened(prepared) as pipeline:
+        gather(prepared, pipeline, [WANDA])
+        worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
+        for variant in (WANDA, SEQUENTIAL):
+            run_trial(prepared, pipeline, variant, lambda _: seen.append(len(worker._masks)))
+            assert (worker._masks, worker._summaries) == ({}, {})
+    assert seen == [1, 1]
 
 
 # promise 3: padding counts for nothing

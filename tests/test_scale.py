@@ -66,7 +66,7 @@ def test_the_worked_example_adds_up() -> None:
     assert need.moments == (4 * 17 + 1) * (width + width + width + 4 * width) * 8
     assert need.masks == 2 * 17 * matrices // 8
     assert need.logits == 512 * words * (2 + 8)
-    process = (420 + 90 + 64) * 2**20
+    process = (400 + 90 + 64) * 2**20
     assert need.host == pytest.approx(process + 2 * need.hidden + 17 * found.shape.layers[60])
 
 
