@@ -24,11 +24,12 @@ from mlprune.models.zero import Offload, disk_access, make_disk_ready
 from mlprune.pruning.scores import score_named
 from mlprune.shards.actors import RayPipeline, local_ray
 from mlprune.shards.machine import this_machine, with_disk
+from mlprune.shards.masking import Recipe
 from mlprune.shards.memory import Work
 from mlprune.shards.pipeline import LocalPipeline, Pipeline, Progress, Pruned
 from mlprune.shards.planner import Plan, make_plan
 from mlprune.shards.shape import ModelShape, check_pattern, model_shape
-from mlprune.shards.worker import Recipe, Setup, ShardWorker
+from mlprune.shards.worker import Setup, ShardWorker
 from mlprune.store import FORMAT, MomentStore, ResultStore, check_place
 from mlprune.variants import Calibration, Demonstration, Pattern, Variant
 

@@ -19,7 +19,7 @@ from mlprune.shards.actors import cluster_machine
 from mlprune.shards.forecast import Phase, forecast
 from mlprune.shards.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
 from mlprune.shards.memory import Work
-from mlprune.shards.planner import Plan, make_plan
+from mlprune.shards.planner import Plan, make_plan, of_a_node
 from mlprune.shards.shape import ModelShape, model_shape
 
 TOKENS_OF_A_LINE = 64  # of news text; a language that the tokenizer hardly knows takes several times as many
@@ -135,9 +135,8 @@ def _changes(
         roomy = replace(machine, host_memory=2**60, disk=None)
         wanted = asked.model_copy(update={"residency": "zero", "offload": place})
         if plan is None and machine.gpus and (other := _fits(shape, work, roomy, wanted)):
-            ranks, a_node = other.holding.ranks, -(-len(other.spans) // machine.nodes)
-            host = sum(sorted((part.host for part in other.memory), reverse=True)[:a_node]) * ranks
-            disk = sum(sorted((part.disk for part in other.memory), reverse=True)[:a_node]) * ranks
+            host = of_a_node([part.host for part in other.memory], machine, other.holding.ranks)
+            disk = of_a_node([part.disk for part in other.memory], machine, other.holding.ranks)
             tail = f" and {size_text(disk)} of disk" if disk else ""
             yield f"{size_text(host)} of host memory a node{tail}: zero/{place} ({kind})"
     if plan is None and shape.dtype == torch.float32:

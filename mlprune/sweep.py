@@ -52,7 +52,7 @@ class SweepPlan:
 
     @property
     def passes(self) -> dict[str, int]:
-        """Passes over the model still to go, by kind; a pass runs every token of its set through it once."""
+        """Passes over the model still to go, by kind. Calibration sets are counted singly; they pass together."""
         todo = self.unfinished
         store, layers = self.prepared.store(), range(len(self.prepared.shape.layers))
         dense = {str(p) for v in todo if v.propagation == "dense" for p, _ in parts_of(v)}

@@ -232,7 +232,8 @@ def test_a_disk_that_is_too_small_is_named() -> None:
 
 
 def test_a_shards_layers_are_on_one_nodes_disk() -> None:
-    refused(replace(GPUS, nodes=2, disk=DISK - 1), shards=1, offload="nvme", **ZERO)
+    alone = replace(GPUS, nodes=2, disk=DISK - 1)
+    assert "GiB disk" in str(refused(alone, shards=1, offload="nvme", **ZERO))
 
 
 @BOTH

@@ -18,7 +18,7 @@ LAYOUT = """
     models models.quiet models.demo models.source models.hollow models.matrices models.memory
     models.replay models.residency models.zero
     store
-    shards shards.machine shards.shape shards.worker shards.memory shards.planner shards.forecast
+    shards shards.machine shards.shape shards.masking shards.worker shards.memory shards.planner shards.forecast
     shards.pipeline shards.actors
     evaluation evaluation.perplexity analysis analysis.pictures export
     prepare trial tracking tuning sweep winner scale

@@ -218,7 +218,9 @@ def test_the_folder_of_a_killed_process_is_removed_and_of_a_living_one_kept(tmp_
 
 def test_a_folder_gone_since_it_was_seen_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "glob", lambda *_: iter([tmp_path / "shard-gone"]))
-    _Folder(tmp_path).close()
+    own = _Folder(tmp_path)
+    own.close()
+    assert not own.path.exists()
 
 
 @needs_libaio

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet
 from mlprune.models.hollow import Span
+from mlprune.shards.masking import LayerMasks, Recipe
 from mlprune.shards.memory import Chunks
-from mlprune.shards.worker import LayerMasks, Recipe, ShardWorker
+from mlprune.shards.worker import ShardWorker
 
 Progress = Callable[[int, int], None]  # done, of how many
 

@@ -112,7 +112,7 @@ def _plan(
     if holding.offload:  # a whole pass in one chunk, or what there is room for
         bare = memory(Chunks(work.micro_batch, few=True))
         room = device_bytes(machine, len(spans) * holding.ranks, asked) - max(part.total for part in bare)
-        beside = machine.host_memory - _of_a_node([part.host for part in bare], machine, holding.ranks)
+        beside = machine.host_memory - of_a_node([part.host for part in bare], machine, holding.ranks)
         limit = work.micro_batch + room * holding.ranks // (
             shape.token_bytes * copies_of_hidden(len(spans), machine.gpus > 0)
         )
@@ -133,7 +133,7 @@ def device_bytes(machine: Machine, workers: int, asked: PipelineSpec) -> int:
     return have if asked.worker_memory is None else min(have, int(asked.worker_memory))
 
 
-def _of_a_node(parts: Sequence[int], machine: Machine, ranks: int) -> int:
+def of_a_node(parts: Sequence[int], machine: Machine, ranks: int) -> int:
     """The largest sum over the workers of one node, `parts` being of one rank of each shard."""
     workers = [part for part in parts for _ in range(ranks)]
     a_node = -(-len(workers) // machine.nodes)
@@ -149,10 +149,10 @@ def shortage(plan: Plan, machine: Machine, asked: PipelineSpec) -> str | None:
     most = max(part.total for part in memory)
     if limit is not None and most > limit:
         return f"{size_text(most)} of {size_text(limit)} a worker"
-    host = _of_a_node([part.host if machine.gpus else part.total for part in memory], machine, ranks)
+    host = of_a_node([part.host if machine.gpus else part.total for part in memory], machine, ranks)
     if host > machine.host_memory:
         return f"{size_text(host)} of {size_text(machine.host_memory)} {'host' if machine.gpus else 'free'} memory"
-    disk = _of_a_node([part.disk for part in memory], machine, ranks)
+    disk = of_a_node([part.disk for part in memory], machine, ranks)
     if machine.disk is not None and disk > machine.disk:
         return f"{size_text(disk)} of {size_text(machine.disk)} disk"
     return None

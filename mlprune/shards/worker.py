@@ -6,7 +6,6 @@ B: rows of a micro-batch. T: its tokens. H: hidden width.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,41 +17,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mlprune.data.calibration import Batch
-from mlprune.errors import ModelError
 from mlprune.models.hollow import Span
-from mlprune.models.matrices import Observer, matrices
+from mlprune.models.matrices import Observer
 from mlprune.models.memory import peak_memory
 from mlprune.models.replay import Call, ReplayModel, load_layer
 from mlprune.models.residency import ALONE, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
 from mlprune.models.zero import Offload, Zero
-from mlprune.pruning.masks import PackedMask, keep_mask
-from mlprune.pruning.moments import Moments, mixed
-from mlprune.pruning.scores import score_named
+from mlprune.pruning.masks import PackedMask
+from mlprune.pruning.moments import Moments
+from mlprune.shards.masking import LayerMasks, Recipe, masks_of_layer
 from mlprune.store import CorruptMomentsError, MomentStore
-from mlprune.variants import Pattern, Variant
 
 # logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte
 LOGIT_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that turns moments into masks: the variant, the seed, and which calibration sets in which shares."""
-
-    variant: Variant
-    seed: int
-    parts: tuple[tuple[str, Fraction], ...] = ()  # calibration set key, weight
-
-
-@dataclass(frozen=True)
-class LayerMasks:
-    """What a layer's masks came to: weights dropped of weights, a digest of the bits, matrices left blind."""
-
-    dropped: int
-    weights: int
-    digest: str
-    unseen: tuple[str, ...] = ()  # matrices of experts that no calibration token reached
 
 
 @dataclass(frozen=True)
@@ -92,7 +70,7 @@ class ShardWorker:
         self._logit_tokens = min(LOGIT_TOKENS, self._model.positions or LOGIT_TOKENS)
         self._gathering: dict[str, dict[int, Mapping[str, Moments]]] = {}  # passes that are under way
         self._moments: dict[str, dict[int, Mapping[str, Moments]]] = {}  # of whole passes
-        self._masks: dict[str, dict[int, dict[str, PackedMask]]] = {}
+        self._masks: dict[str, dict[int, Mapping[str, PackedMask]]] = {}
         self._summaries: dict[str, list[LayerMasks]] = {}
 
     def _reside(self, setup: Setup, dtype: torch.dtype) -> Residency:
@@ -301,23 +279,10 @@ class ShardWorker:
         layer: torch.nn.Module,
         recipe: Recipe,
         parts: Sequence[tuple[Mapping[str, Moments], Fraction]],
-    ) -> dict[str, PackedMask]:
-        variant = recipe.variant
-        score, pattern = score_named(variant.score), Pattern.parse(variant.pattern)
-        masks, unseen = {}, []
-        for name, matrix in matrices(layer).items():
-            weight_OI = matrix.view_OI(layer.get_parameter(matrix.parameter).data)
-            moments = mixed([(part[name], share) for part, share in parts]) if parts else None
-            if moments is not None and not moments.tokens:
-                unseen.append(f"{index}.{name}")
-            score_OI = score.function(weight_OI, moments, _seed(recipe.seed, index, name))
-            if not torch.isfinite(score_OI.amax()):  # NaN is the largest to amax
-                where = f"layer {index}, {name}"
-                remedy = "the scores are not finite; load the model in float32, or check its weights"
-                raise ModelError("model.dtype", where, remedy)
-            masks[name] = PackedMask.pack(keep_mask(score_OI, variant.sparsity, pattern))
-        self._masks.setdefault(variant.key, {})[index] = masks
-        self._summaries.setdefault(variant.key, []).append(_summary(masks, unseen))
+    ) -> Mapping[str, PackedMask]:
+        masks, summary = masks_of_layer(index, layer, recipe, parts)
+        self._masks.setdefault(recipe.variant.key, {})[index] = masks
+        self._summaries.setdefault(recipe.variant.key, []).append(summary)
         return masks
 
     def summary(self, variant: str) -> list[LayerMasks]:
@@ -356,21 +321,8 @@ def _threads() -> int:
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
-def _summary(masks: Mapping[str, PackedMask], unseen: Sequence[str]) -> LayerMasks:
-    return LayerMasks(
-        dropped=sum(mask.dropped for mask in masks.values()),
-        weights=sum(mask.shape[0] * mask.shape[1] for mask in masks.values()),
-        digest=hashlib.sha256("".join(mask.digest() for mask in masks.values()).encode()).hexdigest(),
-        unseen=tuple(unseen),
-    )
-
-
 def _real_tokens(batch: Batch, device: torch.device) -> Tensor | None:
     """Which of the micro-batch's positions are tokens, [B * T] bool; None when none is a pad."""
     if batch.tokens == batch.input_ids.numel():
         return None
     return batch.attention_mask.reshape(-1).bool().to(device)
-
-
-def _seed(seed: int, layer: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {layer} {name}".encode()).digest()[:8], "big") >> 1
