@@ -117,10 +117,11 @@ def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, 
 @click.argument("model", required=False)
 @click.option("--spec", help="Take what is not given here from this spec, not from quickstart.")
 @click.option("--run", "run_id", metavar="ID", help="The trial of a sweep, by its MLflow run.")
-@click.option("--calibration", metavar="KIND", help="mono:fr, translation:en-fr, mix:KIND=WEIGHT,...")
-@click.option("--score", help="random, magnitude or wanda.")
+@click.option("--calibration", metavar="KIND", help="mono:fr, translation:en-fr, code, mix:KIND=WEIGHT,...")
+@click.option("--score", help="wanda, magnitude, ria, sparsegpt, contrastive:KIND/KIND, ... (docs/spec.md).")
 @click.option("--sparsity", type=float, help="Share of weights to drop, in [0, 1).")
 @click.option("--pattern", help="unstructured, or n:m as 2:4.")
+@click.option("--allocation", help="uniform or owl.")
 @click.option("--propagation", help="sequential or dense.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
 def prune(
@@ -149,6 +150,21 @@ def prune(
     click.echo(f"{variant.label}: {manifest['sparsity']['actual']:.2%} of the weights dropped", err=True)
     click.echo(f"written to {output}; score it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
     return manifest
+
+
+@_command
+@click.argument("runs", nargs=2, metavar="RUN RUN")
+def compare(runs: tuple[str, str], corpus: str | None, assignments: tuple[str, ...]) -> Any:
+    """Compare two trials of sweeps, item by item: RUN RUN are their MLflow runs, the second against the first.
+
+    For each task and language the difference, its 95% interval, and whether it is more than chance.
+    """
+    from mlprune import report
+    from mlprune.comparison import compare_runs
+
+    found = compare_runs(_spec("quickstart", assignments, {"calibration.corpus": corpus}), runs)
+    report.show_comparison(found)
+    return report.comparison_values(found)
 
 
 @_command
@@ -206,3 +222,37 @@ def evaluate(
     metrics = evaluate_checkpoint(checked)
     report.show_metrics(model, checked.evaluation.perplexity.languages, metrics)
     return {"model": model, "metrics": dict(metrics)}
+
+
+@_command
+@click.argument("model")
+@click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
+@click.option("--languages", required=True, metavar="LIST", help="As en,fr,hi; ISO 639 codes that the corpus has.")
+@click.option("--pivot", default="en", show_default=True, help="What the others are translated from.")
+@click.option("--layer", type=int, help="Of the picture of single channels; the middle one if not given.")
+@click.option("--ratio", default=0.3, show_default=True, help="Share of channels that are top, and bottom.")
+@click.option("--sparsity", default=0.5, show_default=True, help="Of the masks that are compared.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+def analyze(
+    model: str,
+    spec: str,
+    languages: str,
+    corpus: str | None,
+    assignments: tuple[str, ...],
+    output: Path,
+    **asked: Any,
+) -> Any:
+    """Look into MODEL (a folder, a hub id, or demo): which channels of its hidden states each calibration uses.
+
+    Monolingual text of each language is set against translations from the pivot: how large channels are, whose
+    top channels are whose bottom ones, and how much of Wanda's mask two calibrations share.
+    """
+    checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
+    from mlprune import report
+    from mlprune.study import Question
+    from mlprune.study import analyze as study
+
+    listed = tuple(dict.fromkeys(code.strip() for code in languages.split(",")))
+    found = study(checked, Question(listed, **asked), output)
+    report.show_findings(found)
+    return report.findings_values(found)

@@ -8,14 +8,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlprune.errors import SpecError
 from mlprune.languages import name_of
-from mlprune.variants import Calibration, Pattern
+from mlprune.variants import Calibration, Pattern, Scoring, two_sides
 
 DEFAULT_STORAGE = "mlprune-store"
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
@@ -108,6 +108,10 @@ class CalibrationSpec(_Section):
     shots: Count = 4
     max_tokens: Annotated[int, Field(ge=2, strict=True)] = 256
     seed: Annotated[int, Field(strict=True)] = 0
+    template: str = "{language}: {text}"
+    separator: str | None = None
+    count_padding: bool = False
+    code: str = "stdlib"
 
 
 class SearchSpec(_Section):
@@ -117,6 +121,7 @@ class SearchSpec(_Section):
     score: Annotated[tuple[str, ...], Field(min_length=1)]
     sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)]
     pattern: Annotated[tuple[str, ...], Field(min_length=1)] = ("unstructured",)
+    allocation: Annotated[tuple[Literal["uniform", "owl"], ...], Field(min_length=1)] = ("uniform",)
     propagation: Annotated[tuple[Literal["sequential", "dense"], ...], Field(min_length=1)] = ("sequential",)
     samples: Count | None = None
     searcher: Literal["random", "optuna"] = "random"
@@ -126,6 +131,13 @@ class SearchSpec(_Section):
     @classmethod
     def _calibrations(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(Calibration.parse(text, f"search.calibration[{n}]")) for n, text in enumerate(values))
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _scores(cls, values: Any) -> Any:
+        if not isinstance(values, list | tuple):
+            return values
+        return [_score_text(value, f"search.score[{n}]") for n, value in enumerate(values)]
 
     @field_validator("pattern")
     @classmethod
@@ -141,6 +153,16 @@ class SearchSpec(_Section):
         return self
 
 
+def _score_text(value: Any, key: str) -> Any:
+    """`contrastive: {keep: K, against: A}` as `contrastive:K/A`."""
+    if isinstance(value, dict) and len(value) == 1:
+        (name, sides), *_ = value.items()
+        if not isinstance(sides, dict) or set(sides) != {"keep", "against"}:
+            raise SpecError(key, repr(value), f"{name} needs both sides; write {two_sides(name)}")
+        value = f"{name}:{sides['keep']}/{sides['against']}"
+    return str(Scoring.parse(value, key)) if isinstance(value, str) else value
+
+
 class PerplexitySpec(_Section):
     """Likelihood of held-out lines."""
 
@@ -150,8 +172,62 @@ class PerplexitySpec(_Section):
     @field_validator("languages")
     @classmethod
     def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        for n, code in enumerate(values):
-            name_of(code, f"evaluation.perplexity.languages[{n}]")
+        return _checked_languages(values, "evaluation.perplexity.languages")
+
+
+def _checked_languages(values: tuple[str, ...], key: str) -> tuple[str, ...]:
+    for n, code in enumerate(values):
+        name_of(code, f"{key}[{n}]")
+    return tuple(dict.fromkeys(values))
+
+
+class XnliSpec(_Section):
+    """Natural language inference by filled templates; the labels say entailment, neutral, contradiction."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1)]
+    data: str = "facebook/xnli"
+    items: Count | None = None
+    template: str = "{premise} , right? {label} , {hypothesis}"
+    labels: Annotated[tuple[str, ...], Field(min_length=3, max_length=3)] = ("Yes", "Also", "No")
+
+    @field_validator("languages")
+    @classmethod
+    def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_languages(values, "evaluation.xnli.languages")
+
+
+class ReviewsSpec(_Section):
+    """Reviews by filled templates; the labels say negative, positive."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1)]
+    data: str
+    items: Count | None = None
+    template: str = "{review} It is {label}"
+    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=2)] = ("negative", "positive")
+
+    @field_validator("languages")
+    @classmethod
+    def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_languages(values, "evaluation.reviews.languages")
+
+
+class TranslationSpec(_Section):
+    """Few-shot greedy translation of held-out lines of the calibration corpus."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+    shots: Count = 4
+    lines: Count = 32
+    max_new_tokens: Count = 96
+
+    @field_validator("pairs")
+    @classmethod
+    def _pairs(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for n, pair in enumerate(values):
+            key, codes = f"evaluation.translation.pairs[{n}]", pair.split("-")
+            if len(set(codes)) != 2 or len(codes) != 2:
+                raise SpecError(key, repr(pair), "write two languages, source first, as fr-en")
+            for code in codes:
+                name_of(code, key)
         return tuple(dict.fromkeys(values))
 
 
@@ -159,6 +235,22 @@ class EvaluationSpec(_Section):
     """What every trial is measured by."""
 
     perplexity: PerplexitySpec = PerplexitySpec()
+    xnli: XnliSpec | None = None
+    reviews: ReviewsSpec | None = None
+    translation: TranslationSpec | None = None
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
+    task_path: str | None = None
+    task_items: Count | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(values))
+
+    @field_validator("task_path")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
 
 
 class TrackingSpec(_Section):
@@ -201,10 +293,17 @@ class SweepSpec(_Section):
 
     def anchored(self) -> SweepSpec:
         """The same spec, to be read from any folder: paths that are there made absolute."""
-        model, corpus = (_absolute_if_there(path) for path in (self.model.path, self.calibration.corpus))
+        given = self.calibration
+        places = {name: _absolute_if_there(getattr(given, name)) for name in ("corpus", "code")}
+        asked = {
+            name: task.model_copy(update={"data": _absolute_if_there(task.data)})
+            for name in ("xnli", "reviews")
+            if (task := getattr(self.evaluation, name)) is not None
+        }
         changes = {
-            "model": self.model.model_copy(update={"path": model}),
-            "calibration": self.calibration.model_copy(update={"corpus": corpus}),
+            "model": self.model.model_copy(update={"path": _absolute_if_there(self.model.path)}),
+            "calibration": given.model_copy(update=places),
+            "evaluation": self.evaluation.model_copy(update=asked),
         }
         return self.model_copy(update=changes)
 
@@ -219,7 +318,7 @@ class SweepSpec(_Section):
 
 
 def _absolute_if_there(path: str) -> str:
-    return str(Path(path).absolute()) if path not in ("demo", "sample") and Path(path).exists() else path
+    return str(Path(path).absolute()) if path not in ("demo", "sample", "stdlib") and Path(path).exists() else path
 
 
 def spec_from(values: Mapping[str, Any]) -> SweepSpec:
@@ -265,7 +364,8 @@ def _is_union(part: str | int) -> bool:
 def _known_beside(names: list[str | int]) -> str:
     section: Any = SweepSpec
     for name in names[:-1]:
-        section = section.model_fields[name].annotation
+        annotation = section.model_fields[name].annotation
+        section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
     known = list(section.model_fields)
     close = difflib.get_close_matches(str(names[-1]), known, 1)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"

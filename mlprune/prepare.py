@@ -7,21 +7,26 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
-from itertools import product
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from mlprune.config import SearchSpec, SweepSpec
+from mlprune.asked import asked_languages, suite_of
+from mlprune.config import CalibrationSpec, SweepSpec
 from mlprune.console import say, step, warn
-from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet, calibration_set, evaluation_set
-from mlprune.data.corpora import open_corpus
+from mlprune.data.calibration import Batch, CalibrationSet, calibration_set
+from mlprune.data.code import open_code
+from mlprune.data.corpora import Corpus, open_corpus
+from mlprune.data.demonstrations import check_template
 from mlprune.errors import ModelError, SpecError
+from mlprune.evaluation.suite import Suite
+from mlprune.grid import needs_dense
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
 from mlprune.models.zero import Offload, disk_access, make_disk_ready
-from mlprune.pruning.scores import score_named
+from mlprune.pruning.allocation import owl
+from mlprune.pruning.scores import Solver, score_named
 from mlprune.shards.actors import RayPipeline, local_ray
 from mlprune.shards.machine import this_machine, with_disk
 from mlprune.shards.masking import Recipe
@@ -31,34 +36,7 @@ from mlprune.shards.planner import Plan, make_plan
 from mlprune.shards.shape import ModelShape, check_pattern, model_shape
 from mlprune.shards.worker import Setup, ShardWorker
 from mlprune.store import FORMAT, MomentStore, ResultStore, check_place
-from mlprune.variants import Calibration, Demonstration, Pattern, Variant
-
-
-def variant_of(calibration: str | None, score: str, sparsity: float, pattern: str, propagation: str) -> Variant:
-    """A trial in canonical form, so that what would be the same masks is the same trial.
-
-    A score that reads no moments needs no calibration and no propagation; an n:m pattern fixes the sparsity.
-    """
-    if not score_named(score).reads_moments:
-        calibration, propagation = None, "dense"
-    fixed = Pattern.parse(pattern).sparsity
-    return Variant(calibration, score, float(sparsity if fixed is None else fixed), pattern, propagation)
-
-
-def parts_of(variant: Variant) -> tuple[tuple[Demonstration, Fraction], ...]:
-    """The demonstrations that the variant is calibrated on, with their weights."""
-    return Calibration.parse(variant.calibration).parts if variant.calibration else ()
-
-
-def variants_of(search: SearchSpec) -> tuple[Variant, ...]:
-    """The grid, each different trial once, in the order of the spec. Raises SpecError for an unknown score."""
-    for n, name in enumerate(search.score):
-        if score_named(name, f"search.score[{n}]").reads_moments and not search.calibration:
-            raise SpecError("search.calibration", "[]", f"{name} needs calibration; write [mono:en], say")
-    grid = product(
-        search.calibration or (None,), search.score, search.sparsity, search.pattern, search.propagation
-    )
-    return tuple(dict.fromkeys(variant_of(*point) for point in grid))
+from mlprune.variants import Demonstration, Pattern, Variant
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +48,7 @@ class Prepared:
     shape: ModelShape
     plan: Plan
     sets: dict[str, CalibrationSet]  # by demonstration
-    evaluation: EvaluationSet | None  # None where nothing is evaluated
+    evaluation: Suite | None  # None where nothing is evaluated
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -96,14 +74,18 @@ class Prepared:
         return MomentStore(self.spec.storage_folder / "moments", self.fingerprint, str(self.shape.dtype))
 
     def results(self) -> ResultStore:
-        return ResultStore(self.spec.storage_folder / "results")
+        return ResultStore(self.spec.storage_folder)
 
     def recipe(self, variant: Variant) -> Recipe:
-        shares = tuple((self.sets[str(part)].key, weight) for part, weight in parts_of(variant))
-        return Recipe(variant, self.spec.calibration.seed, shares)
+        sides = tuple(
+            tuple((self.sets[str(part)].key, weight) for part, weight in side.parts) for side in variant.sides
+        )
+        return Recipe(variant, self.spec.calibration.seed, sides)
 
     def sets_of(self, variant: Variant) -> list[CalibrationSet]:
-        return [self.sets[str(part)] for part, _ in parts_of(variant)]
+        """The calibration sets that it reads, in the order of its recipe's keys."""
+        by_key = {made.key: made for made in self.sets.values()}
+        return [by_key[key] for key in self.recipe(variant).keys]
 
     def result_key(self, variant: Variant | None) -> str:
         """A content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
@@ -111,7 +93,7 @@ class Prepared:
         content = [FORMAT, self.fingerprint, str(self.shape.dtype), self.evaluation.key]
         if variant is not None:
             recipe = self.recipe(variant)
-            content += [variant.key, *(f"{key}={share}" for key, share in recipe.parts)]
+            content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
             content += [str(recipe.seed)] if variant.score == "random" else []
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
@@ -151,44 +133,55 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
 
 def _text(
     spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, shape: ModelShape, evaluate: bool
-) -> tuple[dict[str, CalibrationSet], EvaluationSet | None]:
-    """Every calibration set that the variants need, by demonstration, and the evaluation set."""
-    demonstrations = dict.fromkeys(part for variant in variants for part, _ in parts_of(variant))
-    asked = spec.evaluation.perplexity
+) -> tuple[dict[str, CalibrationSet], Suite | None]:
+    """Every calibration set that the variants need, by demonstration, and what the model is asked."""
+    demonstrations = dict.fromkeys(part for variant in variants for part in variant.demonstrations)
     needed = [code for part in demonstrations for code in part.languages]
-    needed += asked.languages if evaluate else ()
-    if not needed:
+    needed += asked_languages(spec.evaluation) if evaluate else ()
+    if not demonstrations and not evaluate:
         return {}, None
     if demonstrations:
         _check_positions(spec, shape)
-    corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(needed))
+    corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(needed)) if needed else None
     tokenizer = source.tokenizer()
-    sets = {
+    sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, shape)
+    suite = None
+    if evaluate:
+        assert corpus is not None
+        suite = suite_of(spec, corpus, tokenizer, shape.positions, shape.has_experts)
+    batches = [batch for made in sets.values() for batch in made.batches] + (
+        [*suite.rows.batches] if suite else []
+    )
+    _check_vocabulary(source, shape, batches)
+    return sets, suite
+
+
+def _calibration_sets(
+    asked: CalibrationSpec,
+    demonstrations: Iterable[Demonstration],
+    corpus: Corpus | None,
+    tokenizer: Any,
+    shape: ModelShape,
+) -> dict[str, CalibrationSet]:
+    check_template(asked.template, "calibration.template")
+    code = open_code(asked.code) if any(part.kind == "code" for part in demonstrations) else None
+    return {
         str(part): calibration_set(
             corpus,
             part,
             tokenizer,
-            samples=spec.calibration.samples,
-            shots=spec.calibration.shots,
-            max_tokens=spec.calibration.max_tokens,
-            seed=spec.calibration.seed,
+            samples=asked.samples,
+            shots=asked.shots,
+            max_tokens=asked.max_tokens,
+            seed=asked.seed,
             pad_free=shape.has_experts,
+            template=asked.template,
+            separator=asked.separator,
+            count_padding=asked.count_padding,
+            code=code,
         )
         for part in demonstrations
     }
-    evaluation = None
-    if evaluate:
-        evaluation = evaluation_set(
-            corpus,
-            asked.languages,
-            tokenizer,
-            lines=asked.lines,
-            max_positions=shape.positions,
-            pad_free=shape.has_experts,
-        )
-    passes = [made.batches for made in sets.values()] + ([evaluation.batches] if evaluation else [])
-    _check_vocabulary(source, shape, (batch for batches in passes for batch in batches))
-    return sets, evaluation
 
 
 def _check_vocabulary(source: ModelSource, shape: ModelShape, batches: Iterable[Batch]) -> None:
@@ -198,22 +191,25 @@ def _check_vocabulary(source: ModelSource, shape: ModelShape, batches: Iterable[
         raise ModelError("model.path", repr(source.name), remedy)
 
 
-def _work(
-    variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], evaluation: EvaluationSet | None
-) -> Work:
+def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None) -> Work:
     def tokens(batches: Iterable[Batch]) -> int:
         return sum(batch.input_ids.numel() for batch in batches)
 
-    passes = [made.batches for made in sets.values()] + ([evaluation.batches] if evaluation else [])
+    asking = suite.asking if suite else ()
+    rows = suite.rows.batches if suite else ()
     sequential = [variant for variant in variants if variant.propagation == "sequential"]
-    together = [sum(tokens(sets[str(part)].batches) for part, _ in parts_of(variant)) for variant in sequential]
+    together = [sum(tokens(sets[str(part)].batches) for part in v.demonstrations) for v in sequential]
+    batches = [*(batch for made in sets.values() for batch in made.batches), *rows]
+    longest = [*(batch.input_ids.shape[1] for batch in batches), *(task.longest for task in asking)]
     return Work(
         calibration=tuple(tokens(made.batches) for made in sets.values()),
-        evaluation=tokens(evaluation.batches) if evaluation else 0,
-        longest=max((batch.input_ids.shape[1] for batches in passes for batch in batches), default=0),
+        evaluation=tokens(rows) + sum(task.tokens for task in asking),
+        longest=max(longest, default=0),
         variants=len(variants),
         sequential=len(sequential),
         sequential_tokens=max(together, default=0),
+        solved=sum(isinstance(score_named(variant.score), Solver) for variant in variants),
+        written=max((task.written for task in asking), default=0),
     )
 
 
@@ -256,7 +252,7 @@ def open_ray_pipeline(prepared: Prepared, trial_slots: int) -> Iterator[RayPipel
 
 def gather(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
     """Have the dense moments that the variants need: from the store, else by one pass for all of them."""
-    names = {str(part) for v in variants if v.propagation == "dense" for part, _ in parts_of(v)}
+    names = {str(part) for variant in variants if needs_dense(variant) for part in variant.demonstrations}
     missing = {}
     for name in prepared.sets.keys() & names:
         complete, corrupt = pipeline.restore(prepared.sets[name].key)
@@ -274,6 +270,9 @@ def make_masks(
 ) -> Pruned:
     """The variant's masks, in the workers. What is dense needs its moments gathered before."""
     recipe = prepared.recipe(variant)
+    if variant.allocation == "owl":
+        shares = pipeline.outlier_shares(recipe)
+        recipe = replace(recipe, ratios=owl(shares, prepared.shape.pruned, variant.sparsity))
     if variant.propagation == "sequential":
         return pipeline.prune_sequentially(recipe, prepared.sets_of(variant), progress)
     return pipeline.prune(recipe)

@@ -14,13 +14,16 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from mlprune.config import DEFAULT_STORAGE
+from mlprune.analysis.features import ENDS, overlaps, shares, total
+from mlprune.comparison import Comparison
+from mlprune.config import DEFAULT_STORAGE, SweepSpec
 from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.languages import name_of
 from mlprune.scale import ScalePlan
 from mlprune.shards.planner import Plan
 from mlprune.store import Result
+from mlprune.study import Findings
 from mlprune.sweep import SweepOutcome, SweepPlan
 
 LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
@@ -57,6 +60,8 @@ def memory_table(plan: Plan) -> Table:
     """What a worker of each shard holds; shards that hold the same are one row."""
     kinds = {kind: [vars(need)[kind] for need in plan.memory] for kind in vars(plan.memory[0])}
     kinds["activations"] = [sum(both) for both in zip(kinds.pop("hidden"), kinds["activations"], strict=True)]
+    if not any(kinds["writing"]):
+        del kinds["writing"]
     beside = {kind: kinds.pop(kind) for kind in ("host", "disk")}
     kinds |= {"total": [need.total for need in plan.memory]} | {k: v for k, v in beside.items() if any(v)}
     unit, name = (2**30, "GiB") if max(kinds["total"]) > 10 * 2**30 else (2**20, "MiB")
@@ -171,16 +176,24 @@ def show_outcome(outcome: SweepOutcome) -> None:
     spec = outcome.spec
     best = outcome.best_by_sparsity()
     out.print(_ranking(outcome, {result.key for result in best}))
-    out.print("* the best of its sparsity. In brackets: against the dense model.", style="dim")
+    out.print(
+        "* the best of its sparsity; ~ not told apart from it. In brackets: against the dense model's mean,\n"
+        "and 95% of a paired bootstrap over lines.",
+        style="dim",
+    )
     out.print(f"\npicture    {outcome.picture}", soft_wrap=True)
-    out.print(f"tracking   {spec.tracking_uri}", soft_wrap=True)
-    if not spec.tracking_uri.startswith("http"):
-        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", spec.tracking_uri])
-        out.print(f"compare    {ui}", soft_wrap=True)
+    _show_tracking(spec)
     for result in best:
         out.print(f"export     {export_command(outcome, result)}", soft_wrap=True)
     for label, cause in outcome.failed.items():
         out.print(f"failed     {label}: {cause}", style="red", soft_wrap=True)
+
+
+def _show_tracking(spec: SweepSpec) -> None:
+    out.print(f"tracking   {spec.tracking_uri}", soft_wrap=True)
+    if not spec.tracking_uri.startswith("http"):
+        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", spec.tracking_uri])
+        out.print(f"compare    {ui}", soft_wrap=True)
 
 
 def program(name: str) -> str:
@@ -219,22 +232,21 @@ def _ranking(outcome: SweepOutcome, best: set[str]) -> Table:
     for column in (1, 3):
         table.columns[column].justify = "left"
     table.columns[3].overflow = "fold"
-    _add_row(table, "", outcome.dense, outcome.dense, shown, languages)
+    _add_row(table, "", outcome.dense, outcome, shown)
     for rank, result in enumerate(outcome.ranking, start=1):
-        star = "*" if result.key in best else ""
-        _add_row(table, f"{rank}{star}", result, outcome.dense, shown, languages)
+        mark = "*" if result.key in best else "~" if result.key in outcome.level else ""
+        _add_row(table, f"{rank}{mark}", result, outcome, shown)
     return table
 
 
-def _add_row(
-    table: Table, rank: str, result: Result, dense: Result, shown: Sequence[str], languages: Sequence[str]
-) -> None:
-    variant, metrics = result.variant, result.metrics
+def _add_row(table: Table, rank: str, result: Result, outcome: SweepOutcome, shown: Sequence[str]) -> None:
+    variant, metrics, languages = result.variant, result.metrics, outcome.spec.evaluation.perplexity.languages
     worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
     last = () if shown else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)
     mean = f"{metrics['bits_per_byte.mean']:.3f}"
     if variant is not None:
-        mean += f" ({metrics['bits_per_byte.mean'] / dense.metrics['bits_per_byte.mean'] - 1:+.0%})"
+        change, low, high = (100 * share for share in outcome.changes[result.key])
+        mean += f" ({change:+.0f}%, {low:.0f} to {high:.0f})"
     table.add_row(
         rank,
         variant.score if variant else "dense model",
@@ -285,6 +297,45 @@ def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
     }
 
 
+# two runs
+
+
+def show_comparison(found: Comparison) -> None:
+    """A report card: b against a, a row a task and language."""
+    out.print(f"a  {found.a.name}  {found.a.run_id}", soft_wrap=True)
+    out.print(f"b  {found.b.name}  {found.b.run_id}", soft_wrap=True)
+    table = _table("b against a", "task", "language", "a", "b", "b - a", "95% interval", "p (Holm)", "verdict")
+    for column in (1, 7):
+        table.columns[column].justify = "left"
+    table.padding = (0, 1, 0, 0)
+    for one in found.differences:
+        figures = [f"{value:.3f}" for value in (one.a, one.b)]
+        figures += [f"{one.difference:+.3f}", f"[{one.low:+.3f}, {one.high:+.3f}]", _p_text(one.adjusted)]
+        task = one.metric if one.task == "perplexity" else f"{one.task} {one.metric}"
+        verdict = one.verdict + (" (worst)" if found.is_worst(one) else "")
+        style = {"better": "green", "worse": "red"}.get(one.verdict)
+        table.add_row(task, one.language, *figures, verdict, style=style)
+    out.print(table)
+    out.print(
+        "Paired bootstrap over items; p by McNemar's exact test where answers are right or wrong, corrected\n"
+        "by Holm over the languages of a task. (worst): the language that lost most, or gained least.",
+        style="dim",
+    )
+
+
+def _p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def comparison_values(found: Comparison) -> dict[str, Any]:
+    """The same as plain values."""
+    return {
+        "a": vars(found.a),
+        "b": vars(found.b),
+        "differences": [vars(one) | {"worst": found.is_worst(one)} for one in found.differences],
+    }
+
+
 def show_metrics(model: str, languages: Sequence[str], metrics: Mapping[str, float]) -> None:
     """One checkpoint's scores, a row a language."""
     table = _table(f"{model}: held-out lines", "language", "bits per byte", "perplexity")
@@ -292,3 +343,51 @@ def show_metrics(model: str, languages: Sequence[str], metrics: Mapping[str, flo
         bits, perplexity = metrics[f"bits_per_byte.{code}"], metrics[f"perplexity.{code}"]
         table.add_row(f"{name_of(code)} ({code})", f"{bits:.4f}", f"{perplexity:.2f}")
     out.print(table)
+
+
+# what calibrations do in a model
+
+
+def show_findings(found: Findings) -> None:
+    """Each language's monolingual and translation text against each other, and where the rest is."""
+    asked, values = found.question, findings_values(found)
+    table = _table(
+        f"{found.spec.model.path}: mono:x against translation:{asked.pivot}-x",
+        "language",
+        "tops in common",
+        "translation's top at mono's bottom",
+        "mono's top at translation's bottom",
+        "masks in common",
+    )
+    for code in asked.translated:
+        mono, translation = asked.places(code)
+        top, bottom = values["overlap"]["top"], values["overlap"]["bottom"]
+        shown = (top[mono][translation], bottom[translation][mono], bottom[mono][translation])
+        figures = [f"{share:.3f}" for share in (*shown, values["masks"][mono][translation])]
+        table.add_row(f"{name_of(code)} ({code})", *figures)
+    out.print(table)
+    out.print(
+        f"Top and bottom: {asked.ratio:g} of the channels by magnitude, mean over layers.\n"
+        f"Masks: wanda {asked.sparsity:g}, the weights that both drop of those that either drops.",
+        style="dim",
+    )
+    out.print(f"\nfiles      {found.output}: {', '.join(found.files)}", soft_wrap=True)
+    _show_tracking(found.spec)
+
+
+def findings_values(found: Findings) -> dict[str, Any]:
+    """The same as plain values: matrices over the conditions, means over layers, masks over all matrices."""
+    asked = found.question
+    means = {end: overlaps(found.magnitude_CLH, asked.ratio, end).mean(2).tolist() for end in ENDS}
+    return {
+        "model": found.spec.model.path,
+        "conditions": list(asked.conditions),
+        "layer": found.layer,
+        "ratio": asked.ratio,
+        "sparsity": asked.sparsity,
+        "overlap": means,
+        "masks": shares(total(found.shared)).tolist(),
+        "files": [str(found.output / name) for name in found.files],
+        "run": found.run,
+        "tracking_uri": found.spec.tracking_uri,
+    }

@@ -13,8 +13,9 @@ import torch
 from mlprune.config import PipelineSpec, SweepSpec
 from mlprune.console import size_text
 from mlprune.errors import ModelError, SpecError
+from mlprune.grid import variants_of
 from mlprune.models.source import find_model
-from mlprune.prepare import parts_of, variants_of
+from mlprune.pruning.scores import Solver, score_named
 from mlprune.shards.actors import cluster_machine
 from mlprune.shards.forecast import Phase, forecast
 from mlprune.shards.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
@@ -105,9 +106,9 @@ def _described(asked: Asked) -> Machine:
 def estimated_work(spec: SweepSpec, shape: ModelShape) -> Work:
     """What the spec asks for, each prompt as long as it may be."""
     variants = variants_of(spec.search)
-    parts = {str(part) for variant in variants for part, _ in parts_of(variant)}
+    parts = {part for variant in variants for part in variant.demonstrations}
     prompt = min(spec.calibration.max_tokens, shape.positions or spec.calibration.max_tokens)
-    sequential = [len(parts_of(v)) for v in variants if v.propagation == "sequential"]
+    sequential = [len(variant.demonstrations) for variant in variants if variant.propagation == "sequential"]
     lines = spec.evaluation.perplexity.lines * len(spec.evaluation.perplexity.languages)
     return Work(
         calibration=(spec.calibration.samples * prompt,) * len(parts),
@@ -116,6 +117,7 @@ def estimated_work(spec: SweepSpec, shape: ModelShape) -> Work:
         variants=len(variants),
         sequential=len(sequential),
         sequential_tokens=max(sequential, default=0) * spec.calibration.samples * prompt,
+        solved=sum(isinstance(score_named(variant.score), Solver) for variant in variants),
     )
 
 

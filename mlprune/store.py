@@ -1,7 +1,7 @@
 """What outlives a process: dense moments and the results of trials, by content hash.
 
     moments/<hash of model fingerprint, calibration set and dtype>/layer-0007.safetensors
-    results/<hash of all that a trial's numbers depend on>.json
+    results/<hash of all that a trial's numbers depend on>.json, and items/<the same>.json
 
 Moments are one file a layer, so that any number of shards reads them, and carry a checksum. Every file is
 written whole or not at all.
@@ -24,7 +24,7 @@ from mlprune.errors import StorageError
 from mlprune.pruning.moments import Moments
 from mlprune.variants import Variant
 
-FORMAT = "1"  # another one, and nothing that an older version computed is taken for the same
+FORMAT = "2"  # another one, and nothing that an older version computed is taken for the same
 
 
 class CorruptMomentsError(Exception):
@@ -43,6 +43,7 @@ class MomentStore:
 
     def save(self, calibration_key: str, layer: int, moments: Mapping[str, Moments]) -> None:
         """Write a layer's moments: matrix name -> Moments."""
+        assert all(seen.gram_II is None for seen in moments.values()), "products of channels are never stored"
         tensors = {name: seen.sumsq_I.cpu().clone() for name, seen in moments.items()}
         tokens = {name: seen.tokens for name, seen in moments.items()}
         metadata = {"tokens": json.dumps(tokens), "sha256": _checksum(tensors, tokens)}
@@ -75,24 +76,32 @@ class Result:
     metrics: Mapping[str, float]
     digest: str = ""  # of the masks
     unseen: tuple[str, ...] = ()  # matrices of experts that no calibration token reached
+    items: str = ""  # what was answered, item by item: JSON (evaluation/items.py)
 
 
 class ResultStore:
-    """Finished trials, a JSON file each, under `root`."""
+    """Finished trials under `root`: of each, its metrics in one JSON file and what it answered in another."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    def items_file(self, key: str) -> Path:
+        return self._root / "items" / f"{key}.json"
+
     def save(self, result: Result) -> None:
-        content = json.dumps(asdict(result), indent=1, sort_keys=True)
-        write_whole(self._root / f"{result.key}.json", content.encode())
+        """The file of metrics comes last: when it is there, the trial has finished."""
+        content = {name: value for name, value in asdict(result).items() if name != "items"}
+        write_whole(self.items_file(result.key), result.items.encode())
+        text = json.dumps(content, indent=1, sort_keys=True)
+        write_whole(self._root / "results" / f"{result.key}.json", text.encode())
 
     def load(self, key: str) -> Result | None:
         """The result, or None if the trial has not finished (a file that cannot be read is no result)."""
         try:
-            values = json.loads((self._root / f"{key}.json").read_text())
+            values = json.loads((self._root / "results" / f"{key}.json").read_text())
             variant = Variant(**values["variant"]) if values["variant"] else None
-            return Result(key, variant, values["metrics"], values["digest"], tuple(values["unseen"]))
+            items = self.items_file(key).read_text()
+            return Result(key, variant, values["metrics"], values["digest"], tuple(values["unseen"]), items)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 

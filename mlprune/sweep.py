@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,10 @@ from mlprune.analysis.pictures import draw_sweep
 from mlprune.config import SearchSpec, SweepSpec
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SweepError
-from mlprune.prepare import Prepared, gather, open_ray_pipeline, parts_of, prepare, variants_of
+from mlprune.evaluation.items import from_json
+from mlprune.evaluation.significance import mean_ratio_interval
+from mlprune.grid import needs_dense, variants_of
+from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare
 from mlprune.store import Result
 from mlprune.tracking import SweepTracker, check_tracking
 from mlprune.trial import run_dense, unseen_note
@@ -55,7 +58,7 @@ class SweepPlan:
         """Passes over the model still to go, by kind. Calibration sets are counted singly; they pass together."""
         todo = self.unfinished
         store, layers = self.prepared.store(), range(len(self.prepared.shape.layers))
-        dense = {str(p) for v in todo if v.propagation == "dense" for p, _ in parts_of(v)}
+        dense = {str(part) for variant in todo if needs_dense(variant) for part in variant.demonstrations}
         missing = [
             name
             for name in dense
@@ -86,6 +89,9 @@ def plan_sweep(spec: SweepSpec) -> SweepPlan:
     return SweepPlan(prepared, variants, tuple(result for result in found if result is not None))
 
 
+Interval = tuple[float, float, float]  # a value, and the low and high end of 95%
+
+
 @dataclass(frozen=True)
 class SweepOutcome:
     """A finished sweep: the dense model, the trials from best to worst, and where to look at them."""
@@ -93,6 +99,8 @@ class SweepOutcome:
     spec: SweepSpec
     dense: Result
     ranking: tuple[Result, ...]
+    changes: Mapping[str, Interval]  # result key -> mean bits per byte against the dense model's: 0.2 is 20% more
+    level: frozenset[str]  # keys of results that are not told apart from the best of their sparsity
     runs: Mapping[str, str]  # result key -> MLflow run
     parent_run: str
     picture: Path
@@ -104,11 +112,36 @@ class SweepOutcome:
 
     def best_by_sparsity(self) -> list[Result]:
         """The best trial of each sparsity, sparsest last: bits per byte only compare within one."""
-        best: dict[float, Result] = {}
-        for result in self.ranking:
-            assert result.variant is not None
-            best.setdefault(result.variant.sparsity, result)
+        best = _best(self.ranking)
         return [best[sparsity] for sparsity in sorted(best)]
+
+
+def _best(ranking: Sequence[Result]) -> dict[float, Result]:
+    best: dict[float, Result] = {}
+    for result in ranking:
+        best.setdefault(_sparsity(result), result)
+    return best
+
+
+def _sparsity(result: Result) -> float:
+    assert result.variant is not None
+    return result.variant.sparsity
+
+
+def _level(ranking: Sequence[Result], objective: str) -> frozenset[str]:
+    """Keys of results whose difference from the best of their sparsity may be chance: its interval holds 0."""
+    if objective == "worst":  # what is compared here is the mean
+        return frozenset()
+    best = _best(ranking)
+    return frozenset(
+        result.key
+        for result in ranking
+        if result is not best[_sparsity(result)] and _change(best[_sparsity(result)], result)[1] <= 0
+    )
+
+
+def _change(a: Result, b: Result) -> Interval:
+    return mean_ratio_interval(from_json(a.items), from_json(b.items))
 
 
 def run_sweep(spec: SweepSpec) -> SweepOutcome:
@@ -138,10 +171,28 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
     picture = spec.storage_folder / f"{spec.name}.png"
     title = f"{spec.name}: {spec.model.path}, {len(ranking)} variants"
     draw_sweep(dense, ranking, spec.evaluation.perplexity.languages, title, picture)
+    changes = {result.key: _change(dense, result) for result in ranking}
+    for result in ranking:
+        tracker.log_trial(result.key, result.variant, _change_metrics(changes[result.key]))
     best = {f"best.{name}": value for name, value in ranking[0].metrics.items()}
     tracker.finish_sweep("FAILED" if failed else "FINISHED", best, [picture])
     runs = {result.key: tracker.trial_run(result.key, result.variant) for result in (dense, *ranking)}
-    return SweepOutcome(spec, dense, ranking, runs, tracker.parent_id, picture, failed)
+    return SweepOutcome(
+        spec,
+        dense,
+        ranking,
+        changes,
+        _level(ranking, spec.search.objective),
+        runs,
+        tracker.parent_id,
+        picture,
+        failed,
+    )
+
+
+def _change_metrics(change: Interval) -> dict[str, float]:
+    names = ("bits_per_byte.change", "bits_per_byte.change.low", "bits_per_byte.change.high")
+    return dict(zip(names, change, strict=True))
 
 
 def _rank(value: float) -> tuple[bool, float]:

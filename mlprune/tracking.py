@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -38,6 +39,9 @@ SWEEP_TAG, TRIAL_TAG, CAUSE_TAG, PARENT_TAG = (
     "mlprune.cause",
     "mlflow.parentRunId",
 )
+
+
+ITEMS = "items.json"  # the artifact that holds what a trial answered
 
 
 def client_of(uri: str) -> MlflowClient:
@@ -98,26 +102,42 @@ def _uninterrupted(method: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def _experiment(client: MlflowClient, name: str, uri: str, artifacts: Path) -> str:
+    """The experiment's id; it is made if there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    # a database has no place for files: they go beside it; a server has its own
+    location = None if uri.startswith("http") else artifacts.as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+@_uninterrupted
+def log_analysis(
+    uri: str, experiment: str, artifacts: Path, name: str, params: Mapping[str, object], files: Sequence[Path]
+) -> str:
+    """One finished run with `params`, and `files` as artifacts; its id."""
+    client = client_of(uri)
+    run_id: str = client.create_run(_experiment(client, experiment, uri, artifacts), run_name=name).info.run_id
+    client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
 class SweepTracker:
     """The parent run of one sweep, and its trials' runs."""
 
     def __init__(self, uri: str, experiment: str, artifacts: Path, sweep_key: str, name: str) -> None:
         self._client = client_of(uri)
-        self.experiment_id = self._experiment(experiment, uri, artifacts)
+        self.experiment_id = _experiment(self._client, experiment, uri, artifacts)
         parent = self._find(SWEEP_TAG, sweep_key) or self._client.create_run(
             self.experiment_id, tags={SWEEP_TAG: sweep_key}, run_name=name
         )
         self.parent_id: str = parent.info.run_id
         self._client.update_run(self.parent_id, "RUNNING")
         self._trials: dict[str, str] = {}
-
-    def _experiment(self, name: str, uri: str, artifacts: Path) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        # a database has no place for files: they go beside it; a server has its own
-        location = None if uri.startswith("http") else artifacts.as_uri()
-        return str(self._client.create_experiment(name, artifact_location=location))
 
     def _find(self, tag: str, value: str, parent: str | None = None) -> Run | None:
         query = f"tags.`{tag}` = '{value}'" + (f" and tags.`{PARENT_TAG}` = '{parent}'" if parent else "")
@@ -164,6 +184,7 @@ class SweepTracker:
         if CAUSE_TAG in run.data.tags:
             self._client.delete_tag(run_id, CAUSE_TAG)
         self.log_trial(result.key, result.variant, result.metrics)
+        self._client.log_text(run_id, result.items, ITEMS)
         if result.digest:
             self._client.set_tag(run_id, "mlprune.masks", result.digest)
         self._client.set_terminated(run_id, "FINISHED")
@@ -189,31 +210,62 @@ class SweepTracker:
 def trial_params(variant: Variant | None) -> dict[str, str]:
     """A trial's params under plain names, the same names for every trial."""
     if variant is None:
-        return {"calibration": "none", "score": "dense", "sparsity": "0", "pattern": "none", "propagation": "none"}
+        none = dict.fromkeys(("calibration", "pattern", "propagation", "allocation"), "none")
+        return {**none, "score": "dense", "sparsity": "0"}
     return {
         "calibration": variant.calibration or "none",
         "score": variant.score,
         "sparsity": repr(variant.sparsity),
         "pattern": variant.pattern,
         "propagation": variant.propagation,
+        "allocation": variant.allocation,
     }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial's run, as it is found again."""
+
+    run_id: str
+    parent_id: str
+    name: str
+    params: Mapping[str, str]
+
+
+def _find_trial(client: MlflowClient, uri: str, run_id: str, key: str) -> Trial:
+    """Raises SpecError, naming `key`, when there is no such run, or it is not a trial's."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        remedy = f"no such run in {uri}; give its database with --set tracking.uri=..."
+        raise SpecError(key, repr(run_id), remedy) from None
+    parent = run.data.tags.get(PARENT_TAG)
+    if TRIAL_TAG not in run.data.tags or parent is None:
+        raise SpecError(key, repr(run_id), "not the run of a trial of mlprune; give a nested run's id")
+    return Trial(run_id, parent, run.info.run_name, run.data.params)
+
+
+def recall_items(uri: str, run_id: str, key: str) -> tuple[Trial, str]:
+    """A trial, and what it answered (JSON of items). Raises SpecError, naming `key`, when it has not finished."""
+    client = client_of(uri)
+    trial = _find_trial(client, uri, run_id, key)
+    try:
+        return trial, Path(client.download_artifacts(run_id, ITEMS)).read_text(encoding="utf-8")
+    except (MlflowException, OSError):
+        raise SpecError(
+            key, repr(run_id), f"has no {ITEMS}: it did not finish, or an older mlprune made it"
+        ) from None
 
 
 def recall_trial(uri: str, run_id: str) -> tuple[str, dict[str, str]]:
     """The spec (YAML) and the params of a trial's run. Raises SpecError when the run is not a trial's."""
     client = client_of(uri)
-    try:
-        run = client.get_run(run_id)
-    except MlflowException:
-        remedy = f"no such run in {uri}; give its database with --set tracking.uri=..."
-        raise SpecError("--run", repr(run_id), remedy) from None
-    parent = run.data.tags.get(PARENT_TAG)
-    if TRIAL_TAG not in run.data.tags or parent is None:
-        raise SpecError("--run", repr(run_id), "not the run of a trial of mlprune; give a nested run's id")
-    if run.data.params["score"] == trial_params(None)["score"]:
+    trial = _find_trial(client, uri, run_id, "--run")
+    if trial.params["score"] == trial_params(None)["score"]:
         raise SpecError("--run", repr(run_id), "is the dense model's run; choose a trial's")
     try:
-        text = Path(client.download_artifacts(parent, "spec.yaml")).read_text(encoding="utf-8")
+        text = Path(client.download_artifacts(trial.parent_id, "spec.yaml")).read_text(encoding="utf-8")
     except (MlflowException, OSError):
-        raise SpecError("--run", repr(run_id), f"the artifact spec.yaml of its parent {parent} is gone") from None
-    return text, dict(run.data.params)
+        remedy = f"the artifact spec.yaml of its parent {trial.parent_id} is gone"
+        raise SpecError("--run", repr(run_id), remedy) from None
+    return text, dict(trial.params)

@@ -1,11 +1,14 @@
-"""One trial: a variant and a pipeline in, metrics out."""
+"""One trial: a variant and a pipeline in, what it answered and its metrics out."""
+
+from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from mlprune.errors import ModelError
-from mlprune.evaluation.perplexity import evaluate, metrics
+from mlprune.evaluation.consistency import consistency
+from mlprune.evaluation.items import Items, metrics_of, to_json
 from mlprune.prepare import Prepared, make_masks
 from mlprune.shards.pipeline import Pipeline, Progress
 from mlprune.store import Result
@@ -26,11 +29,17 @@ def run_trial(
         so_far = {"sparsity.actual": pruned.sparsity, "seconds.mask": time.monotonic() - started}
         report(so_far)
         masked = time.monotonic()
-        scores = evaluate(pipeline, prepared.evaluation, variant.key)
+        items = prepared.evaluation.run(pipeline, variant.key)
     finally:
         pipeline.release(variant.key)
-    so_far |= {**metrics(scores), "seconds.evaluate": time.monotonic() - masked}
-    return Result(prepared.result_key(variant), variant, so_far, pruned.digest, pruned.unseen)
+    so_far |= {**scores_of(items), "seconds.evaluate": time.monotonic() - masked}
+    key = prepared.result_key(variant)
+    return Result(key, variant, so_far, pruned.digest, pruned.unseen, to_json(items))
+
+
+def scores_of(items: Sequence[Items]) -> dict[str, float]:
+    """All that is measured by what was answered: each task's metrics, and how far languages agree."""
+    return {**metrics_of(items), **consistency(items)}
 
 
 def unseen_note(unseen: tuple[str, ...]) -> str:
@@ -45,9 +54,10 @@ def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None 
     """The baseline: the dense model, evaluated in the same way."""
     assert prepared.evaluation is not None
     started = time.monotonic()
-    found = metrics(evaluate(pipeline, prepared.evaluation, None, progress))
+    items = prepared.evaluation.run(pipeline, None, progress)
+    found = scores_of(items)
     if not math.isfinite(found["bits_per_byte.mean"]):
         remedy = "the dense model's own likelihood is not finite; load it in float32, or check its weights"
         raise ModelError("model.dtype", prepared.spec.model.dtype, remedy)
     found |= {"sparsity.actual": 0.0, "seconds.evaluate": time.monotonic() - started}
-    return Result(prepared.result_key(None), None, found)
+    return Result(prepared.result_key(None), None, found, items=to_json(items))

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlprune.console import step
-from mlprune.prepare import Prepared, variant_of
+from mlprune.grid import variant_of
+from mlprune.prepare import Prepared
 from mlprune.shards.actors import TRIAL_SLOT
 from mlprune.shards.pipeline import Pipeline
 from mlprune.store import Result
@@ -24,7 +25,7 @@ from mlprune.variants import Variant
 if TYPE_CHECKING:
     from mlprune.tracking import SweepTracker
 
-OWN_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds")
+METRICS = "metrics"  # of a report: ours, beside what Ray Tune adds
 
 
 def run_trials(
@@ -74,7 +75,7 @@ def _optuna(prepared: Prepared, objective: str) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search, seed = prepared.spec.search, prepared.spec.calibration.seed
-    names = ("calibration", "score", "sparsity", "pattern", "propagation")
+    names = ("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
     space = {name: tune.choice(list(getattr(search, name)) or [None]) for name in names}
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=5)
     return OptunaSearch({"variant": space}, metric=objective, mode="min", sampler=sampler)
@@ -91,7 +92,7 @@ def tune_trial(config: dict[str, Any], prepared: Prepared, pipeline: Pipeline, o
         if result is None:
             result = run_trial(prepared, pipeline, variant, _under_way(prepared))
             store.save(result)
-        tune.report(dict(result.metrics))
+        tune.report({METRICS: dict(result.metrics), objective: result.metrics[objective]})
     except Exception as error:  # whatever it is, it ends this trial and not the others; the sweep reports it
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         tune.report({"cause": cause, "traceback": traceback.format_exc(), objective: float("inf")})
@@ -103,7 +104,7 @@ def _under_way(prepared: Prepared) -> Callable[[Mapping[str, float]], None]:
 
     if prepared.spec.search.searcher == "optuna":
         return lambda metrics: None
-    return lambda metrics: tune.report(dict(metrics))
+    return lambda metrics: tune.report({METRICS: dict(metrics)})
 
 
 def _watcher(prepared: Prepared, tracker: SweepTracker, progress: Any) -> Any:
@@ -133,8 +134,7 @@ def _watcher(prepared: Prepared, tracker: SweepTracker, progress: Any) -> Any:
                 self.failed[variant.label] = result["cause"]
                 tracker.fail_trial(key, variant, result["traceback"])
                 return
-            own = {k: v for k, v in result.items() if k.split(".")[0] in OWN_METRICS and "." in k}
-            tracker.log_trial(key, variant, own)
+            tracker.log_trial(key, variant, result[METRICS])
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             finished = prepared.results().load(_key_and_variant(prepared, trial)[0])

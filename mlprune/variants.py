@@ -1,7 +1,9 @@
-"""What one trial is, and how it is written: calibration x score x sparsity x pattern x propagation.
+"""What one trial is, and how it is written: calibration x score x sparsity x pattern x allocation x propagation.
 
-calibration   mono:fr | translation:en-fr | mix:translation:en-fr=0.5,mono:hi=0.5
+calibration   mono:fr | translation:en-fr | code | mix:translation:en-fr=0.5,code=0.5
+score         wanda | ... | contrastive:KEEP/AGAINST (two calibrations)
 pattern       unstructured | n:m (n weights kept of every m along a row)
+allocation    uniform | owl
 propagation   sequential | dense
 """
 
@@ -15,25 +17,25 @@ from fractions import Fraction
 from mlprune.errors import SpecError
 from mlprune.languages import name_of
 
-LANGUAGES_OF_KIND = {"mono": 1, "translation": 2}
+LANGUAGES_OF_KIND = {"mono": 1, "translation": 2, "code": 0}
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """Lines of a corpus set out as prompts, each line in every one of `languages`, in order."""
+    """Text set out as prompts: lines of a corpus, each in every one of `languages`, in order; or source code."""
 
     kind: str
     languages: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.kind}:{'-'.join(self.languages)}"
+        return f"{self.kind}:{'-'.join(self.languages)}" if self.languages else self.kind
 
     @classmethod
     def parse(cls, text: str, key: str = "calibration") -> "Demonstration":
         kind, colon, rest = text.partition(":")
-        languages = tuple(rest.split("-"))
-        if not colon or len(languages) != LANGUAGES_OF_KIND.get(kind):
-            raise SpecError(key, repr(text), "write mono:fr, translation:en-fr or mix:KIND=WEIGHT,...")
+        languages = tuple(rest.split("-")) if colon else ()
+        if len(languages) != LANGUAGES_OF_KIND.get(kind):
+            raise SpecError(key, repr(text), "write mono:fr, translation:en-fr, code or mix:KIND=WEIGHT,...")
         for code in languages:
             name_of(code, key)
         if len(set(languages)) < len(languages):
@@ -77,6 +79,32 @@ class Calibration:
         return cls(tuple(sorted(parts, key=lambda part: str(part[0]))))
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """A score's name; and for one that weighs two calibrations against each other, which two."""
+
+    name: str
+    sides: tuple[Calibration, ...] = ()  # keep, against
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'/'.join(map(str, self.sides))}" if self.sides else self.name
+
+    @classmethod
+    def parse(cls, text: str, key: str = "score") -> "Scoring":
+        name, colon, rest = text.partition(":")
+        if not colon:
+            return cls(name)
+        sides = rest.split("/")
+        if len(sides) != 2 or not all(sides):
+            raise SpecError(key, repr(text), f"{name} needs both sides; write {two_sides(name)}")
+        return cls(name, tuple(Calibration.parse(side, key) for side in sides))
+
+
+def two_sides(name: str) -> str:
+    """How a score that needs two calibrations is written."""
+    return f"{name}: {{keep: translation:en-fr, against: code}}, or {name}:translation:en-fr/code"
+
+
 def _decimal(weight: Fraction) -> str:
     """The weight as the decimal that it was written as, to the last digit."""
     return format((Decimal(weight.numerator) / Decimal(weight.denominator)).normalize(), "f")
@@ -109,13 +137,17 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Variant:
-    """One trial, in canonical form: a score that reads no moments has no calibration."""
+    """One trial, in canonical form: a score that reads no moments has no calibration.
+
+    Of a score with two sides, `calibration` is `KEEP/AGAINST`.
+    """
 
     calibration: str | None
     score: str
     sparsity: float
     pattern: str
     propagation: str
+    allocation: str = "uniform"
 
     @property
     def key(self) -> str:
@@ -126,5 +158,21 @@ class Variant:
     def label(self) -> str:
         """A name that a person can read: `wanda 0.5 translation:en-fr`."""
         shape = f"{self.sparsity:.4g}" if self.pattern == "unstructured" else self.pattern
-        parts = [self.score, shape, self.calibration or ""]
-        return " ".join(filter(None, [*parts, "sequential" if self.propagation == "sequential" else ""]))
+        parts = [self.score, shape, self.calibration, *self.special]
+        return " ".join(filter(None, parts))
+
+    @property
+    def special(self) -> tuple[str, ...]:
+        """What sets the trial apart beside calibration, score and shape, in words."""
+        sequential = ("sequential",) if self.propagation == "sequential" else ()
+        return (*(() if self.allocation == "uniform" else (self.allocation,)), *sequential)
+
+    @property
+    def sides(self) -> tuple[Calibration, ...]:
+        """The calibrations that it reads: none, one, or `keep` and `against`."""
+        return tuple(Calibration.parse(side) for side in self.calibration.split("/")) if self.calibration else ()
+
+    @property
+    def demonstrations(self) -> tuple[Demonstration, ...]:
+        """All that its calibrations are made of, each once."""
+        return tuple(dict.fromkeys(part for side in self.sides for part, _ in side.parts))

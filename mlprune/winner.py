@@ -11,12 +11,13 @@ from mlprune.config import SweepSpec, as_assignments, load_spec, read_yaml, spec
 from mlprune.console import step, warn
 from mlprune.errors import SpecError
 from mlprune.export import check_output, write_checkpoint
-from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare, variants_of
+from mlprune.grid import variants_of
+from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
 from mlprune.pruning.scores import score_named
 from mlprune.shards.pipeline import Pruned
 from mlprune.tracking import recall_trial
 from mlprune.trial import run_dense, unseen_note
-from mlprune.variants import Calibration, Pattern, Variant
+from mlprune.variants import Calibration, Pattern, Scoring, Variant
 
 
 def choose(
@@ -30,7 +31,8 @@ def choose(
         raise SpecError("--sparsity", "nothing", "say which share of the weights to drop, as --sparsity 0.5")
     if sparsity is not None and fixed is not None and sparsity != fixed:
         raise SpecError("--sparsity", sparsity, f"pattern {pattern} drops {float(fixed):g} of the weights")
-    if score_named(score, "--score").reads_moments and chosen["calibration"] is None:
+    rule = score_named(Scoring.parse(score, "--score").name, "--score")
+    if rule.sides == 1 and chosen["calibration"] is None:
         raise SpecError("--calibration", "nothing", f"{score} needs it; write --calibration translation:en-fr")
     if chosen["calibration"] is not None:
         Calibration.parse(chosen["calibration"], "--calibration")
@@ -40,6 +42,7 @@ def choose(
         "sparsity": [float(fixed) if sparsity is None and fixed is not None else sparsity],
         "pattern": [pattern],
         "propagation": [chosen["propagation"] or "sequential"],
+        "allocation": [chosen["allocation"] or "uniform"],
     }
     spec = load_spec(spec_name, [*as_assignments({"search": search, **settings}), *assignments])
     return spec, _only_variant(spec)
@@ -62,9 +65,11 @@ def choose_run(
     here = load_spec("quickstart", assignments)  # for the storage and the tracking that were set
     text, params = recall_trial(here.tracking_uri, run_id)
     values = with_assignments(read_yaml(text), [*as_assignments(settings), *assignments])
-    search: dict[str, Any] = {name: [params[name]] for name in ("score", "pattern", "propagation")}
+    search: dict[str, Any] = {name: [params[name]] for name in ("pattern", "propagation", "allocation")}
+    two_sided = "/" in params["calibration"]  # of contrastive: both sides belong to the score
     search |= {
-        "calibration": [] if params["calibration"] == "none" else [params["calibration"]],
+        "score": [f"{params['score']}:{params['calibration']}" if two_sided else params["score"]],
+        "calibration": [] if two_sided or params["calibration"] == "none" else [params["calibration"]],
         "sparsity": [float(params["sparsity"])],
     }
     spec = spec_from(values | {"search": search})

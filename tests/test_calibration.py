@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,21 +19,25 @@ from mlprune.data.calibration import (
     calibration_set,
     evaluation_set,
 )
-from mlprune.data.corpora import Corpus, calibration_lines, held_out, open_corpus
-from mlprune.data.demonstrations import prompt, sample_lines
+from mlprune.data.corpora import Corpus, held_out
 from mlprune.errors import CorpusError, ModelError
 from mlprune.variants import Demonstration
-from tests.tiny import SAMPLE, hand_made, sample, tokenizer
+from tests.tiny import SAMPLE, sample, tokenizer
 
 TRANSLATION = Demonstration.parse("translation:en-fr")
 FRENCH_ONLY = Demonstration.parse("mono:fr")
 
 
 def calibrated(
-    demonstration: Demonstration = TRANSLATION, samples: int = 12, shots: int = 3, **more: Any
+    demonstration: Demonstration = TRANSLATION,
+    samples: int = 12,
+    shots: int = 3,
+    tokens_by: Any = None,
+    **more: Any,
 ) -> CalibrationSet:
     settings = {"max_tokens": 200, "seed": 0} | more
-    return calibration_set(sample(), demonstration, tokenizer(), samples=samples, shots=shots, **settings)
+    tokens_by = tokens_by or tokenizer()
+    return calibration_set(sample(), demonstration, tokens_by, samples=samples, shots=shots, **settings)
 
 
 def evaluated(lines: int = 30, tokens_by: Any = None, **more: Any) -> EvaluationSet:
@@ -53,47 +55,7 @@ def without_pads(batches: tuple[Batch, ...]) -> dict[int, list[int]]:
     return found
 
 
-# Which lines are used for what
-
-
-def test_calibration_and_evaluation_share_no_document_and_leave_no_line_out() -> None:
-    corpus = sample()
-    kept = held_out(corpus)
-    for seed in range(3):
-        used = calibration_lines(corpus, seed)
-        assert sorted(kept + used) == list(range(600))
-        assert not {corpus.documents[line] for line in kept} & {corpus.documents[line] for line in used}
-    assert 150 <= len(kept) < 150 + 27  # a quarter, and less than one document (27 lines at most) above it
-
-
-def test_the_seed_moves_documents_not_lines_in_them_and_not_the_split() -> None:
-    corpus = sample()
-    first, second = calibration_lines(corpus, 0), calibration_lines(corpus, 1)
-    assert first == calibration_lines(corpus, 0) != second
-    assert set(first) == set(second)
-    documents = [(name, list(lines)) for name, lines in groupby(first, lambda line: corpus.documents[line])]
-    assert len(documents) == len(dict(documents))  # none in two pieces
-    assert all(lines == sorted(lines) for _, lines in documents)
-
-
-def test_held_out_documents_go_by_the_hash_of_their_id_wherever_their_lines_are() -> None:
-    # sha256 begins: b 3e23..., a ca97..., c 2e7d...: so c, then b, then a
-    corpus = Corpus("hand", {"en": tuple("stuvwxyz")}, tuple("abacaaba"))
-    assert held_out(corpus) == (3, 1, 6)  # c has one line of eight, too few for a quarter; b's two are apart
-    assert calibration_lines(corpus, 0) == (0, 2, 4, 5, 7)
-    assert held_out(Corpus("two", {"en": ("x", "y")}, ("a", "b"))) == (1,)
-    most_in_last = Corpus("most", {"en": tuple("stuvwxyz")}, tuple("caaaaaaa"))
-    assert held_out(most_in_last) == (0,)  # never every document, though this is under a quarter
-
-
-def test_without_ids_ten_neighbouring_lines_are_a_document(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.tsv"
-    path.write_text("en\n" + "line\n" * 25)
-    corpus = open_corpus(str(path), ["en"])
-    assert corpus.documents == ("0",) * 10 + ("1",) * 10 + ("2",) * 5
-    path.write_text("en\n" + "line\n" * 10)
-    with pytest.raises(CorpusError, match="is one document; give it document ids, or more than 10 lines"):
-        held_out(open_corpus(str(path), ["en"]))
+# Calibration
 
 
 def test_every_kind_sees_the_same_lines_whatever_languages_were_opened() -> None:
@@ -115,37 +77,6 @@ def test_every_kind_sees_the_same_lines_whatever_languages_were_opened() -> None
     ]
     assert lines[0] == lines[1] == lines[2]
     assert lines[0] != [made.lines for made in calibrated(seed=1).prompts]
-
-
-def test_samples_are_disjoint_runs_in_calibration_order() -> None:
-    corpus = sample()
-    order = calibration_lines(corpus, 5)
-    runs = sample_lines(corpus, 7, 4, 5)
-    assert [len(run) for run in runs] == [4] * 7
-    assert tuple(line for run in runs for line in run) == order[:28]
-
-
-def test_too_many_samples_say_how_many_there_are() -> None:
-    corpus = sample()
-    lines = len(calibration_lines(corpus, 0))
-    assert len(sample_lines(corpus, lines // 4, 4, 0)) == lines // 4
-    with pytest.raises(CorpusError) as caught:
-        sample_lines(corpus, lines // 4 + 1, 4, 0)
-    remedy = f"'sample' has {lines} lines for calibration, enough for {lines // 4} samples of 4 shots"
-    assert str(caught.value) == f"calibration.samples: {lines // 4 + 1}: {remedy}; ask for no more"
-
-
-# The tokens that come out
-
-
-def test_a_prompt_is_exactly_its_lines_under_their_languages_names() -> None:
-    corpus = hand_made()
-    assert prompt(corpus, TRANSLATION, [3, 1], "</s>") == (
-        "English: Four</s>French: Quatre</s>English: Two</s>French: Deux</s>"
-    )
-    assert prompt(corpus, FRENCH_ONLY, [2], "<eos>") == "French:  Trois <eos>"
-    with pytest.raises(CorpusError, match="'hi': not in the corpus 'hand'; it has en, fr"):
-        prompt(corpus, Demonstration.parse("mono:hi"), [0], "</s>")
 
 
 @pytest.mark.parametrize("pad_free", [False, True])
@@ -196,7 +127,54 @@ def test_the_key_follows_the_tokens_and_their_layout() -> None:
     assert len(key) == 32
     others = [calibrated(FRENCH_ONLY), calibrated(shots=2), calibrated(seed=1), calibrated(max_tokens=199)]
     others += [calibrated(samples=11), calibrated(max_tokens=700), calibrated(max_tokens=700, pad_free=True)]
+    others += [calibrated(template="{text}"), calibrated(separator="\n")]
+    others.append(calibrated(max_tokens=700, count_padding=True))
     assert len({key, *(other.key for other in others)}) == 1 + len(others)
+
+
+def test_template_and_separator_reach_the_tokens_and_spare_the_end_of_sequence() -> None:
+    bare = deepcopy(tokenizer())
+    bare.eos_token = None
+    made = calibrated(tokens_by=bare, template="[{language}] {text}", separator="\n", max_tokens=700)
+    corpus = sample()
+    for prompt in made.prompts:
+        pairs = [(corpus.lines["en"][n - 1], corpus.lines["fr"][n - 1]) for n in prompt.lines]
+        text = "".join(f"[English] {english}\n[French] {french}\n" for english, french in pairs)
+        assert prompt.ids == tuple(tokenizer()(text).input_ids[:700])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_padding_that_counts_is_that_of_the_papers_code(side: str, pad: str | None) -> None:
+    own = deepcopy(tokenizer())
+    own.padding_side, own.pad_token = side, pad
+    embedded = len(own)
+    made = calibrated(tokens_by=own, count_padding=True, max_tokens=700)
+    plain = calibrated(max_tokens=700)
+    assert (own.pad_token, len(own)) == (pad, embedded), "no row is added to the embedding"
+    own.pad_token = pad or own.eos_token
+    rows = without_pads(made.batches)
+    for number, prompt in enumerate(made.prompts):
+        lines = [(sample().lines["en"][n - 1], sample().lines["fr"][n - 1]) for n in prompt.lines]
+        text = "".join(f"English: {english}</s>French: {french}</s>" for english, french in lines)
+        literal = own(text, truncation=True, max_length=700, padding="max_length").input_ids
+        assert rows[number] == literal
+    assert made.tokens == 12 * 700 > plain.tokens
+    assert {length for batch in made.batches for length in batch.lengths} == {700}
+    assert all(bool(batch.attention_mask.all()) for batch in made.batches)
+    assert made.prompts == plain.prompts  # what is counted differs, not the text
+
+
+def test_padding_that_counts_is_cut_into_micro_batches_as_ever_and_needs_a_token() -> None:
+    made = calibrated(samples=20, count_padding=True, max_tokens=300)
+    assert [len(batch.rows) for batch in made.batches] == [MICRO_BATCH_TOKENS // 300] * 6 + [2]
+    assert [row for batch in made.batches for row in batch.rows] == list(range(20))
+    cut = calibrated(max_tokens=30)
+    assert calibrated(max_tokens=30, count_padding=True).key == cut.key  # nothing to pad: the same moments
+    bare = deepcopy(tokenizer())
+    bare.pad_token = bare.eos_token = None
+    with pytest.raises(ModelError, match=r"^tokenizer: .* has no token to pad with"):
+        calibrated(tokens_by=bare, count_padding=True, separator="\n")
 
 
 def test_the_key_follows_the_layout_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

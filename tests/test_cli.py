@@ -22,8 +22,8 @@ import mlprune.sweep
 from mlprune.cli import main
 from mlprune.config import SweepSpec, load_spec, read_yaml
 from mlprune.data.corpora import held_out, open_corpus
+from mlprune.grid import variants_of
 from mlprune.models.source import find_model
-from mlprune.prepare import variants_of
 from mlprune.tracking import SweepTracker
 from mlprune.variants import Variant
 from tests import tiny_models

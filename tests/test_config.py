@@ -46,18 +46,37 @@ def test_every_key_but_search_has_a_default() -> None:
             "ranks_per_shard": 1,
             "worker_memory": None,
         },
-        "calibration": {"corpus": "sample", "samples": 32, "shots": 4, "max_tokens": 256, "seed": 0},
+        "calibration": {
+            "corpus": "sample",
+            "samples": 32,
+            "shots": 4,
+            "max_tokens": 256,
+            "seed": 0,
+            "template": "{language}: {text}",
+            "separator": None,
+            "count_padding": False,
+            "code": "stdlib",
+        },
         "search": {
             "calibration": [],
             "score": ["magnitude"],
             "sparsity": [0.5],
             "pattern": ["unstructured"],
+            "allocation": ["uniform"],
             "propagation": ["sequential"],
             "samples": None,
             "searcher": "random",
             "objective": "mean",
         },
-        "evaluation": {"perplexity": {"languages": ["en", "fr", "de"], "lines": 64}},
+        "evaluation": {
+            "perplexity": {"languages": ["en", "fr", "de"], "lines": 64},
+            "xnli": None,
+            "reviews": None,
+            "translation": None,
+            "tasks": [],
+            "task_path": None,
+            "task_items": None,
+        },
         "storage": str(Path("mlprune-store").absolute()),
         "tracking": {"uri": None, "experiment": None},
     }
@@ -76,7 +95,11 @@ UNKNOWN = [
     ("search.scores=[wanda]", "search.scores: ['wanda']: unknown key; did you mean score?"),
     ("evaluation.perplexity.lins=3", "evaluation.perplexity.lins: 3: unknown key; did you mean lines?"),
     ("tracking.zzz=1", "tracking.zzz: 1: unknown key; known here: uri, experiment"),
-    ("evaluation.bleu=1", "evaluation.bleu: 1: unknown key; known here: perplexity"),
+    (
+        "evaluation.bleu=1",
+        "evaluation.bleu: 1: unknown key; known here: perplexity, xnli, reviews, "
+        "translation, tasks, task_path, task_items",
+    ),
 ]
 
 

@@ -91,7 +91,8 @@ def test_a_hub_id_is_taken_apart_and_its_columns_read(monkeypatch: pytest.Monkey
 
     asked = []
 
-    def load_dataset(name: str, config: str | None, split: str) -> Any:
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Any:
+        assert not streaming, "all lines are wanted"
         asked.append((name, config, split))
         return datasets.Dataset.from_dict({"en": ENGLISH, "fr": FRENCH})
 
@@ -109,7 +110,7 @@ def test_a_hub_id_is_taken_apart_and_its_columns_read(monkeypatch: pytest.Monkey
 def test_a_dataset_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load_dataset(name: str, config: str | None, split: str) -> Any:
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Any:
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from mlprune.cli import main
 from mlprune.config import DEFAULT_STORAGE, SweepSpec, load_spec, spec_from, sweeps_folder
+from mlprune.grid import variants_of
 from mlprune.models.hollow import FAMILIES
-from mlprune.prepare import variants_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

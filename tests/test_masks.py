@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from decimal import Decimal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mlprune.pruning import masks
-from mlprune.pruning.masks import PackedMask, dropped_per_row, keep_mask
+from mlprune.pruning.masks import PackedMask, PackedWeights, dropped_per_row, keep_all_but, keep_mask
 from mlprune.variants import Pattern
 
 SPARSITIES = (0.0, 0.1, 0.29, 0.3, 0.5, 0.57, 0.7, 0.99)
 PATTERNS = ("2:4", "4:8", "1:4", "3:5", "1:2")
 UNSTRUCTURED = Pattern()
+WITHIN: tuple[Literal["row", "matrix"], ...] = ("row", "matrix")
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,42 @@ def test_signed_zeros_and_the_smallest_numbers_are_told_apart_by_value_only() ->
     assert keep_mask(score_OI, 0.5, UNSTRUCTURED).tolist() == [[False, False, True, False, True, True]]
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 70), st.integers(1, 6), st.integers(0, 999))
+def test_within_a_matrix_the_smallest_of_all_go(seed: int, rows: int, width: int, levels: int, mille: int) -> None:
+    score_OI = scores(seed, rows, width, levels)
+    keep_OI = keep_mask(score_OI, mille / 1000, UNSTRUCTURED, within="matrix")
+    drop = rows * width * mille // 1000
+    assert int((~keep_OI).sum()) == drop
+    assert torch.equal(keep_OI, by_sorting(score_OI.view(1, -1), drop).view(rows, width))
+    assert torch.equal(keep_OI, keep_all_but(score_OI, drop))
+
+
+def test_within_a_matrix_rows_may_lose_all_or_nothing() -> None:
+    score_OI = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    assert keep_mask(score_OI, 0.5, UNSTRUCTURED, within="matrix").tolist() == [[False] * 4, [True] * 4]
+    assert keep_mask(score_OI, 0.5, UNSTRUCTURED).tolist() == [[False, False, True, True]] * 2
+    assert keep_mask(-score_OI, 0.5, UNSTRUCTURED, within="matrix").tolist() == [[True] * 4, [False] * 4]
+
+
+def test_of_ties_within_a_matrix_the_first_in_row_major_order_go() -> None:
+    keep_OI = keep_mask(torch.tensor([[2.0, 1.0, 2.0], [2.0, 2.0, 0.0]]), 0.5, UNSTRUCTURED, within="matrix")
+    assert keep_OI.tolist() == [[False, False, True], [True, True, False]]
+
+
+def test_the_count_within_a_matrix_is_that_of_the_decimal() -> None:
+    # floor(42 * 0.29 = 12.18), where each of the seven rows alone would lose floor(1.74) = 1
+    assert int((~keep_mask(scores(1, 7, 6, 99), 0.29, UNSTRUCTURED, within="matrix")).sum()) == 12
+    assert int((~keep_mask(scores(1, 10, 10, 99), 0.29, UNSTRUCTURED, within="matrix")).sum()) == 29
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_groups_are_the_same_whatever_else_is_compared(text: str) -> None:
+    pattern = Pattern.parse(text)
+    score_OI = scores(2, 9, 6 * pattern.group, 5)
+    assert torch.equal(keep_mask(score_OI, 0.5, pattern, within="matrix"), keep_mask(score_OI, 0.5, pattern))
+
+
 @pytest.mark.parametrize("text", PATTERNS)
 @pytest.mark.parametrize("levels", [1, 2, 4, 10**6])
 def test_groups_keep_their_largest_and_of_ties_the_last(text: str, levels: int) -> None:
@@ -140,8 +178,9 @@ def test_scores_may_be_a_view(text: str) -> None:
     for view_OI in (score_IO.T, strided_OI):
         before = view_OI.clone()
         assert not view_OI.is_contiguous()
-        expected = keep_mask(view_OI.contiguous(), 0.45, Pattern.parse(text))
-        assert torch.equal(keep_mask(view_OI, 0.45, Pattern.parse(text)), expected)
+        for within in WITHIN:
+            expected = keep_mask(view_OI.contiguous(), 0.45, Pattern.parse(text), within)
+            assert torch.equal(keep_mask(view_OI, 0.45, Pattern.parse(text), within), expected)
         assert torch.equal(view_OI, before), "scores are read, not sorted in place"
 
 
@@ -199,3 +238,95 @@ def test_the_digest_is_of_the_bits() -> None:
         flipped_OI.view(-1)[flat] ^= True
         digests.add(PackedMask.pack(flipped_OI).digest())
     assert len(digests) == 1 + keep_OI.numel()
+
+
+# masks and changed weights, put on
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def weights(seed: int, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)  # none is zero
+
+
+def views(weight_OI: Tensor) -> Iterator[Tensor]:
+    """The matrix, and views that hold the same: transposed, one expert of three, every other column."""
+    rows, width = weight_OI.shape
+    yield weight_OI.clone()
+    yield torch.empty(width, rows, dtype=weight_OI.dtype).T.copy_(weight_OI)
+    yield torch.empty(3, rows, width, dtype=weight_OI.dtype)[1].copy_(weight_OI)
+    yield torch.empty(rows, 2 * width, dtype=weight_OI.dtype)[:, ::2].copy_(weight_OI)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_mask_put_on_leaves_zeros_where_it_drops(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    keep_OI, dense_OI = bits(6, shape), weights(7, shape, dtype)
+    for weight_OI in views(dense_OI):
+        PackedMask.pack(keep_OI).apply_(weight_OI)
+        assert torch.equal(weight_OI[keep_OI], dense_OI[keep_OI])
+        assert (weight_OI[~keep_OI] == 0).all()
+        assert not weight_OI[~keep_OI].signbit().any(), "+0.0: a checkpoint's bytes depend on it"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_changed_weights_put_on_take_the_place_of_the_dense(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    keep_OI, changed_OI = bits(8, shape), weights(9, shape, dtype)
+    packed = PackedWeights.pack(keep_OI, changed_OI)
+    assert packed.values.dtype == dtype
+    assert packed.values.tolist() == [
+        v for v, k in zip(changed_OI.flatten().tolist(), keep_OI.flatten().tolist(), strict=True) if k
+    ]
+    assert (packed.shape, packed.kept, packed.dropped) == (shape, int(keep_OI.sum()), int((~keep_OI).sum()))
+    for weight_OI in views(weights(10, shape, dtype)):
+        packed.apply_(weight_OI)
+        assert torch.equal(weight_OI[keep_OI], changed_OI[keep_OI])
+        assert (weight_OI[~keep_OI] == 0).all()
+        assert not weight_OI[~keep_OI].signbit().any()
+
+
+def test_changed_weights_are_written_into_the_parameter_and_nowhere_else() -> None:
+    keep_OI, changed_OI = bits(11, (6, 4)), weights(12, (6, 4))
+    parameter = weights(13, (4, 6))  # as Conv1D keeps it, [I, O]
+    PackedWeights.pack(keep_OI, changed_OI).apply_(parameter.T)
+    assert torch.equal(parameter, (changed_OI * keep_OI).T)
+    experts = weights(14, (3, 24)).view(3, 6, 4)
+    others = experts[[0, 2]].clone()
+    PackedWeights.pack(keep_OI, changed_OI).apply_(experts[1])
+    assert torch.equal(experts[1], changed_OI * keep_OI)
+    assert torch.equal(experts[[0, 2]], others)
+
+
+def test_changed_weights_of_a_transposed_matrix_are_packed_by_its_own_rows() -> None:
+    keep_OI, changed_OI = bits(15, (11, 6)).T, weights(16, (11, 6)).T
+    packed = PackedWeights.pack(keep_OI, changed_OI)
+    assert torch.equal(packed.values, changed_OI.contiguous()[keep_OI.contiguous()])
+    assert packed.digest() == PackedWeights.pack(keep_OI.contiguous(), changed_OI.contiguous()).digest()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_all_or_nothing_may_be_kept(kept: bool) -> None:
+    changed_OI, weight_OI = weights(17, (5, 3)), weights(18, (5, 3))
+    packed = PackedWeights.pack(torch.full((5, 3), kept), changed_OI)
+    packed.apply_(weight_OI)
+    assert torch.equal(weight_OI, changed_OI * kept)
+    assert len(packed.digest()) == 64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_digest_is_of_the_mask_and_of_every_kept_weight(dtype: torch.dtype) -> None:
+    keep_OI, changed_OI = bits(19, (4, 6)), weights(20, (4, 6), dtype)
+    digest = PackedWeights.pack(keep_OI, changed_OI).digest()
+    assert digest == PackedWeights.pack(keep_OI.clone(), changed_OI.clone()).digest()
+    assert digest != PackedMask.pack(keep_OI).digest()
+    assert digest == PackedWeights.pack(keep_OI, changed_OI * keep_OI).digest(), "dropped weights are nobody's"
+    digests = {digest}
+    for flat in keep_OI.view(-1).nonzero()[:, 0].tolist():
+        other_OI = changed_OI.clone()
+        other_OI.view(-1)[flat] *= 1.25
+        digests.add(PackedWeights.pack(keep_OI, other_OI).digest())
+    assert len(digests) == 1 + int(keep_OI.sum())
+    ones_OI = torch.ones(4, 6, dtype=dtype)  # the same values under masks that keep as many
+    assert len({PackedWeights.pack(keep, ones_OI).digest() for keep in (keep_OI, keep_OI.flip(0))}) == 2

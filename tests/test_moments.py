@@ -152,3 +152,103 @@ def test_a_mixture_leaves_its_parts_as_they_were() -> None:
     before = [part.sumsq_I.clone() for part, _ in parts]
     mixed(parts)
     assert all(torch.equal(part.sumsq_I, old) for (part, _), old in zip(parts, before, strict=True))
+
+
+# grams
+
+
+def integers(seed: int, count: int, channels: int = 6) -> Tensor:
+    """Small whole numbers: every sum of their products is exact in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-9, 10, (count, channels), generator=generator).float()
+
+
+def gram(moments: Moments) -> Tensor:
+    assert moments.gram_II is not None
+    return moments.gram_II
+
+
+def test_a_worked_example_of_a_gram() -> None:
+    moments = Moments.of(torch.tensor([[3.0, 0.0, -1.0], [-4.0, 0.0, 2.0]]), gram=True)
+    assert gram(moments).dtype == torch.float64
+    # 3 * -1 + -4 * 2 = -11 off the diagonal, the sums of squares on it
+    assert gram(moments).tolist() == [[25.0, 0.0, -11.0], [0.0, 0.0, 0.0], [-11.0, 0.0, 5.0]]
+
+
+def test_there_is_no_gram_unless_asked_for() -> None:
+    first, second = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7))
+    for moments in (Moments.zeros(3), first, first + second, mixed([(first, HALF), (second, HALF)])):
+        assert moments.gram_II is None
+        assert moments.to(torch.device("cpu")).gram_II is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [0, 1, 3000])
+def test_a_gram_is_the_sum_of_products(count: int, dtype: torch.dtype) -> None:
+    input_TI = tokens(count, count).to(dtype)
+    exact = input_TI.double()
+    # each entry is a float32 sum of `count` products, however they are grouped
+    bound = (count + 1) * 2**-24 * (exact.abs().T @ exact.abs())
+    assert ((gram(Moments.of(input_TI, gram=True)) - exact.T @ exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("count", [1, 100, 4097])
+def test_a_gram_changes_no_bit_of_the_rest(count: int) -> None:
+    plain, with_gram = Moments.of(tokens(count, count)), Moments.of(tokens(count, count), gram=True)
+    assert torch.equal(plain.sumsq_I, with_gram.sumsq_I)
+    assert plain.tokens == with_gram.tokens
+    assert torch.equal((plain + plain).sumsq_I, (with_gram + with_gram).sumsq_I)
+    parts = [(Moments.of(tokens(n, 9), gram=True), Fraction(1, 3)) for n in range(3)]
+    assert torch.equal(
+        mixed([(Moments.of(tokens(n, 9)), w) for n, (_, w) in enumerate(parts)]).sumsq_I, mixed(parts).sumsq_I
+    )
+
+
+def test_merging_grams_is_all_at_once() -> None:
+    input_TI = integers(3, 500)
+    merged = Moments.zeros(6, gram=True)
+    for piece in input_TI.tensor_split(7):
+        merged = merged + Moments.of(piece, gram=True)
+    assert torch.equal(gram(merged), gram(Moments.of(input_TI, gram=True)))
+    assert torch.equal(gram(merged.to(torch.device("cpu"))), gram(merged))
+
+
+def test_between_micro_batches_a_gram_is_float64() -> None:
+    merged = Moments(1, torch.tensor([2.0**24]), torch.tensor([[2.0**24]], dtype=torch.float64))
+    for _ in range(1000):
+        merged = merged + Moments.of(torch.tensor([[0.5]]), gram=True)
+    assert gram(merged).item() == 2**24 + 250.0
+
+
+def test_what_is_merged_has_a_gram_throughout() -> None:
+    without, having = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7), gram=True)
+    for first, second in ((without, having), (having, without)):
+        with pytest.raises(AssertionError, match="throughout"):
+            first + second
+        with pytest.raises(ValueError):
+            mixed([(first, HALF), (second, HALF)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 99)), min_size=2, max_size=4), st.integers(0, 99))
+def test_a_mixture_scales_its_grams_as_its_squares(shape: list[tuple[int, int]], seed: int) -> None:
+    whole = sum(weight for _, weight in shape)
+    parts = [
+        (Moments.of(integers(seed + n, count), gram=True), Fraction(weight, whole))
+        for n, (count, weight) in enumerate(shape)
+    ]
+    found = mixed(parts)
+    assert torch.equal(gram(found).diagonal(), found.sumsq_I), "the same factors, to the bit"
+    total = sum(count for count, _ in shape)
+    means = [float(weight) * gram(part) / part.tokens for part, weight in parts if part.tokens]
+    expected = torch.stack(means).sum(0) * total if means else torch.zeros(6, 6, dtype=torch.float64)
+    # rounded once a product and a sum, relative to the squares: products of both signs cancel
+    assert ((gram(found) - expected).abs() <= 1e-14 * total * 100).all()
+
+
+def test_a_mixture_of_grams_leaves_its_parts_as_they_were() -> None:
+    parts = [(Moments.of(tokens(n, 5 + n), gram=True), HALF) for n in range(2)]
+    before = [gram(part).clone() for part, _ in parts]
+    mixed(parts)
+    parts[0][0] + parts[1][0]
+    assert all(torch.equal(gram(part), old) for (part, _), old in zip(parts, before, strict=True))

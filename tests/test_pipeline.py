@@ -38,10 +38,10 @@ class Outcome:
 def outcome(prepared: Prepared, pipeline: Pipeline) -> Outcome:
     assert prepared.evaluation is not None
     gather(prepared, pipeline, VARIANTS)
-    masks, likelihoods = {}, {"dense": pipeline.likelihood(prepared.evaluation)}
+    masks, likelihoods = {}, {"dense": pipeline.likelihood(prepared.evaluation.rows)}
     for variant in VARIANTS:
         masks[variant.label] = make_masks(prepared, pipeline, variant)
-        likelihoods[variant.label] = pipeline.likelihood(prepared.evaluation, variant.key)
+        likelihoods[variant.label] = pipeline.likelihood(prepared.evaluation.rows, variant.key)
         pipeline.release(variant.key)
     return Outcome(stored_moments(prepared), masks, likelihoods)
 
@@ -102,9 +102,9 @@ def test_a_model_of_few_positions_is_scored(tmp_path: Path) -> None:
         only_english = {"perplexity": {"languages": ["en"], "lines": 20}}
         prepared = ready(tmp_path / str(positions), model, evaluation=only_english)
         assert prepared.evaluation is not None
-        assert sum(batch.tokens for batch in prepared.evaluation.batches) > 2 * 400
+        assert sum(batch.tokens for batch in prepared.evaluation.rows.batches) > 2 * 400
         with opened(prepared) as pipeline:
-            likelihoods.append(pipeline.likelihood(prepared.evaluation))
+            likelihoods.append(pipeline.likelihood(prepared.evaluation.rows))
     assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-6)
 
 
@@ -227,7 +227,7 @@ def batches(count: int) -> list[Batch]:
 def test_chunks_are_under_way_in_every_shard_at_once() -> None:
     pipeline = Dry()
     steps: list[tuple[int, int]] = []
-    list(pipeline._pass("likelihood", batches(24), lambda done, total: steps.append((done, total))))
+    list(pipeline._pass("likelihood", batches(24), lambda done, total: steps.append((done, total)), {}))
     asked_before_first_answer = pipeline.events[: pipeline.events.index(("get", -1))]
     assert asked_before_first_answer == [("forward", 0), ("forward", 1), ("likelihood", 2)] * 6
     assert steps == [(done, 24) for done in range(2, 25, 2)]
@@ -262,8 +262,8 @@ def test_logits_are_never_made_for_many_tokens_at_once(tmp_path: Path, monkeypat
     prepared = ready(tmp_path)
     assert prepared.evaluation is not None
     with opened(prepared) as pipeline:
-        pipeline.likelihood(prepared.evaluation)
-    tokens = [sum(length - 1 for length in batch.lengths) for batch in prepared.evaluation.batches]
+        pipeline.likelihood(prepared.evaluation.rows)
+    tokens = [sum(length - 1 for length in batch.lengths) for batch in prepared.evaluation.rows.batches]
     assert max(tokens) > LOGIT_TOKENS >= max(made), "each micro-batch at once, or none that is large"
     assert sum(made) == sum(tokens), "no pad, and no token twice"
 
@@ -284,14 +284,14 @@ def test_a_trial_leaves_no_mask_behind(tmp_path: Path) -> None:
 
 def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
     prepared = ready(tmp_path)
-    calibration, evaluation = prepared.sets["translation:en-fr"], prepared.evaluation
-    assert evaluation is not None
+    calibration, suite = prepared.sets["translation:en-fr"], prepared.evaluation
+    assert suite is not None
     assert any(batch.tokens < batch.input_ids.numel() for batch in calibration.batches), "nothing is padded"
 
     def found(worker: ShardWorker, pad: int) -> tuple[Any, Any]:
         padded = [_with_pads(batch, pad) for batch in calibration.batches]
         worker.forward(padded, None, gather=[str(pad)] * len(padded))
-        nll = worker.likelihood([_with_pads(batch, pad) for batch in evaluation.batches], None)
+        nll = worker.likelihood([_with_pads(batch, pad) for batch in suite.rows.batches], None)
         moments = worker._gathering[str(pad)]
         return [m.sumsq_I for layer in moments.values() for m in layer.values()], nll
 

@@ -7,7 +7,8 @@ import pytest
 
 from mlprune.config import SweepSpec, spec_from
 from mlprune.errors import ModelError
-from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare, variants_of
+from mlprune.grid import variants_of
+from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare
 from mlprune.store import Result
 from mlprune.sweep import SweepOutcome, run_sweep
 from mlprune.trial import run_dense, run_trial

@@ -13,15 +13,18 @@ PACKAGE = Path(mlprune.__file__).parent
 # a module may import what stands before it, on its own floor or on one below
 LAYOUT = """
     mlprune errors languages variants config console
-    pruning pruning.moments pruning.scores pruning.masks
-    data data.corpora data.demonstrations data.calibration
+    pruning pruning.moments pruning.masks pruning.sparsegpt pruning.scores pruning.allocation
+    data data.corpora data.code data.demonstrations data.calibration data.questions
     models models.quiet models.demo models.source models.hollow models.matrices models.memory
-    models.replay models.residency models.zero
+    models.cache models.replay models.residency models.zero
     store
-    shards shards.machine shards.shape shards.masking shards.worker shards.memory shards.planner shards.forecast
-    shards.pipeline shards.actors
-    evaluation evaluation.perplexity analysis analysis.pictures export
-    prepare trial tracking tuning sweep winner scale
+    shards shards.machine shards.shape shards.masking shards.features shards.decoding shards.worker
+    shards.memory shards.planner shards.forecast shards.pipeline shards.actors
+    evaluation evaluation.items evaluation.significance evaluation.consistency evaluation.perplexity
+    evaluation.harness_model evaluation.harness
+    evaluation.choices evaluation.translation evaluation.suite analysis analysis.pictures
+    analysis.features analysis.feature_pictures export
+    grid asked prepare trial tracking tuning sweep winner scale comparison study
     report cli __main__
 """
 FLOORS = LAYOUT.split()
@@ -37,6 +40,9 @@ DOORS = {
     "matplotlib": ("mlprune.analysis.",),
     "gguf": ("mlprune.models.",),
     "langcodes": ("mlprune.languages",),
+    "scipy": ("mlprune.evaluation.significance",),
+    "sacrebleu": ("mlprune.evaluation.",),
+    "lm_eval": ("mlprune.evaluation.harness", "mlprune.evaluation.harness_model"),
 }
 
 

@@ -213,7 +213,7 @@ def test_the_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: p
 
 
 def result(key: str = "abc") -> Result:
-    return Result(key, VARIANT, {"bits.fr": 1 / 3, "sparsity.actual": 0.5}, "f00d", ("0.mlp.experts.up.3",))
+    return Result(key, VARIANT, {"bits.fr": 1 / 3, "sparsity.actual": 0.5}, "f00d", ("0.mlp.experts.up.3",), "[1]")
 
 
 def test_results_come_back(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_results_come_back(tmp_path: Path) -> None:
 def test_a_half_written_result_is_none(tmp_path: Path) -> None:
     results = ResultStore(tmp_path)
     results.save(result())
-    file = tmp_path / "abc.json"
+    file = tmp_path / "results" / "abc.json"
     content = file.read_bytes()
     for length in range(len(content)):
         file.write_bytes(content[:length])
@@ -238,16 +238,24 @@ def test_a_half_written_result_is_none(tmp_path: Path) -> None:
     assert results.load("abc") == result()
 
 
+def test_a_result_without_what_was_answered_is_none(tmp_path: Path) -> None:
+    results = ResultStore(tmp_path)
+    results.save(result())
+    results.items_file("abc").unlink()
+    assert results.load("abc") is None
+
+
 @pytest.mark.parametrize("text", ["", "null", "[]", "3", "{}", "\xff", '{"variant": {"score": "wanda"}}'])
 def test_a_result_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "abc.json").write_bytes(text.encode("latin-1"))
+    ResultStore(tmp_path).save(result())
+    (tmp_path / "results" / "abc.json").write_bytes(text.encode("latin-1"))
     assert ResultStore(tmp_path).load("abc") is None
 
 
 def test_a_result_of_another_variants_fields_is_none(tmp_path: Path) -> None:
     ResultStore(tmp_path).save(result())
-    file = tmp_path / "abc.json"
+    file = tmp_path / "results" / "abc.json"
     values = json.loads(file.read_text())
-    values["variant"]["allocation"] = "owl"  # of a later version: not this trial's
+    values["variant"]["rotation"] = "quarot"  # of a later version: not this trial's
     file.write_text(json.dumps(values))
     assert ResultStore(tmp_path).load("abc") is None

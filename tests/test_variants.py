@@ -17,7 +17,7 @@ from mlprune.variants import Calibration, Demonstration, Pattern, Variant
 
 HALF = Fraction(1, 2)
 VARIANT = Variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
-FORMS = "write mono:fr, translation:en-fr or mix:KIND=WEIGHT,..."
+FORMS = "write mono:fr, translation:en-fr, code or mix:KIND=WEIGHT,..."
 NO_CODE = "not an ISO 639 code of a language"
 
 # text as written -> text in canonical form

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from mlprune import export
 from mlprune.errors import StorageError
-from mlprune.evaluation.perplexity import evaluate, metrics
 from mlprune.models.quiet import quiet_transformers
 from mlprune.prepare import gather, make_masks
+from mlprune.trial import scores_of
 from mlprune.variants import Variant
 from mlprune.winner import evaluate_checkpoint, prune
 from tests.tiny_models import config, save, source
-from tests.work import MIXED, RANDOM, SEQUENTIAL, SPARSE_2_4, WANDA, opened, ready
+from tests.work import CONTRASTIVE, MIXED, OWL, RANDOM, SEQUENTIAL, SPARSE_2_4, SPARSEGPT, WANDA, opened, ready
 
 
 def evaluated(storage: Path, model: Any, variant: Variant) -> dict[str, float]:
@@ -25,7 +25,7 @@ def evaluated(storage: Path, model: Any, variant: Variant) -> dict[str, float]:
     with opened(prepared) as pipeline:
         gather(prepared, pipeline, [variant])
         make_masks(prepared, pipeline, variant)
-        return metrics(evaluate(pipeline, prepared.evaluation, variant.key))
+        return scores_of(prepared.evaluation.run(pipeline, variant.key))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,10 @@ def evaluated(storage: Path, model: Any, variant: Variant) -> dict[str, float]:
         ("qwen3_moe", RANDOM),
         ("gemma3_text", WANDA),
         ("xglm", SEQUENTIAL),
+        ("llama", OWL),
+        ("bloom", CONTRASTIVE),
+        ("gpt2", SPARSEGPT),
+        ("mixtral", SPARSEGPT),
     ],
     ids=str,
 )

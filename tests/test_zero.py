@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch, EvaluationSet
+from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
+from mlprune.evaluation.suite import Suite
 from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import ALONE, Ranks
 from mlprune.models.source import ModelSource
@@ -78,7 +79,7 @@ def test_weights_that_wait_elsewhere_give_the_same_bits(form: str, resident: Any
 def test_a_chunk_brings_each_layer_once_ahead(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[tuple[int, int, int]] = []  # the layer that works, how many were sent for, and are coming
     run, prepared = ReplayModel.run, offloaded(tmp_path, place)
-    chunks, evaluation = Chunks(2 * MICRO_BATCH_TOKENS, few=True), cast(EvaluationSet, prepared.evaluation)
+    chunks, evaluation = Chunks(2 * MICRO_BATCH_TOKENS, few=True), cast(Suite, prepared.evaluation).rows
     count = len(list(chunks.of(evaluation.batches, 1, masked=True)))
     assert 1 < count < len(evaluation.batches)
     with opened(prepared) as pipeline:
@@ -288,7 +289,7 @@ def test_ranks_over_a_disk_compute_what_one_does_even_without_work(resident: Any
 
 
 def of_one_micro_batch(prepared: Prepared, pipeline: Pipeline) -> list[Any]:
-    calibration, evaluation = prepared.sets["translation:en-fr"], cast(EvaluationSet, prepared.evaluation)
+    calibration, evaluation = prepared.sets["translation:en-fr"], cast(Suite, prepared.evaluation).rows
     short = replace(calibration, batches=calibration.batches[:1])
     pipeline.gather([short])
     sequential = pipeline.prune_sequentially(prepared.recipe(SEQUENTIAL), [short])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mlprune.config import spec_from
+from mlprune.grid import variant_of
 from mlprune.models.source import ModelSource
-from mlprune.prepare import Prepared, prepare, variant_of
+from mlprune.prepare import Prepared, prepare
 from mlprune.shards.actors import RayPipeline
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import ShardWorker
@@ -28,7 +29,10 @@ MIXED_SEQUENTIAL = variant_of(
     "mix:translation:en-fr=0.25,mono:hi=0.75", "wanda", 0.3, "unstructured", "sequential"
 )
 RANDOM = variant_of(None, "random", 0.4, "unstructured", "dense")
-VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM)
+CONTRASTIVE = variant_of(None, "contrastive:translation:en-fr/code", 0.4, "unstructured", "dense")
+OWL = variant_of("mono:hi", "wanda", 0.5, "unstructured", "sequential", "owl")
+SPARSEGPT = variant_of("translation:en-fr", "sparsegpt", 0.5, "unstructured", "sequential")
+VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM, CONTRASTIVE, OWL, SPARSEGPT)
 
 
 def ready(

@@ -2,8 +2,9 @@
 
 A calibration prompt is tokenised as `tokenizer(text, truncation=True, max_length=max_tokens)`, with nothing
 added, so that a manifest of line numbers is enough for anyone to make the same tokens. The paper's code pads
-every prompt to the full length and keeps one mask for all; here rows are padded only to the longest of their
-micro-batch, and each batch has its own lengths.
+every prompt to the full length and calls the model without a mask, so that pads are attended to and counted; here
+that is `count_padding`, to be asked for. Else rows are padded only to the longest of their micro-batch, and each
+batch has its own lengths.
 
 Shapes: B rows of a micro-batch, T tokens of its longest row.
 """
@@ -11,14 +12,16 @@ Shapes: B rows of a micro-batch, T tokens of its longest row.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mlprune.data.code import CodeFiles
 from mlprune.data.corpora import KEY, Corpus, held_out
-from mlprune.data.demonstrations import prompt, sample_lines
+from mlprune.data.demonstrations import prompt, sample_files, sample_lines
 from mlprune.errors import CorpusError, ModelError
 from mlprune.variants import Demonstration
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MICRO_BATCH_TOKENS = 1024  # pads included: what bounds the activations of a layer; smaller batches have fewer pads
+# Of a file of code this many characters a token that is kept are tokenised: a token has three or four, so the ids
+# are those of the whole file, at a fraction of the time.
+CODE_CHARACTERS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +41,20 @@ class Batch:
     input_ids: Tensor  # [B, T] int64
     lengths: tuple[int, ...]  # tokens of each row
     rows: tuple[int, ...]  # index of each row's prompt, or line, in the set
+    starts: tuple[int, ...] = ()  # of each row the first token that is scored, from 1 on; () is 1 for all
 
     @property
     def attention_mask(self) -> Tensor:
         """[B, T] int64: 1 for a token, 0 for a pad."""
         positions_T = torch.arange(self.input_ids.shape[1])
         return (positions_T < torch.tensor(self.lengths)[:, None]).long()
+
+    @property
+    def scored_mask(self) -> Tensor:
+        """[B, T] bool: where the state tells a token that is scored, the one after it."""
+        told_T = torch.arange(1, self.input_ids.shape[1] + 1)
+        starts_B = torch.tensor(self.starts or [1] * len(self.rows))
+        return (told_T >= starts_B[:, None]) & (told_T < torch.tensor(self.lengths)[:, None])
 
     @property
     def tokens(self) -> int:
@@ -50,16 +64,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One calibration prompt, and where its text comes from."""
+    """One calibration prompt, and where its text comes from: lines of a corpus, or a file of code."""
 
     kind: str  # the demonstration, as translation:en-fr
-    corpus: str  # its name
-    lines: tuple[int, ...]  # numbers from 1
-    ids: tuple[int, ...]
+    corpus: str  # its name, or the code's
+    ids: tuple[int, ...]  # without pads
+    lines: tuple[int, ...] = ()  # numbers from 1
+    source: str = ""  # of code: the file's path, or the row
+    sha256: str = ""  # of code: of the file's whole text, hex
 
     def manifest(self) -> dict[str, object]:
         """What it takes to make the prompt again: plain values for JSON."""
-        return {"corpus": self.corpus, "kind": self.kind, "lines": list(self.lines), "tokens": len(self.ids)}
+        lines = {"lines": list(self.lines)}
+        text = {"source": self.source, "sha256": self.sha256}
+        about = text if self.kind == "code" else lines
+        return {"corpus": self.corpus, "kind": self.kind, **about, "tokens": len(self.ids)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +91,7 @@ class CalibrationSet:
 
     @property
     def tokens(self) -> int:
-        """Tokens without pads."""
+        """Tokens that count: pads are none, unless they were asked to count."""
         return sum(batch.tokens for batch in self.batches)
 
 
@@ -93,9 +112,25 @@ class EvaluationSet:
     batches: tuple[Batch, ...]
     key: str
 
+    @property
+    def count(self) -> int:
+        return len(self.lines)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSet:
+    """Token rows to be scored: of each, the likelihood of its tokens from its start on.
+
+    `key` is a content hash of token ids, starts and batch layout.
+    """
+
+    count: int
+    batches: tuple[Batch, ...]
+    key: str
+
 
 def calibration_set(
-    corpus: Corpus,
+    corpus: Corpus | None,
     demonstration: Demonstration,
     tokenizer: "PreTrainedTokenizerBase",
     *,
@@ -104,21 +139,54 @@ def calibration_set(
     max_tokens: int,
     seed: int,
     pad_free: bool = False,
+    template: str = "{language}: {text}",
+    separator: str | None = None,
+    count_padding: bool = False,
+    code: CodeFiles | None = None,
 ) -> CalibrationSet:
-    """`samples` prompts of `shots` lines, each cut to `max_tokens` tokens.
+    """`samples` prompts of `shots` lines of `corpus`, or of a file of `code`, each cut to `max_tokens` tokens.
 
-    Raises CorpusError when lines or a language are wanting, ModelError when the tokenizer has no
-    end-of-sequence token. `pad_free`: see `_batches`.
+    A line is set out by `template` (see `check_template`), and `separator` follows it: None is the tokenizer's
+    end-of-sequence token. `count_padding`, as the paper's code has it: prompts are padded to `max_tokens` on the
+    tokenizer's side, and pads count as tokens. `pad_free`: see `_batches`.
+
+    Raises CorpusError when lines, files or a language are wanting, ModelError when the tokenizer lacks the
+    end-of-sequence token, or one to pad with.
     """
-    if tokenizer.eos_token is None:
-        raise _tokenizer_error(tokenizer, "has no end-of-sequence token, which ends each line of a prompt")
-    prompts = []
-    for lines in sample_lines(corpus, samples, shots, seed):
-        text = prompt(corpus, demonstration, lines, tokenizer.eos_token)
-        ids = tokenizer(text, truncation=True, max_length=max_tokens).input_ids
-        prompts.append(Prompt(str(demonstration), corpus.name, tuple(line + 1 for line in lines), tuple(ids)))
-    batches = _batches([made.ids for made in prompts], _pad_id(tokenizer), pad_free)
+
+    def ids_of(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, truncation=True, max_length=max_tokens).input_ids)
+
+    if demonstration.kind == "code":
+        assert code is not None
+        prompts = [
+            Prompt("code", code.name, ids_of(text[: CODE_CHARACTERS * max_tokens]), (), source, _sha256(text))
+            for source, text in sample_files(code, samples, seed)
+        ]
+    else:
+        assert corpus is not None
+        ends = end_of_line(tokenizer) if separator is None else separator
+        set_out = partial(prompt, corpus, demonstration, template=template, separator=ends)
+        prompts = [
+            Prompt(str(demonstration), corpus.name, ids_of(set_out(lines)), tuple(line + 1 for line in lines))
+            for lines in sample_lines(corpus, samples, shots, seed)
+        ]
+    rows = [made.ids for made in prompts]
+    if count_padding:
+        rows = _padded(rows, max_tokens, tokenizer)
+    batches = _batches(rows, pad_id(tokenizer), pad_free)
     return CalibrationSet(tuple(prompts), batches, _key(batches))
+
+
+def _padded(
+    rows: Sequence[tuple[int, ...]], max_tokens: int, tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[int, ...]]:
+    """As `tokenizer(..., padding="max_length")`; no token is added to a vocabulary that lacks one to pad with."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise _tokenizer_error(tokenizer, "has no token to pad with, which calibration.count_padding needs")
+    pads = [(pad_id(tokenizer),) * (max_tokens - len(row)) for row in rows]
+    left = tokenizer.padding_side == "left"
+    return [pad + row if left else row + pad for pad, row in zip(pads, rows, strict=True)]
 
 
 def evaluation_set(
@@ -139,7 +207,7 @@ def evaluation_set(
     if lines > len(kept):
         remedy = f"the corpus {corpus.name!r} of {len(corpus)} lines holds out {len(kept)}; ask for no more"
         raise CorpusError("evaluation.perplexity.lines", lines, remedy)
-    context = _context_id(tokenizer)
+    context = context_id(tokenizer)
     about, rows = [], []
     for language in languages:
         column = corpus.column(language, "evaluation.perplexity.languages")
@@ -148,8 +216,19 @@ def evaluation_set(
             rows.append([context, *tokenizer(text, add_special_tokens=False).input_ids])
             about.append(Line(language, index + 1, len(text.encode())))
             _check_fits(corpus, about[-1], len(rows[-1]), max_positions)
-    batches = _batches(rows, _pad_id(tokenizer), pad_free)
-    return EvaluationSet(tuple(about), batches, _key(batches, about))
+    batches = _batches(rows, pad_id(tokenizer), pad_free)
+    return EvaluationSet(tuple(about), batches, _key(batches, [astuple(line) for line in about]))
+
+
+def row_set(rows: Sequence[Sequence[int]], starts: Sequence[int], pad: int, pad_free: bool = False) -> RowSet:
+    """Rows of token ids, each to be scored from its start on: at least 1, and before the row's end.
+
+    `pad`: any id of the vocabulary, as `pad_id` tells. `pad_free`: see `_batches`.
+    """
+    assert all(1 <= start < len(row) for row, start in zip(rows, starts, strict=True))
+    plain = _batches(rows, pad, pad_free)
+    batches = tuple(replace(batch, starts=tuple(starts[row] for row in batch.rows)) for batch in plain)
+    return RowSet(len(rows), batches, _key(batches, starts))
 
 
 def _check_fits(corpus: Corpus, line: Line, tokens: int, max_positions: int | None) -> None:
@@ -180,25 +259,37 @@ def _batch(rows: Sequence[Sequence[int]], group: Sequence[int], pad: int) -> Bat
     return Batch(torch.tensor(padded, dtype=torch.int64), lengths, tuple(group))
 
 
-def _key(batches: Sequence[Batch], lines: Sequence[Line] = ()) -> str:
-    """A content hash, the same in every process: 32 hex digits."""
+def _key(batches: Sequence[Batch], about: Sequence[object] = ()) -> str:
+    """A content hash of the batches and what else there is to tell, the same in every process: 32 hex digits."""
     layout = [[batch.rows, batch.lengths, batch.input_ids.tolist()] for batch in batches]
-    about = [[line.language, line.number, line.bytes] for line in lines]
-    return hashlib.sha256(json.dumps([layout, about]).encode()).hexdigest()[:32]
+    return _sha256(json.dumps([layout, list(about)]))[:32]
 
 
-def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Any id that is in the vocabulary will do: no pad is attended to or counted."""
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Any id that is in the vocabulary will do where no pad is attended to or counted."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in candidates if token is not None))
 
 
-def _context_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token before a line, so that the line's first token has a likelihood too."""
+def context_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token before a line, so that the line's first token has a likelihood too.
+
+    Raises ModelError when the tokenizer has none.
+    """
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     raise _tokenizer_error(tokenizer, "has no begin- or end-of-sequence token to put before a line")
+
+
+def end_of_line(tokenizer: "PreTrainedTokenizerBase") -> str:
+    if tokenizer.eos_token is None:
+        raise _tokenizer_error(tokenizer, "has no end-of-sequence token, which ends each line of a prompt")
+    return str(tokenizer.eos_token)
 
 
 def _tokenizer_error(tokenizer: "PreTrainedTokenizerBase", fault: str) -> ModelError:

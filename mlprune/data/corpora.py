@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlprune.errors import CorpusError
 
+T = TypeVar("T")
 SAMPLE = Path(__file__).parent / "sample"
 KEY = "calibration.corpus"
 DOCUMENT = "document"
@@ -32,12 +33,14 @@ TRANSLATION = "translation"  # a column of dicts, language -> text
 # Without document ids this many neighbouring lines count as one, since neighbours share their context.
 BLOCK_LINES = 10
 
+PATH_STARTS = ("/", "./", "../", "~")  # what begins so is never looked for on the hub
+
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one; UTF-8 cannot
 
 # What a source has, each column read only when it is called for: language (or "document") -> its values.
 _Columns = Mapping[str, Callable[[], Sequence[object]]]
 # Remedy in, error out: the key and the corpus are already in it.
-_Fault = Callable[[str], CorpusError]
+Fault = Callable[[str], CorpusError]
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(name for name in names if name != DOCUMENT) or "no language"
 
 
-def _check_lengths(lengths: Mapping[str, int], fault: _Fault) -> None:
+def _check_lengths(lengths: Mapping[str, int], fault: Fault) -> None:
     first, count = next(iter(lengths.items()))
     if not count:
         raise fault("has no lines")
@@ -133,54 +136,63 @@ def _check_lengths(lengths: Mapping[str, int], fault: _Fault) -> None:
             raise fault(remedy)
 
 
-def _texts(values: Sequence[object], name: str, fault: _Fault) -> tuple[str, ...]:
+def _texts(values: Sequence[object], name: str, fault: Fault) -> tuple[str, ...]:
     """The column as strings; document ids may be numbers. A line that says nothing is refused.
 
     Refused, not skipped: otherwise the lines that a run uses would depend on the languages that it asks for.
     """
     texts = []
     for number, value in enumerate(values, 1):
-        text = str(value) if name == DOCUMENT and isinstance(value, int) else value
-        if text is not None and not isinstance(text, str):
-            raise fault(f"line {number} of {name} is {type(text).__name__}, not text")
-        if not text or not text.strip():
+        value = str(value) if name == DOCUMENT and isinstance(value, int) else value
+        texts.append(checked_text(value, number, name, fault))
+        if not texts[-1].strip():
             raise fault(f"line {number} of {name} is empty; remove the line from every language")
-        if _SURROGATE.search(text):
-            raise fault(f"line {number} of {name} has half a character; mend its \\ud... escapes")
-        texts.append(text)
     return tuple(texts)
 
 
-def _columns(where: str, fault: _Fault) -> _Columns:
+def checked_text(value: object, number: int, name: str, fault: Fault) -> str:
+    """A value of the column `name` as text that has a UTF-8 form; None is empty."""
+    if value is not None and not isinstance(value, str):
+        raise fault(f"line {number} of {name} is {type(value).__name__}, not text")
+    if value and _SURROGATE.search(value):
+        raise fault(f"line {number} of {name} has half a character; mend its \\ud... escapes")
+    return value or ""
+
+
+def _columns(where: str, fault: Fault) -> _Columns:
     """Tells the five forms apart. What is on the disk goes before what may be on the hub."""
     path = SAMPLE if where == "sample" else Path(where)
     if path.is_dir():
-        saved = ("state.json", "dataset_info.json", "dataset_dict.json")
-        return _saved(path, fault) if any((path / name).exists() for name in saved) else _folder(path, fault)
+        return _dataset(where, fault) if is_saved(path, fault) else _folder(path, fault)
     if path.is_file() and path.suffix not in _FILES:
         raise fault("not a corpus; give a folder of aligned fr.txt, hi.txt, ..., or a .tsv or .jsonl file")
     if path.is_file():
         return _FILES[path.suffix](path, fault)
-    if path.suffix in _FILES or where.startswith(("/", "./", "../", "~")):
+    if path.suffix in _FILES or where.startswith(PATH_STARTS):
         raise fault("no such file or folder")
-    return _hub(where, fault)
+    return _dataset(where, fault)
 
 
-def _lines(path: Path, fault: _Fault) -> list[str]:
-    """A file's lines, verbatim but for the line end, which may be CRLF, and a byte order mark."""
+def read_text(path: Path, fault: Fault) -> str:
+    """A file's text, verbatim but for a byte order mark."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise fault(f"{path.name} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise fault(f"{path.name} is not UTF-8 at byte {error.start}; convert it") from error
+
+
+def _lines(path: Path, fault: Fault) -> list[str]:
+    """A file's lines, without the line end, which may be CRLF."""
+    text = read_text(path, fault)
     lines = text.removesuffix("\n").split("\n") if text else []
     if not lines:
-        raise fault(f"{path.name} is empty; it needs a line for every line of the others")
+        raise fault(f"{path.name} is empty; write a line for every line of text")
     return [line.removesuffix("\r") for line in lines]
 
 
-def _folder(path: Path, fault: _Fault) -> _Columns:
+def _folder(path: Path, fault: Fault) -> _Columns:
     files = {file.stem: file for file in sorted(path.glob("*.txt")) if _is_code(file.stem)}
     if (ids := path / "DOCUMENT_IDS.tsv").exists():
         files[DOCUMENT] = ids
@@ -192,7 +204,7 @@ def _is_code(stem: str) -> bool:
     return len(stem) in (2, 3) and stem.isalpha() and stem.islower()
 
 
-def _tsv(path: Path, fault: _Fault) -> _Columns:
+def tsv_columns(path: Path, fault: Fault) -> _Columns:
     """Plain tab-separated text under a header: a quotation mark is a character like any other."""
     header, *rows = (line.split("\t") for line in _lines(path, fault))
     if len(set(header)) < len(header):
@@ -208,18 +220,23 @@ def _cells(rows: Sequence[Sequence[str]], index: int) -> list[str]:
     return [row[index] for row in rows]
 
 
-def _jsonl(path: Path, fault: _Fault) -> _Columns:
-    rows = [_parsed(line, number, fault) for number, line in enumerate(_lines(path, fault), 1)]
+def _jsonl(path: Path, fault: Fault) -> _Columns:
+    rows = jsonl_rows(path, fault, '{"en": "...", "fr": "..."}')
     return {name: partial(_members, rows, name) for name in rows[0]}
 
 
-def _parsed(line: str, number: int, fault: _Fault) -> dict[str, object]:
+def jsonl_rows(path: Path, fault: Fault, example: str) -> list[dict[str, object]]:
+    """The objects of a file that has one a line; `example` tells a user what one looks like."""
+    return [_parsed(line, number, fault, example) for number, line in enumerate(_lines(path, fault), 1)]
+
+
+def _parsed(line: str, number: int, fault: Fault, example: str) -> dict[str, object]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise fault(f"line {number} is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict):
-        raise fault(f'line {number} is not an object; write {{"en": "...", "fr": "..."}}')
+        raise fault(f"line {number} is not an object; write {example}")
     return row
 
 
@@ -228,31 +245,39 @@ def _members(rows: Sequence[Mapping[str, object]], name: str) -> list[object]:
     return [row.get(name) for row in rows]
 
 
-_FILES: Mapping[str, Callable[[Path, _Fault], _Columns]] = {".tsv": _tsv, ".jsonl": _jsonl}
+_FILES: Mapping[str, Callable[[Path, Fault], _Columns]] = {".tsv": tsv_columns, ".jsonl": _jsonl}
 
 
-def _saved(path: Path, fault: _Fault) -> _Columns:
+def is_saved(path: Path, fault: Fault) -> bool:
+    """Whether `datasets.save_to_disk` wrote the folder. Raises for a folder of several splits."""
     if (path / "dataset_dict.json").exists():
         raise fault(f"holds several splits; give the folder of one, as {path / 'train'}")
-    return _dataset(lambda datasets: datasets.load_from_disk(str(path)), fault)
+    return any((path / name).exists() for name in ("state.json", "dataset_info.json"))
 
 
-def _hub(where: str, fault: _Fault) -> _Columns:
-    source, _, split = where.partition("@")
-    name, _, config = source.partition(":")
-    return _dataset(lambda datasets: datasets.load_dataset(name, config or None, split=split or "train"), fault)
+def read_dataset(where: str, read: Callable[[Any], T], fault: Fault, instead: str, streaming: bool = False) -> T:
+    """What `read` makes of the dataset `where`: a folder of a saved one, or ID[:CONFIG][@SPLIT] of the hub.
 
-
-def _dataset(load: Callable[[Any], Any], fault: _Fault) -> _Columns:
-    """The one door to `datasets`, imported here since it takes seconds and most runs do without."""
+    The one door to `datasets`, imported here since it takes seconds and most runs do without. `instead` tells
+    a user what else to give. `streaming`: no more is downloaded than is read.
+    """
     import datasets
 
+    source, _, split = where.partition("@")
+    name, _, config = source.partition(":")
     try:
-        dataset = load(datasets)
+        if Path(where).is_dir():
+            return read(datasets.load_from_disk(where))
+        split = split or "train"
+        return read(datasets.load_dataset(name, config or None, split=split, streaming=streaming))
     except Exception as error:  # of many unrelated types: the hub's, the network's, the builder's, pyarrow's
         reason = " ".join(str(error).split()) or type(error).__name__
         remedy = f"cannot be loaded as a Hugging Face dataset ({reason:.200}); check its name, config and split, "
-        raise fault(remedy + "or give a folder or file of parallel text") from error
+        raise fault(f"{remedy}or give {instead}") from error
+
+
+def _dataset(where: str, fault: Fault) -> _Columns:
+    dataset = read_dataset(where, lambda found: found, fault, "a folder or file of parallel text")
     names = dataset.column_names
     columns: dict[str, Callable[[], Sequence[object]]] = {
         name: partial(_dataset_column, dataset, name) for name in names if name != TRANSLATION

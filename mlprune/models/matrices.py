@@ -76,11 +76,13 @@ class Observer:
 
     `before` is what was gathered of the same pass: micro-batches are added to it one by one, so that the sum does
     not depend on where a pass was cut into chunks. `keep` says which tokens of the coming micro-batch count, flat
-    [B * T] bool; None: all of them.
+    [B * T] bool; None: all of them. `gram`: products of channels too.
     """
 
-    def __init__(self, layer: nn.Module, before: Mapping[str, Moments] | None = None) -> None:
-        self.layer = layer
+    def __init__(
+        self, layer: nn.Module, before: Mapping[str, Moments] | None = None, gram: bool = False
+    ) -> None:
+        self.layer, self._gram = layer, gram
         self.keep: Tensor | None = None
         self.moments: dict[str, Moments] = dict(before or {})
         self._handles: list[RemovableHandle] = []
@@ -110,12 +112,12 @@ class Observer:
             input_TI = args[0].reshape(-1, args[0].shape[-1])
             if self.keep is not None:
                 input_TI = input_TI[self.keep]
-            self._last = (args[0], self.keep, Moments.of(input_TI))
+            self._last = (args[0], self.keep, Moments.of(input_TI, self._gram))
         self._add(name, self._last[2])
 
     def _see_routed(self, module_name: str, part: str, expert: int, input_TI: Tensor) -> None:
         assert self.keep is None, "models with experts are given batches without pads: a pad would be routed"
-        self._add(f"{module_name}.{part}.{expert}", Moments.of(input_TI))
+        self._add(f"{module_name}.{part}.{expert}", Moments.of(input_TI, self._gram))
 
     def _add(self, name: str, seen: Moments) -> None:
         self.moments[name] = self.moments[name] + seen if name in self.moments else seen
@@ -126,7 +128,7 @@ class Observer:
         for name, matrix in matrices(self.layer).items():
             data = self.layer.get_parameter(matrix.parameter)
             channels = matrix.view_OI(data).shape[1]
-            result[name] = self.moments.get(name) or Moments.zeros(channels, data.device)
+            result[name] = self.moments.get(name) or Moments.zeros(channels, data.device, self._gram)
         return result
 
 

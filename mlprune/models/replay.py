@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlprune.models.cache import Past
 from mlprune.models.hollow import FAMILIES, Absent, Part, Span, decoder_layers, load_hollow
 from mlprune.models.matrices import is_experts, run_experts
 from mlprune.models.source import ModelSource
@@ -87,10 +88,18 @@ class ReplayModel:
         for index, recorder in enumerate(self._recorders):
             slots[index] = recorder
 
-    def record(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Recorded:
-        """Run everything but the layers, and note what the layers of this shard would be given."""
-        inputs = self._inputs(input_ids_BT, attention_mask_BT)
-        self._model.base_model(**inputs, use_cache=False)
+    def record(self, input_ids_BT: Tensor, attention_mask_BS: Tensor, past: Past | None = None) -> Recorded:
+        """Run everything but the layers, and note what the layers of this shard would be given.
+
+        With a `past`, the mask covers its positions too, and the layers read and write it when they run. Pads then
+        stand before a row's tokens. S: positions of past and new tokens; T without a past.
+        """
+        inputs = self._inputs(input_ids_BT, attention_mask_BS)
+        if past is not None:
+            # a family without positions of this kind takes its own from the mask
+            positions_BS = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions_BS[:, -input_ids_BT.shape[1] :]
+        self._model.base_model(**inputs, past_key_values=past, use_cache=past is not None)
         calls = {index: self._recorders[index].call for index in self.span.layers}
         embedded = self._recorders[0].hidden
         self._forget()
@@ -116,14 +125,14 @@ class ReplayModel:
             self._forget()
         return logits
 
-    def _inputs(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
-        mask_BT = attention_mask_BT.to(self.device)
+    def _inputs(self, input_ids_BT: Tensor, attention_mask_BS: Tensor) -> dict[str, Tensor]:
+        mask_BS = attention_mask_BS.to(self.device)
         if self.span.is_first:
-            return {"input_ids": input_ids_BT.to(self.device), "attention_mask": mask_BT}
+            return {"input_ids": input_ids_BT.to(self.device), "attention_mask": mask_BS}
         # the embedding is not here, and what it would give is not used
         shape = (*input_ids_BT.shape, self._width)
         zeros_BTH = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return {"inputs_embeds": zeros_BTH, "attention_mask": mask_BT}
+        return {"inputs_embeds": zeros_BTH, "attention_mask": mask_BS}
 
     def _forget(self) -> None:
         for recorder in self._recorders:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlprune.models.matrices import matrices
 from mlprune.models.memory import Heap
-from mlprune.pruning.masks import PackedMask
+from mlprune.pruning.masks import PackedMask, PackedWeights
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Resident(Residency):
 
 
 @contextmanager
-def masked_by(layer: nn.Module, masks: Mapping[str, PackedMask] | None) -> Iterator[None]:
+def masked_by(layer: nn.Module, masks: Mapping[str, PackedMask | PackedWeights] | None) -> Iterator[None]:
     """The borrowed layer with `masks` on until the block ends; None leaves it dense."""
     if masks is None:
         yield
@@ -94,12 +94,12 @@ def pruned_parameters(layer: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(matrix.parameter for matrix in matrices(layer).values()))
 
 
-def masked(layer: nn.Module, masks: Mapping[str, PackedMask]) -> dict[str, Tensor]:
-    """Masked copies of the layer's pruned parameters: every dropped weight is +0."""
+def masked(layer: nn.Module, masks: Mapping[str, PackedMask | PackedWeights]) -> dict[str, Tensor]:
+    """The variant's copies of the layer's pruned parameters: every dropped weight is +0."""
     copies = {
         name: layer.get_parameter(name).data.clone(memory_format=torch.preserve_format)
         for name in pruned_parameters(layer)
     }
     for name, matrix in matrices(layer).items():
-        matrix.view_OI(copies[matrix.parameter]).masked_fill_(~masks[name].unpack(), 0)
+        masks[name].apply_(matrix.view_OI(copies[matrix.parameter]))
     return copies

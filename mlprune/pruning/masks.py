@@ -1,4 +1,4 @@
-"""Masks: scores in, which weights stay out; packed to one bit a weight.
+"""Masks: scores in, which weights stay out; packed to one bit a weight, with the weights where those changed.
 
 O: output channels (rows). I: input channels. A mask is True where the weight is kept.
 """
@@ -9,6 +9,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,14 +26,24 @@ def dropped_per_row(width: int, sparsity: float) -> int:
     return math.floor(width * Fraction(str(sparsity)))
 
 
-def keep_mask(score_OI: Tensor, sparsity: float, pattern: Pattern) -> Tensor:
-    """The mask that drops the smallest scores: of each row, or of each group of an n:m pattern.
+def keep_mask(
+    score_OI: Tensor, sparsity: float, pattern: Pattern, within: Literal["row", "matrix"] = "row"
+) -> Tensor:
+    """The mask that drops the smallest scores: of each row or of the whole matrix, or of each group of n:m.
 
-    Of equal scores the one with the lower index is dropped. `score_OI` holds no NaN.
+    `within` says what an unstructured mask compares; an n:m pattern compares within its groups. Of equal scores
+    the one with the lower index is dropped. `score_OI` holds no NaN.
     """
     if pattern.group:
         return _keep_of_groups(score_OI, pattern)
+    if within == "matrix":
+        return keep_all_but(score_OI, dropped_per_row(score_OI.numel(), sparsity))
     return _keep_of_rows(score_OI, dropped_per_row(score_OI.shape[1], sparsity))
+
+
+def keep_all_but(score_OI: Tensor, drop: int) -> Tensor:
+    """The mask that drops the `drop` smallest scores of the matrix, of equal ones the first in row-major order."""
+    return _keep_of_rows(score_OI.reshape(1, -1), drop).reshape(score_OI.shape)
 
 
 def _keep_of_rows(score_OI: Tensor, drop: int) -> Tensor:
@@ -99,3 +110,42 @@ class PackedMask:
 
     def digest(self) -> str:
         return hashlib.sha256(self.bits.cpu().numpy().tobytes()).hexdigest()
+
+    def apply_(self, weight_OI: Tensor) -> None:
+        """Make every dropped weight +0, in place; `weight_OI` may be a view."""
+        weight_OI.masked_fill_(~self.unpack(), 0)
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """A mask and the weights that it keeps, where pruning changed those too. Used as a PackedMask is."""
+
+    mask: PackedMask
+    values: Tensor  # [kept], in row-major order, in the model's dtype
+
+    @classmethod
+    def pack(cls, keep_OI: Tensor, weight_OI: Tensor) -> PackedWeights:
+        """`weight_OI` is in the model's dtype already."""
+        return cls(PackedMask.pack(keep_OI), weight_OI[keep_OI])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.mask.shape
+
+    @property
+    def kept(self) -> int:
+        return self.mask.kept
+
+    @property
+    def dropped(self) -> int:
+        return self.mask.dropped
+
+    def digest(self) -> str:
+        """Of the mask and the values, bit by bit."""
+        digest = hashlib.sha256(self.mask.digest().encode())
+        digest.update(self.values.cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def apply_(self, weight_OI: Tensor) -> None:
+        """Write the changed weights, and +0 elsewhere, in place; `weight_OI` may be a view."""
+        weight_OI.zero_().masked_scatter_(self.mask.unpack(), self.values)

@@ -17,27 +17,40 @@ from torch import Tensor
 class Moments:
     """Tokens seen, and each channel's sum of squares over them (float64). Merged by addition.
 
-    Within a micro-batch the sum is float32 (torch adds pairwise), between micro-batches float64: the
-    order of micro-batches is fixed by the calibration set, so the sum does not depend on the shards.
+    `gram_II`, the sum over the tokens of x x^T (float64), is there only where it was asked for: it is as large as
+    a matrix. What is added or mixed has it throughout or not at all.
+
+    Within a micro-batch the sums are float32 (torch adds squares pairwise; a gram is one product), between
+    micro-batches float64: the order of micro-batches is fixed by the calibration set, so no sum depends on the
+    shards.
     """
 
     tokens: int
     sumsq_I: Tensor
+    gram_II: Tensor | None = None
 
     @classmethod
-    def zeros(cls, channels: int, device: torch.device | str = "cpu") -> Moments:
-        return cls(0, torch.zeros(channels, dtype=torch.float64, device=device))
+    def zeros(cls, channels: int, device: torch.device | str = "cpu", gram: bool = False) -> Moments:
+        sumsq_I = torch.zeros(channels, dtype=torch.float64, device=device)
+        return cls(0, sumsq_I, sumsq_I.new_zeros(channels, channels) if gram else None)
 
     @classmethod
-    def of(cls, input_TI: Tensor) -> Moments:
+    def of(cls, input_TI: Tensor, gram: bool = False) -> Moments:
         values = input_TI.float()
-        return cls(len(values), (values * values).sum(0).double())
+        # squares are summed apart from the gram, so that they have the same bits with one and without
+        sumsq_I = (values * values).sum(0).double()
+        return cls(len(values), sumsq_I, (values.T @ values).double() if gram else None)
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.tokens + other.tokens, self.sumsq_I + other.sumsq_I)
+        tokens, sumsq_I = self.tokens + other.tokens, self.sumsq_I + other.sumsq_I
+        if self.gram_II is None or other.gram_II is None:
+            assert self.gram_II is other.gram_II, "a gram is summed throughout or not at all"
+            return Moments(tokens, sumsq_I)
+        return Moments(tokens, sumsq_I, self.gram_II + other.gram_II)
 
     def to(self, device: torch.device) -> Moments:
-        return Moments(self.tokens, self.sumsq_I.to(device))
+        gram_II = None if self.gram_II is None else self.gram_II.to(device)
+        return Moments(self.tokens, self.sumsq_I.to(device), gram_II)
 
     @property
     def norm_I(self) -> Tensor:
@@ -54,8 +67,14 @@ def mixed(parts: Sequence[tuple[Moments, Fraction]]) -> Moments:
     if len(parts) == 1:
         return parts[0][0]
     total = sum(moments.tokens for moments, _ in parts)
-    sumsq_I = torch.zeros_like(parts[0][0].sumsq_I)
-    for moments, weight in parts:
-        if moments.tokens:
-            sumsq_I += moments.sumsq_I * float(weight * total / moments.tokens)
-    return Moments(total, sumsq_I)
+    factors = [float(weight * total / moments.tokens) if moments.tokens else 0.0 for moments, weight in parts]
+    grams = [moments.gram_II for moments, _ in parts if moments.gram_II is not None]
+    sumsq_I = _scaled_sum([moments.sumsq_I for moments, _ in parts], factors)
+    return Moments(total, sumsq_I, _scaled_sum(grams, factors) if grams else None)
+
+
+def _scaled_sum(sums: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(sums[0])
+    for part, factor in zip(sums, factors, strict=True):
+        total += part * factor
+    return total

@@ -1,4 +1,4 @@
-"""A layer's moments and weights in, a variant's masks of it out."""
+"""A layer's moments and weights in, what a variant makes of its weights out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from mlprune.errors import ModelError
-from mlprune.models.matrices import matrices
-from mlprune.pruning.masks import PackedMask, keep_mask
+from mlprune.models.matrices import Matrix, matrices
+from mlprune.pruning.allocation import outlier_share
+from mlprune.pruning.masks import PackedMask, PackedWeights, keep_mask
 from mlprune.pruning.moments import Moments, mixed
-from mlprune.pruning.scores import score_named
+from mlprune.pruning.scores import SCORES, Score, Solver, score_named
+from mlprune.pruning.sparsegpt import SingularHessianError
 from mlprune.variants import Pattern, Variant
+
+Side = tuple[tuple[str, Fraction], ...]  # of a calibration: key of each set, and its weight
+UNSEEN = cast(Score, SCORES["magnitude"])  # what is left to a solver of an expert that no token reached
+Gathered = Mapping[str, Mapping[str, Moments]]  # of a layer: calibration set key -> matrix -> moments
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,29 @@ class Recipe:
 
     variant: Variant
     seed: int
-    parts: tuple[tuple[str, Fraction], ...] = ()  # calibration set key, weight
+    sides: tuple[Side, ...] = ()
+    ratios: tuple[float, ...] = ()  # the sparsity of each layer of the model, where it is allocated
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of all calibration sets that it reads, each once."""
+        return tuple(dict.fromkeys(key for side in self.sides for key, _ in side))
+
+    @property
+    def rule(self) -> Score | Solver:
+        return score_named(self.variant.score)
+
+    @property
+    def gram(self) -> bool:
+        """Whether it reads products of channels, and not their squares alone."""
+        return isinstance(self.rule, Solver)
+
+    def sparsity(self, layer: int) -> float:
+        return self.ratios[layer] if self.ratios else self.variant.sparsity
+
+    def moments(self, gathered: Gathered, name: str) -> list[Moments]:
+        """A matrix's moments, a side each."""
+        return [mixed([(gathered[key][name], share) for key, share in side]) for side in self.sides]
 
 
 @dataclass(frozen=True)
@@ -36,35 +66,62 @@ class LayerMasks:
     unseen: tuple[str, ...] = ()  # matrices of experts that no calibration token reached
 
 
-def masks_of_layer(
-    index: int,
-    layer: torch.nn.Module,
-    recipe: Recipe,
-    parts: Sequence[tuple[Mapping[str, Moments], Fraction]],
-) -> tuple[Mapping[str, PackedMask], LayerMasks]:
-    """The masks of the borrowed dense layer `index`, and what they came to.
+def outliers_of_layer(layer: torch.nn.Module, recipe: Recipe, gathered: Gathered) -> float:
+    """The share of outliers among the borrowed dense layer's weights times inputs: what OWL allocates by."""
+    return outlier_share(
+        [(_weight(layer, matrix), recipe.moments(gathered, name)[0]) for name, matrix in matrices(layer).items()]
+    )
 
-    `parts` are the moments of each calibration set by matrix, with the set's weight; empty for a score that
-    reads none. Raises ModelError when a score is not finite.
+
+def masks_of_layer(
+    index: int, layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
+) -> tuple[Mapping[str, PackedMask | PackedWeights], LayerMasks]:
+    """The masks (or changed weights) of the borrowed dense layer `index`, and what they came to.
+
+    Raises ModelError when a score is not finite, or a Hessian is singular.
     """
-    variant = recipe.variant
-    score, pattern = score_named(variant.score), Pattern.parse(variant.pattern)
     masks, unseen = {}, []
     for name, matrix in matrices(layer).items():
-        weight_OI = matrix.view_OI(layer.get_parameter(matrix.parameter).data)
-        moments = mixed([(part[name], share) for part, share in parts]) if parts else None
-        if moments is not None and not moments.tokens:
+        sides = recipe.moments(gathered, name)[: recipe.rule.sides]
+        if not all(side.tokens for side in sides):
             unseen.append(f"{index}.{name}")
-        score_OI = score.function(weight_OI, moments, _seed(recipe.seed, index, name))
-        if not torch.isfinite(score_OI.amax()):  # NaN is the largest to amax
-            where = f"layer {index}, {name}"
-            remedy = "the scores are not finite; load the model in float32, or check its weights"
-            raise ModelError("model.dtype", where, remedy)
-        masks[name] = PackedMask.pack(keep_mask(score_OI, variant.sparsity, pattern))
+        masks[name] = _mask(index, name, _weight(layer, matrix), recipe, sides)
     return masks, _summary(masks, unseen)
 
 
-def _summary(masks: Mapping[str, PackedMask], unseen: Sequence[str]) -> LayerMasks:
+def _weight(layer: torch.nn.Module, matrix: Matrix) -> Tensor:
+    return matrix.view_OI(layer.get_parameter(matrix.parameter).data)
+
+
+def _mask(
+    index: int, name: str, weight_OI: Tensor, recipe: Recipe, sides: Sequence[Moments]
+) -> PackedMask | PackedWeights:
+    rule, pattern, sparsity = recipe.rule, Pattern.parse(recipe.variant.pattern), recipe.sparsity(index)
+    where = f"layer {index}, {name}"
+    for side in sides:
+        _check_finite(side.sumsq_I, "the sums of its inputs", where)
+    if isinstance(rule, Solver) and sides[0].tokens:
+        try:
+            keep_OI, changed_OI = rule.function(weight_OI, sides[0], sparsity, pattern)
+        except SingularHessianError:
+            remedy = "its Hessian is not positive definite; raise calibration.samples, or load it in float32"
+            raise ModelError("search.score", f"{recipe.variant.score} at {where}", remedy) from None
+        changed_OI = changed_OI.to(weight_OI.dtype)
+        _check_finite(changed_OI, "the changed weights", where)
+        return PackedWeights.pack(keep_OI, changed_OI)
+    score = rule if isinstance(rule, Score) else UNSEEN
+    score_OI = score.function(weight_OI, sides, _seed(recipe.seed, index, name))
+    _check_finite(score_OI, "the scores", where)
+    return PackedMask.pack(keep_mask(score_OI, sparsity, pattern, score.within))
+
+
+def _check_finite(values: Tensor, what: str, where: str) -> None:
+    if not torch.stack(torch.aminmax(values)).isfinite().all():  # NaN is the largest, and the smallest
+        remedy = f"{what} are not finite; load the model in float32, or check its weights"
+        raise ModelError("model.dtype", where, remedy)
+
+
+def _summary(masks: Mapping[str, PackedMask | PackedWeights], unseen: Sequence[str]) -> LayerMasks:
     return LayerMasks(
         dropped=sum(mask.dropped for mask in masks.values()),
         weights=sum(mask.shape[0] * mask.shape[1] for mask in masks.values()),

@@ -5,6 +5,7 @@ Sizes are bytes, where not said otherwise.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -63,6 +64,8 @@ class Work:
     variants: int  # trials in all
     sequential: int = 0  # of them, those pruned layer by layer
     sequential_tokens: int = 0  # of the largest such variant's calibration sets together
+    solved: int = 0  # of the variants, those whose weights are changed
+    written: int = 0  # tokens of rows that are written at the same time, their prompts included
 
     @property
     def micro_batch(self) -> int:
@@ -94,6 +97,7 @@ class WorkerMemory:
     moments: int
     masks: int
     logits: int
+    writing: int = 0  # keys and values while text is written, and the masked layers that are kept for it
     host: int = 0  # in the machine's memory, where the device is a GPU
     disk: int = 0
 
@@ -133,12 +137,14 @@ def worker_memory(
     return WorkerMemory(
         process=GPU_PROCESS_BYTES if on_gpu else process,
         weights=ends + (here if zero else layers),
-        working=_borrowed(shape, holding, on_gpu) + _working(shape, max(shape.pruned[i] for i in span.layers)),
+        working=_borrowed(shape, holding, on_gpu)
+        + _working(shape, work, max(shape.pruned[index] for index in span.layers)),
         hidden=hidden,
         activations=_activations(shape, work),
-        moments=(len(work.calibration) * widths + gathering) * 8,
-        masks=trials * pruned // 8,
+        moments=(len(work.calibration) * widths + gathering) * 8 + _grams(shape, work),
+        masks=trials * pruned // 8 + min(trials, work.solved) * pruned * item,
         logits=logits * span.is_last,
+        writing=_writing(shape, work, len(span.layers), 0 if zero else layers) * trials,
         host=(process + on_the_way + beside) * on_gpu,
         disk=away if holding.offload == "nvme" else 0,
     )
@@ -160,16 +166,38 @@ def _borrowed(shape: ModelShape, holding: Holding, on_gpu: bool) -> int:
     return _disk_buffers(shape, holding) + max(gathered, BORROWED * layer)  # read from the checkpoint, and packed
 
 
-def _working(shape: ModelShape, largest_layer: int) -> int:
-    """A masked copy of a layer with one mask unpacked; or the scores of one matrix, and what sorts them."""
+def _working(shape: ModelShape, work: Work, largest_layer: int) -> int:
+    """A masked copy of a layer with one mask unpacked; or the scores of one matrix, and what sorts them.
+
+    Or, where weights are changed, a Hessian with its factors, and the matrix with its errors.
+    """
     matrix, item = shape.largest_matrix, shape.dtype.itemsize
-    return max(largest_layer * item + 3 * matrix, matrix * (10 if item == 4 else 14))
+    solving = (shape.intermediate**2 * 8 * 4 + matrix * 4 * 4) * (work.solved > 0)
+    return max(largest_layer * item + 3 * matrix, matrix * (10 if item == 4 else 14), solving)
+
+
+def _writing(shape: ModelShape, work: Work, layers: int, resident: int) -> int:
+    """Of one trial; and as it works a layer's keys and values once more, for all its heads."""
+    if not work.written:
+        return 0
+    all_heads = 2 * shape.hidden * work.micro_batch
+    return (layers * shape.kept * work.written + all_heads) * shape.dtype.itemsize + resident
+
+
+def _grams(shape: ModelShape, work: Work) -> int:
+    """Products of channels at the inputs of the largest layer's matrices, and those of one micro-batch."""
+    if not work.solved:
+        return 0
+    squares: Counter[str] = Counter()
+    for name, width in shape.widths.items():
+        squares[name.partition(".")[0]] += width**2
+    return (max(squares.values()) + 2 * shape.intermediate**2) * 8
 
 
 def _hidden(shape: ModelShape, shards: int, work: Work, holding: Holding, chunks: Chunks, on_gpu: bool) -> int:
     dense = chunks.size(sum(work.calibration), shards, masked=False)
     masked = chunks.size(work.evaluation, shards, masked=True)
-    most = max(dense, masked, work.sequential_tokens, work.micro_batch)
+    most = max(dense, masked, work.sequential_tokens, work.written, work.micro_batch)
     tokens = max(most / holding.ranks, work.micro_batch)  # a micro-batch is not shared out
     return int(tokens * shape.token_bytes * copies_of_hidden(shards, on_gpu))
 

@@ -13,11 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from uuid import uuid4
 
+import torch
 from torch import Tensor
 
-from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet
+from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet, RowSet
 from mlprune.models.hollow import Span
+from mlprune.shards.decoding import Ended, Step, grouped, waves
+from mlprune.shards.features import SharedDrops
 from mlprune.shards.masking import LayerMasks, Recipe
 from mlprune.shards.memory import Chunks
 from mlprune.shards.worker import ShardWorker
@@ -82,7 +86,7 @@ class Pipeline(ABC):
         keys = [made.key for made in sets for _ in made.batches]
         ends = dict(zip(accumulate(len(made.batches) for made in sets), sets, strict=True))
         saved = 0
-        for done, _ in self._pass("forward", batches, progress, gather=keys):
+        for done, _ in self._pass("forward", batches, progress, {}, gather=keys):
             for number in range(saved + 1, done + 1):
                 if number in ends:  # whole: it is not lost if a later set breaks off
                     self.everywhere("save_moments", ends[number].key)
@@ -92,10 +96,35 @@ class Pipeline(ABC):
         """Make a variant's masks from gathered moments: every shard its own, at the same time."""
         return _pruned([layer for part in self.everywhere("mask", recipe) for layer in part])
 
+    def outlier_shares(self, recipe: Recipe) -> list[float]:
+        """Of each layer, the share of outliers by the recipe's first calibration, whose moments are gathered."""
+        return [share for part in self.everywhere("outliers", recipe) for share in part]
+
+    def gather_features(
+        self, sets: Sequence[CalibrationSet], width: int, progress: Progress | None = None
+    ) -> list[Tensor]:
+        """As `gather`; and in the same pass measure what leaves the layers, of the model's hidden width `width`.
+
+        For each set the L2 norm of every channel over a prompt's tokens, summed over the prompts: float64
+        [layers, H].
+        """
+        by_key = {made.key: made for made in sets}
+        self.everywhere("start_features", list(by_key), width)
+        self.gather(list(by_key.values()), progress)
+        parts = self.everywhere("take_features")
+        return [torch.cat([part[made.key] for part in parts]) for made in sets]
+
+    def shared_drops(self, recipes: Sequence[Recipe]) -> list[SharedDrops]:
+        """How much of their masks the variants share, a layer each, from moments that were gathered."""
+        return [layer for part in self.everywhere("shared_drops", recipes) for layer in part]
+
     def prune_sequentially(
         self, recipe: Recipe, sets: Sequence[CalibrationSet], progress: Progress | None = None
     ) -> Pruned:
-        """Make a variant's masks layer by layer, each from inputs that the pruned layers before it computed."""
+        """Make a variant's masks layer by layer, each from inputs that the pruned layers before it computed.
+
+        `sets` are those of `recipe.keys`, in that order.
+        """
         batches = [calibration.batches for calibration in sets]
         hidden = None
         for shard, span in enumerate(self.spans):
@@ -109,16 +138,55 @@ class Pipeline(ABC):
         return _pruned([layer for part in self.everywhere("summary", recipe.variant.key) for layer in part])
 
     def likelihood(
-        self, evaluation: EvaluationSet, variant: str | None = None, progress: Progress | None = None
+        self, rows: RowSet | EvaluationSet, variant: str | None = None, progress: Progress | None = None
     ) -> list[float]:
-        """The negative log-likelihood of each line of the set, in nats; `variant` None is the dense model."""
-        nll = [0.0] * len(evaluation.lines)
-        passing = self._pass("likelihood", evaluation.batches, progress, variant=variant)
+        """The negative log-likelihood of each row's scored tokens, in nats; `variant` None is the dense model."""
+        return self._of_rows(rows, progress, variant=variant)
+
+    def likelihood_and_greedy(
+        self, rows: RowSet, variant: str | None = None, progress: Progress | None = None
+    ) -> list[tuple[float, bool]]:
+        """The same, and whether greedy decoding would have written these very tokens."""
+        told = self._of_rows(rows, progress, variant=variant, greedy=True)
+        return [(nll, bool(greedy)) for nll, greedy in told]
+
+    def _of_rows(self, rows: RowSet | EvaluationSet, progress: Progress | None, **given: Any) -> list[Any]:
+        told: list[Any] = [None] * rows.count
+        passing = self._pass("likelihood", rows.batches, progress, given)
         values = (value for _, chunk in passing for value in chunk)
-        for batch, of_rows in zip(evaluation.batches, values, strict=True):
+        for batch, of_rows in zip(rows.batches, values, strict=True):
             for row, value in zip(batch.rows, of_rows.tolist(), strict=True):
-                nll[row] = value
-        return nll
+                told[row] = value
+        return told
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        ended: Ended,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[int]]:
+        """The greedy continuation of each prompt, of at most `max_new` tokens.
+
+        A row ends with the token after which `ended(row, its new tokens)` is true. No prompt may be longer than the
+        model's positions less `max_new`.
+        """
+        groups = grouped(prompts, max_new)
+        for wave in waves(groups):
+            session = uuid4().hex
+            try:
+                while steps := [group.step() for group in wave if group.open]:
+                    told = self._step(session, steps, variant)
+                    for group in wave:
+                        if group.open:
+                            group.take(told[group.number], ended)
+                    if progress:
+                        progress(len(prompts) - sum(group.open for group in groups), len(prompts))
+            finally:
+                self.everywhere("end_session", session)
+        written = {row: tokens for group in groups for row, tokens in group.written.items()}
+        return [written[row] for row in range(len(prompts))]
 
     def release(self, variant: str) -> None:
         self.everywhere("release", variant)
@@ -144,10 +212,10 @@ class Pipeline(ABC):
         last: str,
         batches: Sequence[Batch],
         progress: Progress | None,
-        variant: str | None = None,
+        given: dict[str, Any],
         gather: Sequence[str] = (),
     ) -> Iterator[tuple[int, list[Tensor]]]:
-        """Send chunks through all shards, the next on its way while one works.
+        """Send chunks through all shards, the next on its way while one works; `given` to the last one's method.
 
         Yields, chunk by chunk, how many micro-batches are done and what the last shard returned. At most two
         chunks a shard are on their way: what waits takes memory.
@@ -162,20 +230,29 @@ class Pipeline(ABC):
                 progress(done, len(batches))
             return done, values
 
-        for chunk in self._chunks.of(batches, len(self.spans), masked=variant is not None):
+        for chunk in self._chunks.of(batches, len(self.spans), masked=given.get("variant") is not None):
             if len(waiting) >= 2 * len(self.spans):
                 yield take()
             keys = gather[sent : sent + len(chunk)]
             sent += len(chunk)
-            waiting.append((self._send(last, chunk, {"gather": keys} if keys else {"variant": variant}), sent))
+            waiting.append((self._send(last, chunk, {"gather": keys} if keys else given), sent))
         while waiting:
             yield take()
 
+    def _step(self, session: str, steps: Sequence[Step], variant: str | None) -> dict[int, list[int]]:
+        """One token more for each group; from the last shard come numbers alone."""
+        promise = None
+        for shard, span in enumerate(self.spans):
+            method = "next_tokens" if span.is_last else "decode"
+            promise = self.call(shard, method, session, steps, promise, variant)
+        return {group: tokens for of_rank in self.get(promise) for group, tokens in of_rank.items()}
+
     def _send(self, last: str, chunk: Sequence[Batch], given: dict[str, Any]) -> Any:
         hidden = None
-        for shard, span in enumerate(self.spans):
-            hidden = self.call(shard, last if span.is_last else "forward", chunk, hidden, **given)
-        return hidden
+        of_all = {name: value for name, value in given.items() if name in ("variant", "gather")}
+        for shard in range(len(self.spans) - 1):
+            hidden = self.call(shard, "forward", chunk, hidden, **of_all)
+        return self.call(len(self.spans) - 1, last, chunk, hidden, **given)
 
 
 def in_order(shares: Sequence[Sequence[Tensor]]) -> list[Tensor]:

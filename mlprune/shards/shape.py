@@ -37,6 +37,7 @@ class ModelShape:
     hidden: int  # hidden width
     intermediate: int  # the widest input of a matrix
     heads: int
+    kept: int  # numbers that a layer keeps of a token: its keys and values
     vocabulary: int
     positions: int | None  # tokens that the model takes at most
     has_experts: bool
@@ -90,11 +91,18 @@ def model_shape(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mode
         hidden=int(text.hidden_size),
         intermediate=max(widths.values()),
         heads=int(text.num_attention_heads),
+        kept=_kept(text),
         vocabulary=len(embedding.weight),
         positions=getattr(text, "max_position_embeddings", None),
         has_experts=any(has_experts(layer) for layer in layers),
         dtype=dtype,
     )
+
+
+def _kept(text: PretrainedConfig) -> int:
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * heads * width)
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import psutil
 import torch
@@ -24,9 +23,11 @@ from mlprune.models.replay import Call, ReplayModel, load_layer
 from mlprune.models.residency import ALONE, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
 from mlprune.models.zero import Offload, Zero
-from mlprune.pruning.masks import PackedMask
+from mlprune.pruning.masks import PackedMask, PackedWeights
 from mlprune.pruning.moments import Moments
-from mlprune.shards.masking import LayerMasks, Recipe, masks_of_layer
+from mlprune.shards.decoding import Session, Step
+from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
+from mlprune.shards.masking import Gathered, LayerMasks, Recipe, masks_of_layer, outliers_of_layer
 from mlprune.store import CorruptMomentsError, MomentStore
 
 # logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte
@@ -70,8 +71,10 @@ class ShardWorker:
         self._logit_tokens = min(LOGIT_TOKENS, self._model.positions or LOGIT_TOKENS)
         self._gathering: dict[str, dict[int, Mapping[str, Moments]]] = {}  # passes that are under way
         self._moments: dict[str, dict[int, Mapping[str, Moments]]] = {}  # of whole passes
-        self._masks: dict[str, dict[int, Mapping[str, PackedMask]]] = {}
+        self._features: dict[str, Tensor] = {}  # calibration set -> float64 [layers of the shard, H]
+        self._masks: dict[str, dict[int, Mapping[str, PackedMask | PackedWeights]]] = {}
         self._summaries: dict[str, list[LayerMasks]] = {}
+        self._sessions: dict[str, Session] = {}
 
     def _reside(self, setup: Setup, dtype: torch.dtype) -> Residency:
         if setup.offload is None:
@@ -124,16 +127,24 @@ class ShardWorker:
                         for number in members:
                             observer.keep = _real_tokens(batches[number], self._model.device)
                             states[number] = self._model.run(layer, states[number], calls[number][index])
+                            self._add_features(key, index, batches[number], states[number])
                     of_set[index] = observer.gathered()
         return [] if gather and self.span.is_last else states
 
     @torch.inference_mode()
     def likelihood(
-        self, batches: Sequence[Batch], hidden: Sequence[Tensor] | None, variant: str | None = None
+        self,
+        batches: Sequence[Batch],
+        hidden: Sequence[Tensor] | None,
+        variant: str | None = None,
+        greedy: bool = False,
     ) -> list[Tensor]:
-        """On the last shard: the negative log-likelihood of each row's tokens after its first, nats, [B]."""
-        states = self.forward(batches, hidden, variant)
-        return [self._nll(batch, state) for batch, state in zip(self._share(batches), states, strict=True)]
+        """On the last shard, of each row's scored tokens: their negative log-likelihood in nats, float64 [B].
+
+        `greedy`: [B, 2]; beside it, 1 where each of them is the likeliest at its place, else 0.
+        """
+        states, share = self.forward(batches, hidden, variant), self._share(batches)
+        return [self._told(batch, state, greedy) for batch, state in zip(share, states, strict=True)]
 
     def _share(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         return batches[self.ranks.rank :: self.ranks.size]
@@ -150,9 +161,12 @@ class ShardWorker:
         parts = [tokens.to(self._model.device), *(seen.sumsq_I for seen in moments.values())]
         total = self._residency.total(torch.cat(parts))
         counts, *sums = torch.split(total, [len(part) for part in parts])
+        grams = [
+            None if seen.gram_II is None else self._residency.total(seen.gram_II) for seen in moments.values()
+        ]
         return {
-            name: Moments(int(count), sumsq_I)
-            for name, count, sumsq_I in zip(moments, counts.tolist(), sums, strict=True)
+            name: Moments(int(count), sumsq_I, gram_II)
+            for name, count, sumsq_I, gram_II in zip(moments, counts.tolist(), sums, grams, strict=True)
         }
 
     def _enter(
@@ -173,23 +187,49 @@ class ShardWorker:
         for number, given in enumerate(calls):
             states[number] = self._model.run(layer, states[number], given[index])
 
-    def _nll(self, batch: Batch, state_BTH: Tensor) -> Tensor:
-        """Each row's sum, float64 [B]. Logits are made for few tokens at a time, and for no pad."""
-        # position t tells token t + 1; a row's last position tells nothing
-        tells_BT = batch.attention_mask.roll(-1, dims=1).bool()
-        tells_BT[:, -1] = False
+    def _told(self, batch: Batch, state_BTH: Tensor, greedy: bool) -> Tensor:
+        """Each row's sum. Logits are made for few tokens at a time, and for no token that is not scored."""
+        tells_BT = batch.scored_mask  # position t tells token t + 1
         target_N = batch.input_ids.roll(-1, dims=1)[tells_BT].to(state_BTH.device)
         state_NH = state_BTH[tells_BT.to(state_BTH.device)]
-        parts = [
-            # the fused kernel is five times faster than logsumexp
-            cross_entropy(self._model.logits(states[None])[0].float(), targets, reduction="none")
-            for states, targets in zip(
-                torch.split(state_NH, self._logit_tokens), torch.split(target_N, self._logit_tokens), strict=True
-            )
-        ]
-        nll_BT = torch.zeros(tells_BT.shape, dtype=torch.float64)
-        nll_BT[tells_BT] = torch.cat(parts).double().cpu()
-        return nll_BT.sum(1)
+        nll, missed = [], []
+        for states, targets in zip(
+            torch.split(state_NH, self._logit_tokens), torch.split(target_N, self._logit_tokens), strict=True
+        ):
+            logits = self._model.logits(states[None])[0].float()
+            nll.append(cross_entropy(logits, targets, reduction="none"))  # five times faster than logsumexp
+            if greedy:
+                missed.append(logits.argmax(1) != targets)
+        told = _row_sums(tells_BT, torch.cat(nll))
+        return torch.stack([told, _row_sums(tells_BT, torch.cat(missed)) == 0], 1) if greedy else told
+
+    # generation
+
+    @torch.inference_mode()
+    def decode(
+        self, session: str, steps: Sequence[Step], hidden: Sequence[Tensor] | None, variant: str | None = None
+    ) -> list[Tensor]:
+        """Pass what each group is given next through the layers, masked by `variant`; see `Session.decode`."""
+        return self._session(session, variant).decode(steps, hidden)
+
+    @torch.inference_mode()
+    def next_tokens(
+        self, session: str, steps: Sequence[Step], hidden: Sequence[Tensor] | None, variant: str | None = None
+    ) -> dict[int, list[int]]:
+        """On the last shard: group -> the likeliest next token of each of its rows."""
+        return self._session(session, variant).next_tokens(steps, hidden)
+
+    def _session(self, session: str, variant: str | None) -> Session:
+        if session not in self._sessions:
+            masks = self._masks[variant] if variant else None
+            self._sessions[session] = Session(self._model, self._residency, self.ranks, masks)
+        return self._sessions[session]
+
+    @torch.inference_mode()
+    def end_session(self, session: str) -> None:
+        """Let go of all that the session keeps, if this shard came to know of it."""
+        if session in self._sessions:
+            self._sessions.pop(session).close()
 
     # moments
 
@@ -233,10 +273,21 @@ class ShardWorker:
         """Make the variant's masks of this shard from the moments it holds; nothing is sent."""
         self.release(recipe.variant.key)
         for index in self.span.layers:
-            parts = [(self._moments[key][index], weight) for key, weight in recipe.parts]
             with self._residency.borrow(index, self._next(index)) as layer:
-                self._make_masks(index, layer, recipe, parts)
+                self._make_masks(index, layer, recipe, self._gathered(recipe, index))
         return self.summary(recipe.variant.key)
+
+    @torch.inference_mode()
+    def outliers(self, recipe: Recipe) -> list[float]:
+        """The share of outliers in each layer of this shard, from the moments that it holds."""
+        shares = []
+        for index in self.span.layers:
+            with self._residency.borrow(index, self._next(index)) as layer:
+                shares.append(outliers_of_layer(layer, recipe, self._gathered(recipe, index)))
+        return shares
+
+    def _gathered(self, recipe: Recipe, index: int) -> Gathered:
+        return {key: self._moments[key][index] for key in recipe.keys}
 
     @torch.inference_mode()
     def prune_through(
@@ -248,8 +299,8 @@ class ShardWorker:
     ) -> list[list[Tensor]]:
         """Sequential pruning: a layer's moments come from inputs that the pruned layers before it computed.
 
-        `layers` are the next of this shard's. `batches` and `hidden` hold a list a part of the recipe. Returns
-        what leaves the last of the pruned layers.
+        `layers` are the next of this shard's. `batches` and `hidden` hold a list a calibration set of the recipe
+        (`recipe.keys`). Returns what leaves the last of the pruned layers.
         """
         batches = [self._share(part) for part in batches]
         entered = [self._enter(part, hidden[n] if hidden else None) for n, part in enumerate(batches)]
@@ -258,14 +309,14 @@ class ShardWorker:
         for index in layers:
             then = index + 1 if index + 1 in layers else None
             with self._residency.borrow(index, then) as layer:
-                parts = []
-                for (_, weight), part, (calls, states) in zip(recipe.parts, batches, entered, strict=True):
-                    with Observer(layer) as observer:
+                gathered = {}
+                for key, part, (calls, states) in zip(recipe.keys, batches, entered, strict=True):
+                    with Observer(layer, gram=recipe.gram) as observer:
                         for batch, given, state in zip(part, calls, states, strict=True):
                             observer.keep = _real_tokens(batch, self._model.device)
                             self._model.run(layer, state, given[index])
-                    parts.append((self._of_all_ranks(observer.gathered()), weight))
-                masks = self._make_masks(index, layer, recipe, parts)
+                    gathered[key] = self._of_all_ranks(observer.gathered())
+                masks = self._make_masks(index, layer, recipe, gathered)
                 if index + 1 == self.span.count:  # nobody reads what leaves the last layer
                     return []
                 with masked_by(layer, masks):
@@ -274,13 +325,9 @@ class ShardWorker:
         return [states for _, states in entered]
 
     def _make_masks(
-        self,
-        index: int,
-        layer: torch.nn.Module,
-        recipe: Recipe,
-        parts: Sequence[tuple[Mapping[str, Moments], Fraction]],
-    ) -> Mapping[str, PackedMask]:
-        masks, summary = masks_of_layer(index, layer, recipe, parts)
+        self, index: int, layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
+    ) -> Mapping[str, PackedMask | PackedWeights]:
+        masks, summary = masks_of_layer(index, layer, recipe, gathered)
         self._masks.setdefault(recipe.variant.key, {})[index] = masks
         self._summaries.setdefault(recipe.variant.key, []).append(summary)
         return masks
@@ -293,6 +340,32 @@ class ShardWorker:
         """Let go of a variant's masks."""
         self._masks.pop(variant, None)
         self._summaries.pop(variant, None)
+
+    # for analysis
+
+    def start_features(self, keys: Sequence[str], width: int) -> None:
+        """Have what leaves each layer measured, in the coming pass that gathers these sets; `width` is H."""
+        zeros_LH = torch.zeros(len(self.span.layers), width, dtype=torch.float64, device=self._model.device)
+        self._features = {key: zeros_LH.clone() for key in keys}
+
+    def _add_features(self, key: str, index: int, batch: Batch, state_BTH: Tensor) -> None:
+        if key in self._features:
+            self._features[key][index - self.span.first] += prompt_norms(state_BTH, batch.attention_mask)
+
+    def take_features(self) -> dict[str, Tensor]:
+        """After the pass: for each set each channel's norm summed over the prompts, float64 [own layers, H]."""
+        taken, self._features = self._features, {}
+        return {key: self._residency.total(sum_LH).cpu() for key, sum_LH in taken.items()}
+
+    @torch.inference_mode()
+    def shared_drops(self, recipes: Sequence[Recipe]) -> list[SharedDrops]:
+        """How much of their masks the variants share, a layer each; no mask is kept."""
+        found = []
+        for index in self.span.layers:
+            gathered = {key: self._moments[key][index] for recipe in recipes for key in recipe.keys}
+            with self._residency.borrow(index, self._next(index)) as layer:
+                found.append(shared_drops(index, layer, recipes, gathered))
+        return found
 
     # weights, for export
 
@@ -319,6 +392,13 @@ def _threads() -> int:
     """All cores that this process may use, whatever the number of shards: BLAS rounds differently with others."""
     cores = psutil.cpu_count(logical=False) or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
+
+
+def _row_sums(tells_BT: Tensor, value_N: Tensor) -> Tensor:
+    """Of each row, the sum over the positions that tell, float64 [B], on the CPU."""
+    value_BT = torch.zeros(tells_BT.shape, dtype=torch.float64)
+    value_BT[tells_BT] = value_N.double().cpu()
+    return value_BT.sum(1)
 
 
 def _real_tokens(batch: Batch, device: torch.device) -> Tensor | None:

@@ -1,0 +1,172 @@
+"""Pictures of an analysis, each as the bytes of a PNG.
+
+C: conditions, which are calibrations. H: hidden width, its channels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from torch import Tensor
+
+from mlprune.analysis.features import TOP_CHANNELS, SharedCounts, by_chance, kinds_of, shares, top_channels, total
+from mlprune.languages import name_of
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+COLUMNS = 3
+MONO, TRANSLATION = "#4477aa", "#ee7733"  # told apart by those who do not see red and green
+UNIT = "weights dropped by both / by either"
+STEP = 0.05  # colours span no less, so that what is alike looks alike
+ANNOTATED = 16  # conditions at most whose cells bear numbers
+FADED = 20.0  # a panel whose largest bar is so many times its smallest has a logarithmic axis
+
+
+def draw_top(pairs: Mapping[str, tuple[Tensor, Tensor]], layer: int, pivot: str, model: str) -> bytes:
+    """Figure 1: the largest channels of `layer`, a panel a language, its two conditions side by side.
+
+    `pairs`: language -> magnitudes [H] of mono:x and of translation:pivot-x.
+    """
+    columns = min(2, len(pairs))
+    figure, panels = _grid(len(pairs), (5.2, 3.0), columns)
+    for panel, (language, magnitudes) in zip(panels, pairs.items(), strict=True):
+        bars = _draw_bars(panel, *magnitudes)
+        panel.set(title=name_of(language), xlabel="channel")
+    figure.legend(bars, ["mono:x", f"translation:{pivot}-x"], loc="outside lower center", ncols=2, frameon=False)
+    for panel in panels[::columns]:
+        panel.set_ylabel("mean L2 norm")
+    _title(figure, f"{model}\n{TOP_CHANNELS} largest channels of layer {layer}: L2 norm over a prompt's tokens")
+    return _png(figure)
+
+
+def _draw_bars(panel: Axes, mono_H: Tensor, translation_H: Tensor) -> list[Any]:
+    """Returns the bars of mono:x and those of the translation, for a legend."""
+    channels = top_channels(mono_H, translation_H)
+    both = mono_H[channels].numpy(), translation_H[channels].numpy()
+    place = np.arange(len(channels))
+    bars = [
+        panel.bar(place + shift, values, 0.4, color=color)
+        for values, shift, color in zip(both, (-0.2, 0.2), (MONO, TRANSLATION), strict=True)
+    ]
+    if np.max(both) > FADED * np.min(both) > 0:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.set_xticks(place, [str(channel) for channel in channels], rotation=90, fontsize=8)
+    panel.grid(axis="y", alpha=0.3)
+    panel.set_axisbelow(True)
+    return bars
+
+
+def draw_overlap(conditions: Sequence[str], bottom_CC: Tensor, top_CC: Tensor, ratio: float, model: str) -> bytes:
+    """Figures 2 and 3: of each row's top channels, the share in each column's bottom, and in its top."""
+    width, height = _size(conditions)
+    figure, panels = plt.subplots(1, 2, figsize=(2 * width, height + 0.4), layout="constrained")
+    for panel, overlap_CC, end in zip(panels, (bottom_CC, top_CC), ("bottom", "top"), strict=True):
+        _draw_matrix(figure, panel, conditions, overlap_CC, f"share of the row's top {ratio:.4g}")
+        panel.set(xlabel=f"{end} {ratio:.4g} of", ylabel=f"top {ratio:.4g} of")
+    _title(figure, f"{model}\nchannels by magnitude, mean over layers (by chance {ratio:.4g})")
+    return _png(figure)
+
+
+def draw_mask_pairs(conditions: Sequence[str], shared: SharedCounts, sparsity: float, model: str) -> bytes:
+    """How much of the mask each two conditions share, over all matrices."""
+    figure, panel = plt.subplots(figsize=_size(conditions), layout="constrained")
+    _draw_matrix(figure, panel, conditions, shares(total(shared)), UNIT)
+    _title(figure, f"{model}\n{_about_masks(sparsity)}")
+    return _png(figure)
+
+
+def draw_masks(
+    places: Mapping[str, tuple[int, int]], shared: SharedCounts, sparsity: float, pivot: str, model: str
+) -> bytes:
+    """How much of the mask mono:x and translation:pivot-x share, over layers, a panel a kind of matrix.
+
+    `places`: language -> places of its two conditions among all.
+    """
+    kinds = kinds_of(shared)
+    columns = min(COLUMNS, len(kinds))
+    figure, panels = _grid(len(kinds), (4.2, 2.8), columns, sharey=True)
+    for panel, kind in zip(panels, kinds, strict=True):
+        by_layer = {n: shares(layer[kind]) for n, layer in enumerate(shared) if kind in layer}
+        for number, (language, (mono, translation)) in enumerate(places.items()):
+            values = [float(share_CC[mono, translation]) for share_CC in by_layer.values()]
+            color, marker = f"C{number % 10}", "osD^vPX*"[number % 8]
+            panel.plot(list(by_layer), values, color=color, marker=marker, markersize=4, label=name_of(language))
+        panel.set(title=kind, xlabel="layer")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    for panel in panels[::columns]:
+        panel.set_ylabel("both / either")
+    about = _about_masks(sparsity)
+    _title(figure, f"{model}: {UNIT}\nof mono:x and translation:{pivot}-x, {about}")
+    return _png(figure)
+
+
+def _about_masks(sparsity: float) -> str:
+    return f"wanda {sparsity:.4g} (by chance {by_chance(sparsity):.2f})"
+
+
+def _draw_matrix(figure: Figure, panel: Axes, conditions: Sequence[str], value_CC: Tensor, unit: str) -> None:
+    """A heat map. The diagonal says nothing and would take the scale: it is grey."""
+    count = len(conditions)
+    values = np.ma.array(value_CC.numpy(), mask=np.eye(count, dtype=bool))
+    low = math.floor(values.min() / STEP) * STEP
+    high = max(math.ceil(values.max() / STEP) * STEP, low + STEP)
+    colors = mpl.colormaps["viridis"].with_extremes(bad="0.85")
+    image = panel.imshow(values, cmap=colors, vmin=low, vmax=high)
+    panel.set_xticks(range(count), conditions, rotation=90, fontsize=8)
+    panel.set_yticks(range(count), conditions, fontsize=8)
+    figure.colorbar(image, ax=panel, label=unit)
+    if count > ANNOTATED:
+        return
+    for row, column in zip(*np.nonzero(~values.mask), strict=True):
+        shown = float(values[row, column])
+        color = "white" if (shown - low) < 0.6 * (high - low) else "black"
+        panel.text(column, row, f"{shown:.2f}", ha="center", va="center", fontsize=7, color=color)
+
+
+def _size(conditions: Sequence[str]) -> tuple[float, float]:
+    """Width and height in inches of a heat map with its labels and its colour bar."""
+    cells, labels = max(3.0, 0.38 * len(conditions)), 0.075 * max(map(len, conditions)) + 0.3
+    return cells + labels + 1.1, cells + labels + 0.5
+
+
+def _grid(count: int, size: tuple[float, float], columns: int, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """`count` panels of that size."""
+    rows = -(-count // columns)
+    figure, panels = plt.subplots(
+        rows,
+        columns,
+        figsize=(size[0] * columns, size[1] * rows + 1.0),
+        squeeze=False,
+        sharey=sharey,
+        layout="constrained",
+    )
+    for panel in panels.flat[count:]:
+        panel.set_visible(False)
+    return figure, list(panels.flat[:count])
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, fontsize="medium", parse_math=False)  # a model may be called a$b$
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    plt.close(figure)
+    return file.getvalue()

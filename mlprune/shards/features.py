@@ -1,0 +1,73 @@
+"""What an analysis asks of a layer: how large its features are, and how much of their masks variants share.
+
+B: rows of a micro-batch. T: its tokens. H: hidden width, a channel of which is a feature. V: variants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlprune.models.matrices import matrices
+from mlprune.pruning.masks import PackedMask
+from mlprune.shards.masking import Gathered, Recipe, masks_of_layer
+
+_ONES = torch.tensor([byte.bit_count() for byte in range(256)])
+
+
+def prompt_norms(state_BTH: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """Each channel's L2 norm over the tokens of a row, summed over the rows: float64 [H]. Pads count nothing."""
+    pad_BT = attention_mask_BT.to(state_BTH.device) == 0
+    real_BTH = state_BTH.masked_fill(pad_BT[..., None], 0)  # not a product: what a pad holds may be NaN
+    norm_BH: Tensor = torch.linalg.vector_norm(real_BTH, dim=1, dtype=torch.float64)
+    return norm_BH.sum(0)
+
+
+@dataclass(frozen=True)
+class SharedDrops:
+    """Of one layer, how many weights each two of V variants both drop. The diagonal: what each drops."""
+
+    counts: Mapping[str, Tensor]  # kind of matrix -> int64 [V, V]
+    unseen: tuple[str, ...]  # matrices of experts that some calibration's tokens never reached
+
+
+def shared_drops(index: int, layer: torch.nn.Module, recipes: Sequence[Recipe], gathered: Gathered) -> SharedDrops:
+    """Make the masks of the borrowed dense layer `index` by each recipe, compare them, and let go of them.
+
+    The recipes' scores drop weights and change none.
+    """
+    made = [masks_of_layer(index, layer, recipe, gathered) for recipe in recipes]
+    counts: dict[str, Tensor] = {}
+    for name in matrices(layer):
+        packed = []
+        for masks, _ in made:
+            mask = masks[name]
+            assert isinstance(mask, PackedMask)
+            packed.append(mask)
+        kind = kind_of(name)
+        counts[kind] = counts.get(kind, 0) + both_drop(packed)
+    return SharedDrops(counts, tuple(dict.fromkeys(name for _, summary in made for name in summary.unseen)))
+
+
+def kind_of(matrix: str) -> str:
+    """The matrix's name within the layer; the experts of a mixture are of one kind."""
+    return re.sub(r"\.\d+$", "", matrix)
+
+
+def both_drop(masks: Sequence[PackedMask]) -> Tensor:
+    """How many weights each two masks of one matrix both drop, int64 [V, V], from the packed bits."""
+    rows, width = masks[0].shape
+    both_VV = torch.empty(len(masks), len(masks), dtype=torch.int64)
+    for one, first in enumerate(masks):
+        for other, second in enumerate(masks[: one + 1]):
+            # what neither keeps; the bits that fill the last byte say "dropped", so kept ones are counted
+            both_VV[one, other] = both_VV[other, one] = rows * width - _bits_set(first.bits | second.bits)
+    return both_VV
+
+
+def _bits_set(bits: Tensor) -> int:
+    return int((torch.bincount(bits, minlength=256).cpu() * _ONES).sum())

@@ -1,0 +1,114 @@
+"""Two runs against each other, as MLflow keeps them: `mlprune compare`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlprune import store
+from mlprune.cli import main
+from mlprune.config import load_spec
+from mlprune.evaluation.items import Items, metrics_of, to_json
+from mlprune.tracking import SweepTracker
+from mlprune.variants import Variant
+
+LINES = tuple(str(n) for n in range(200))
+
+
+def variant(sparsity: float) -> Variant:
+    return Variant("mono:en", "wanda", sparsity, "unstructured", "dense")
+
+
+def likelihoods(language: str, more: float) -> Items:
+    """Lines of 100 bytes; `more` nats each, give or take, than another run's."""
+    nll = tuple(90.0 + n % 7 + more * (1 + (n % 3 - 1) / 2) for n in range(len(LINES)))
+    columns = {"nll": nll, "tokens": (30,) * len(LINES), "bytes": (100,) * len(LINES)}
+    return Items("perplexity", language, "likelihood", LINES, columns)
+
+
+def answers(language: str, wrong: Sequence[int]) -> Items:
+    values = tuple(0.0 if n in wrong else 1.0 for n in range(len(LINES)))
+    return Items(f"xwinograd_{language}", language, "value", LINES, {"value": values}, "acc")
+
+
+@pytest.fixture
+def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepTracker:
+    monkeypatch.chdir(tmp_path)
+    spec = load_spec("quickstart")
+    return SweepTracker(spec.tracking_uri, "ours", spec.storage_folder / "mlartifacts", spec.key, spec.name)
+
+
+def finished(tracker: SweepTracker, key: str, sparsity: float, items: Sequence[Items]) -> str:
+    made = store.Result(key, variant(sparsity), metrics_of(items), items=to_json(items))
+    tracker.finish_trial(made)
+    return tracker.trial_run(key, made.variant)
+
+
+def compared(*words: str) -> Result:
+    return CliRunner().invoke(main, ["compare", *words])
+
+
+def test_the_report_card(tracker: SweepTracker) -> None:
+    a = finished(
+        tracker, "a", 0.3, [likelihoods("en", 0), likelihoods("fr", 0), answers("en", []), answers("fr", [])]
+    )
+    worse = [likelihoods("en", 2.0), likelihoods("fr", 9.0), answers("en", [4]), answers("fr", range(40))]
+    b = finished(tracker, "b", 0.5, worse)
+    told = compared(a, b)
+    assert told.exit_code == 0, told.stderr
+    rows = {line.split()[0] + " " + line.split()[1]: line for line in told.stdout.splitlines() if "[" in line}
+    assert "worse (worst)" in rows["bits_per_byte fr"]
+    assert rows["bits_per_byte en"].rstrip().endswith("worse")
+    assert rows["xwinograd_en acc"].rstrip().endswith("no difference shown")
+    assert "worse (worst)" in rows["xwinograd_fr acc"]
+    assert max(len(line) for line in told.stdout.splitlines()) <= 100
+    assert told.stdout.startswith(f"a  wanda 0.3 mono:en  {a}\nb  wanda 0.5 mono:en  {b}\n")
+
+
+def test_the_same_as_json(tracker: SweepTracker) -> None:
+    a = finished(tracker, "a", 0.3, [likelihoods("en", 0), likelihoods("fr", 0)])
+    b = finished(tracker, "b", 0.5, [likelihoods("en", 9.0), likelihoods("fr", 2.0)])
+    values: dict[str, Any] = json.loads(compared(a, b, "--json", "-").stdout)
+    assert (values["a"]["run_id"], values["b"]["run_id"]) == (a, b)
+    en, fr = values["differences"]
+    assert (en["language"], en["verdict"], en["worst"]) == ("en", "worse", True)
+    assert (fr["language"], fr["verdict"], fr["worst"]) == ("fr", "worse", False)
+    assert en["difference"] == pytest.approx(en["b"] - en["a"])
+    assert en["low"] < en["difference"] < en["high"]
+    turned = json.loads(compared(b, a, "--json", "-").stdout)
+    assert [one["verdict"] for one in turned["differences"]] == ["better", "better"]
+    assert [one["worst"] for one in turned["differences"]] == [False, True]  # gained least
+
+
+def test_a_run_against_itself(tracker: SweepTracker) -> None:
+    a = finished(tracker, "a", 0.3, [likelihoods("en", 0), answers("en", [])])
+    values = json.loads(compared(a, a, "--json", "-").stdout)
+    assert {one["verdict"] for one in values["differences"]} == {"no difference shown"}
+
+
+def test_harness_tasks_of_one_name_are_corrected_together(tracker: SweepTracker) -> None:
+    languages = ("en", "fr", "de", "es")
+    a = finished(tracker, "a", 0.3, [answers(code, []) for code in languages])
+    b = finished(tracker, "b", 0.5, [answers(code, range(7)) for code in languages])
+    one, *_ = json.loads(compared(a, b, "--json", "-").stdout)["differences"]
+    assert one["p"] == pytest.approx(2 / 2**7)
+    assert one["adjusted"] == pytest.approx(4 * one["p"])
+
+
+def test_what_cannot_be_compared_is_answered(tracker: SweepTracker) -> None:
+    a = finished(tracker, "a", 0.3, [likelihoods("en", 0)])
+    other = finished(tracker, "b", 0.5, [likelihoods("fr", 0)])
+    going = tracker.trial_run("c", variant(0.7))
+    for words, told in (
+        ((a, "nothing"), "'nothing': no such run in sqlite:///"),
+        ((a, tracker.parent_id), "not the run of a trial of mlprune"),
+        ((going, a), "has no items.json: it did not finish"),
+        ((a, other), "only one of the two runs has it"),
+    ):
+        result = compared(*words)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert result.stderr.startswith("mlprune: RUN: ")
+        assert told in result.stderr

@@ -1,0 +1,215 @@
+"""`mlprune analyze`, on a tiny model in this process: what it writes, logs and prints, and how it refuses."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from mlflow.tracking import MlflowClient
+
+from mlprune.analysis.features import ENDS, is_at, overlaps, shares
+from mlprune.cli import main
+from mlprune.config import load_spec
+from mlprune.prepare import gather, open_pipeline, prepare
+from mlprune.pruning.masks import PackedMask
+from mlprune.shards.worker import ShardWorker
+from mlprune.study import Question
+from tests import tiny_models
+
+SPEC = """
+name: tiny
+model: {path: elsewhere}
+pipeline: {shards: 1}
+calibration: {samples: 5, shots: 2, max_tokens: 100, seed: 5}
+search: {score: [magnitude], sparsity: [0.3]}
+"""
+TABLES = ("features.csv", "overlap.csv", "masks.csv", "top.csv")
+PICTURES = ("top.png", "overlap.png", "masks.png", "masks_pairs.png")
+CONDITIONS = ["mono:en", "mono:fr", "mono:hi", "translation:en-fr", "translation:en-hi"]
+Found = tuple[Any, Result, Path]
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    return str(tiny_models.source().folder)
+
+
+def asked(model: str, place: Path, *words: str) -> list[str]:
+    """A whole command; words that come later count."""
+    (place / "tiny.yaml").write_text(SPEC)
+    given = ["analyze", model, "--spec", str(place / "tiny.yaml"), "--output", str(place / "out")]
+    return [*given, "--set", f"storage={place / 'store'}", "--languages", "en,fr,hi", *words]
+
+
+@pytest.fixture(scope="module")
+def found(model: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What one command wrote as JSON, what it printed, and its folder."""
+    place = tmp_path_factory.mktemp("study")
+    words = asked(model, place, "--ratio", "0.2", "--sparsity", "0.4", "--json", str(place / "values.json"))
+    result = CliRunner().invoke(main, words)
+    assert result.exception is None, result.stderr
+    return json.loads((place / "values.json").read_text()), result, place
+
+
+def rows(place: Path, name: str) -> list[dict[str, str]]:
+    with (place / "out" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def magnitudes(place: Path) -> torch.Tensor:
+    table = rows(place, "features.csv")
+    values = torch.tensor([float(row["magnitude"]) for row in table], dtype=torch.float64)
+    return values.reshape(len(CONDITIONS), 4, 32)
+
+
+def test_every_condition_is_measured(found: Found, model: str) -> None:
+    values, _, place = found
+    assert values["conditions"] == CONDITIONS
+    settings = [f"model.path={model}", f"storage={place / 'again'}"]
+    prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), Question(("en", "fr", "hi")).variants, False)
+    with open_pipeline(prepared) as pipeline:
+        sums = pipeline.gather_features([prepared.sets[name] for name in CONDITIONS], 32)
+    assert torch.equal(magnitudes(place), torch.stack(sums) / 5), "the mean of five prompts"
+    assert len({tuple(row.tolist()) for row in magnitudes(place)[:, 0]}) == len(CONDITIONS)
+
+
+def test_tables_and_values_agree(found: Found) -> None:
+    values, _, place = found
+    for end in ENDS:
+        expected = overlaps(magnitudes(place), 0.2, end)
+        table = [float(row["overlap"]) for row in rows(place, "overlap.csv") if row["other_end"] == end]
+        assert table == expected.flatten().tolist()
+        assert values["overlap"][end] == expected.mean(2).tolist()
+    top = magnitudes(place)[[1, 3], 2].max(0).values
+    shown = {int(row["channel"]) for row in rows(place, "top.csv") if row["language"] == "fr"}
+    assert shown == set(is_at(top, 20 / 32, "top").nonzero()[:, 0].tolist())
+    assert {row["layer"] for row in rows(place, "top.csv")} == {"2"}, "the middle of four"
+    assert {row["language"] for row in rows(place, "top.csv")} == {"fr", "hi"}
+
+
+def test_masks_are_those_of_a_trial(found: Found, model: str) -> None:
+    """Sums over the table; and one pair, from the masks that pruning makes."""
+    values, _, place = found
+    table = rows(place, "masks.csv")
+    for a, one in enumerate(CONDITIONS):
+        for b, other in list(enumerate(CONDITIONS))[a + 1 :]:
+            mine = [row for row in table if (row["condition"], row["other"]) == (one, other)]
+            assert len(mine) == 4 * 7
+            both, either = (sum(int(row[name]) for row in mine) for name in ("both", "either"))
+            assert values["masks"][a][b] == values["masks"][b][a] == both / either
+            assert 0.25 < both / either < 1
+    settings = [f"model.path={model}", f"storage={place / 'store'}"]
+    question = Question(("en", "fr", "hi"), sparsity=0.4)
+    prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), question.variants, False)
+    chosen = [question.variants[n] for n in question.places("fr")]
+    with open_pipeline(prepared) as pipeline:
+        gather(prepared, pipeline, chosen)
+        pruned = [pipeline.prune(prepared.recipe(variant)) for variant in chosen]
+        worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
+        masks = [worker._masks[variant.key][2]["mlp.up_proj"] for variant in chosen]
+    first, second = (~mask.unpack() for mask in masks if isinstance(mask, PackedMask))
+    assert len({made.digest for made in pruned}) == 2
+    told = next(
+        row
+        for row in table
+        if (row["condition"], row["other"]) == ("mono:fr", "translation:en-fr")
+        and (row["layer"], row["matrix"]) == ("2", "mlp.up_proj")
+    )
+    assert (int(told["both"]), int(told["either"])) == (int((first & second).sum()), int((first | second).sum()))
+    both_CC = torch.tensor([[int(first.sum()), int(told["both"])], [int(told["both"]), int(second.sum())]])
+    assert float(told["share"]) == float(shares(both_CC)[0, 1])
+
+
+def test_run_is_tracked_with_its_files(found: Found, model: str) -> None:
+    values, _, place = found
+    client = MlflowClient(values["tracking_uri"])
+    run = client.get_run(values["run"])
+    experiment = client.get_experiment_by_name("analysis")
+    assert (experiment.experiment_id, run.info.status) == (run.info.experiment_id, "FINISHED")
+    expected = {"model": model, "languages": "en,fr,hi", "pivot": "en", "layer": "2", "ratio": "0.2"}
+    assert run.data.params.items() >= (expected | {"sparsity": "0.4", "samples": "5", "seed": "5"}).items()
+    assert {file.path for file in client.list_artifacts(values["run"])} == {*TABLES, *PICTURES}
+    copy = Path(client.download_artifacts(values["run"], "features.csv"))
+    assert copy.read_bytes() == (place / "out/features.csv").read_bytes()
+
+
+def test_what_is_printed_says_where_to_look(found: Found) -> None:
+    values, result, place = found
+    shown, places = result.stdout.split("\nfiles ")
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 100
+    for code, name in (("fr", "French (fr)"), ("hi", "Hindi (hi)")):
+        a, b = CONDITIONS.index(f"mono:{code}"), CONDITIONS.index(f"translation:en-{code}")
+        top, bottom = values["overlap"]["top"], values["overlap"]["bottom"]
+        figures = [top[a][b], bottom[b][a], bottom[a][b], values["masks"][a][b]]
+        (line,) = [line for line in lines if name in line]
+        assert line.split()[-4:] == [f"{figure:.3f}" for figure in figures]
+    assert f"{place / 'out'}: features.csv, " in places
+    assert f"ui --backend-store-uri {values['tracking_uri']}" in places
+    assert {path.name for path in (place / "out").iterdir()} == {*TABLES, *PICTURES}
+    assert values["files"] == [str(place / "out" / name) for name in (*TABLES, *PICTURES)]
+
+
+def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
+    """An empty folder is as good as a new one; an experiment that is named is taken."""
+    (tmp_path / "out").mkdir()
+    words = ("--languages", "fr,en", "--pivot", "hi", "--layer", "3", "--json", "-")
+    settings = ("--set", "tracking.experiment=mine", "--set", "calibration.samples=2")
+    result = CliRunner().invoke(main, asked(model, tmp_path, *words, *settings))
+    assert result.exception is None, result.stderr
+    values = json.loads(result.stdout)
+    assert values["conditions"] == ["mono:fr", "mono:en", "translation:hi-fr", "translation:hi-en"]
+    assert values["layer"] == 3
+    assert MlflowClient(values["tracking_uri"]).get_experiment_by_name("mine") is not None
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "start", "remedy"),
+    [
+        ("--languages en,xq", "--languages: 'xq': ", "ISO 639"),
+        ("--languages en,fr --pivot french", "--pivot: 'french': ", "ISO 639"),
+        ("--languages fr", "--languages: 'fr': ", "two or more"),
+        ("--languages en,en", "--languages: 'en': ", "two or more"),
+        ("--languages en,eu", "calibration.corpus: 'sample': ", "has no eu"),
+        ("--pivot eu", "calibration.corpus: 'sample': ", "has no eu"),
+        ("--ratio 0", "--ratio: 0.0: ", "(0, 0.5]"),
+        ("--ratio 0.6", "--ratio: 0.6: ", "(0, 0.5]"),
+        ("--ratio nan", "--ratio: nan: ", "(0, 0.5]"),
+        ("--ratio 0.02", "--ratio: 0.02: ", "32 channels"),
+        ("--sparsity 1", "--sparsity: 1.0: ", "(0, 1)"),
+        ("--layer 4", "--layer: 4: ", "the model has 4 layers; write 0 to 3"),
+        ("--layer -1", "--layer: -1: ", "write 0 to 3"),
+        ("--output PLACE/full", "--output: 'PLACE/full': ", "is not empty"),
+        ("--output PLACE/tiny.yaml", "--output: 'PLACE/tiny.yaml': ", "no folder"),
+        ("--output PLACE/tiny.yaml/out", "--output: 'PLACE/tiny.yaml/out': ", "no folder"),
+        ("--set tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': ", "MLflow"),
+    ],
+)
+def test_mistake_is_answered_before_weights(
+    words: str, start: str, remedy: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlprune.prepare.ShardWorker", lambda *_: pytest.fail("weights are loaded"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    given = words.replace("PLACE", str(tmp_path)).split()
+    result = CliRunner().invoke(main, asked(model, tmp_path, *given))
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert result.stderr.startswith(f"mlprune: {start.replace('PLACE', str(tmp_path))}")
+    assert remedy in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_whose_states_are_no_numbers_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = ShardWorker.take_features
+    broken = lambda self: {key: sums * float("nan") for key, sums in measured(self).items()}  # noqa: E731
+    monkeypatch.setattr(ShardWorker, "take_features", broken)
+    result = CliRunner().invoke(main, asked(str(tiny_models.source().folder), tmp_path))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "mlprune: model.dtype: auto: the hidden states are not finite" in result.stderr
+    assert not (tmp_path / "out").exists()
