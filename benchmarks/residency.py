@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mlprune.config import spec_from
 from mlprune.grid import variant_of
 from mlprune.models.demo import demo_folder
 from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
+from mlprune.specs import spec_from
 
 WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 WAYS = {

@@ -28,12 +28,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mlprune.config import load_spec
 from mlprune.grid import variants_of
 from mlprune.models.matrices import matrices
 from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
 from mlprune.pruning.masks import dropped_per_row, keep_mask
 from mlprune.shards.pipeline import Pipeline
+from mlprune.specs import load_spec
 from mlprune.variants import Pattern, Variant
 
 SETTINGS = [

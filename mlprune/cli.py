@@ -90,7 +90,7 @@ def _write_json(file: str, value: Any) -> None:
 
 def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) -> SweepSpec:
     """The spec of that name, with the options that were given and then every --set."""
-    from mlprune.config import as_assignments, load_spec
+    from mlprune.specs import as_assignments, load_spec
 
     return load_spec(name, [*as_assignments(settings), *assignments])
 
@@ -101,7 +101,7 @@ def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) 
 def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, ...]) -> Any:
     """Run the sweep SPEC: a file, or the name of one that comes with mlprune."""
     checked = _spec(spec, assignments, {"calibration.corpus": corpus})
-    from mlprune import report
+    from mlprune.report import sweep as report
     from mlprune.sweep import plan_sweep, run_sweep
 
     if dry_run:
@@ -159,8 +159,8 @@ def compare(runs: tuple[str, str], corpus: str | None, assignments: tuple[str, .
 
     For each task and language the difference, its 95% interval, and whether it is more than chance.
     """
-    from mlprune import report
     from mlprune.comparison import compare_runs
+    from mlprune.report import comparison as report
 
     found = compare_runs(_spec("quickstart", assignments, {"calibration.corpus": corpus}), runs)
     report.show_comparison(found)
@@ -184,7 +184,7 @@ def plan(model: str | None, spec: str, corpus: str | None, assignments: tuple[st
     checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
     for name in ("gpu_memory", "host_memory", "host_to_device"):
         machines[name] = _size(name, machines[name])
-    from mlprune import report
+    from mlprune.report import scale as report
     from mlprune.scale import Asked, plan_scale
 
     planned = plan_scale(checked, Asked(**machines))
@@ -216,7 +216,7 @@ def evaluate(
         "evaluation.perplexity.languages": listed,
     }
     checked = _spec(spec, assignments, settings)
-    from mlprune import report
+    from mlprune.report import sweep as report
     from mlprune.winner import evaluate_checkpoint
 
     metrics = evaluate_checkpoint(checked)
@@ -248,7 +248,7 @@ def analyze(
     top channels are whose bottom ones, and how much of Wanda's mask two calibrations share.
     """
     checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
-    from mlprune import report
+    from mlprune.report import study as report
     from mlprune.study import Question
     from mlprune.study import analyze as study
 

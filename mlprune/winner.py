@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlprune import __version__
-from mlprune.config import SweepSpec, as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune.config import SweepSpec
 from mlprune.console import step, warn
 from mlprune.errors import SpecError
 from mlprune.export import check_output, write_checkpoint
@@ -15,6 +15,7 @@ from mlprune.grid import variants_of
 from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
 from mlprune.pruning.scores import score_named
 from mlprune.shards.pipeline import Pruned
+from mlprune.specs import as_assignments, load_spec, read_yaml, spec_from, with_assignments
 from mlprune.tracking import recall_trial
 from mlprune.trial import run_dense, unseen_note
 from mlprune.variants import Calibration, Pattern, Scoring, Variant

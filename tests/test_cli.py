@@ -20,10 +20,11 @@ import mlprune
 import mlprune.export
 import mlprune.sweep
 from mlprune.cli import main
-from mlprune.config import SweepSpec, load_spec, read_yaml
+from mlprune.config import SweepSpec
 from mlprune.data.corpora import held_out, open_corpus
 from mlprune.grid import variants_of
 from mlprune.models.source import find_model
+from mlprune.specs import load_spec, read_yaml
 from mlprune.tracking import SweepTracker
 from mlprune.variants import Variant
 from tests import tiny_models

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 from mlprune import store
 from mlprune.cli import main
-from mlprune.config import load_spec
 from mlprune.evaluation.items import Items, metrics_of, to_json
+from mlprune.specs import load_spec
 from mlprune.tracking import SweepTracker
 from mlprune.variants import Variant
 

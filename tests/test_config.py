@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mlprune import config
-from mlprune.config import SweepSpec, as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune import specs
+from mlprune.config import SweepSpec
 from mlprune.errors import SpecError
+from mlprune.specs import as_assignments, load_spec, read_yaml, spec_from, with_assignments
 
 BASE = {"search": {"score": ["wanda"], "sparsity": [0.5], "calibration": ["mono:en"]}}
 
@@ -247,7 +248,7 @@ def test_a_spec_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_spec_of_the_package_is_found_by_its_whole_path() -> None:
-    assert load_spec(str(config.sweeps_folder() / "quickstart.yaml")) == load_spec("quickstart")
+    assert load_spec(str(specs.sweeps_folder() / "quickstart.yaml")) == load_spec("quickstart")
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a", "", "a: [\n", "a: b: c\n", "\tname: x\n", "name: \xff\n"])

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from mlprune.config import spec_from
 from mlprune.errors import SpecError
 from mlprune.grid import needs_dense, variant_of, variants_of
 from mlprune.pruning.scores import SCORES
+from mlprune.specs import spec_from
 from mlprune.variants import Demonstration, Scoring, Variant
 
 

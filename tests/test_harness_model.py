@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mlprune.errors import ModelError
 from mlprune.evaluation.harness_model import Encoder, HarnessModel, Requests, Row, Scored
 from mlprune.models.source import ModelSource
 from tests.harnessed import POSITIONS, hf, masked, model, requests, silence, texts
 from tests.tiny import tokenizer
-from tests.work import RANDOM
+from tests.tiny_models import source
+from tests.work import RANDOM, opened, ready
 
 __all__ = ["hf", "model"]  # fixtures
 
@@ -138,3 +139,17 @@ def test_a_tokenizer_without_a_token_to_begin_with() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
     with pytest.raises(ModelError, match="no begin- or end-of-sequence token"):
         Encoder(bare, POSITIONS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "xglm", "bloom", "phi3", "gemma3_text"])
+def test_a_document_longer_than_the_model_takes_is_read_in_windows(family: str, tmp_path: Path) -> None:
+    """A window is one token longer than the positions, and its last token is told, not given."""
+    prepared = ready(tmp_path, source(family), 2)
+    asked = requests("loglikelihood_rolling", [("abcde " * 400,)])
+    with opened(prepared) as pipeline:
+        ours = HarnessModel(pipeline, None, tokenizer(), prepared.shape.positions, False)
+        mine = ours.loglikelihood_rolling(asked)
+    with silence():
+        whole = AutoModelForCausalLM.from_pretrained(source(family).folder).eval()
+        theirs = HFLM(whole, tokenizer=tokenizer(), batch_size=1).loglikelihood_rolling(asked)
+    assert mine == pytest.approx(theirs, rel=1e-5)

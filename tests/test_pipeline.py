@@ -15,9 +15,10 @@ from mlprune.models.hollow import Span
 from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import Resident
 from mlprune.prepare import Prepared, gather, make_masks
+from mlprune.shards.likelihood import LOGIT_TOKENS
 from mlprune.shards.memory import DENSE_CHUNKS, Chunks
 from mlprune.shards.pipeline import Pipeline, Pruned
-from mlprune.shards.worker import LOGIT_TOKENS, ShardWorker
+from mlprune.shards.worker import ShardWorker
 from mlprune.trial import run_trial
 from mlprune.variants import Variant
 from tests.tiny_models import config, save, source

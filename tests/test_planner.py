@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlprune.config import PipelineSpec, spec_from, with_assignments
+from mlprune.config import PipelineSpec
 from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
@@ -20,6 +20,7 @@ from mlprune.shards.machine import Machine
 from mlprune.shards.memory import Chunks, Holding, Work, WorkerMemory, worker_memory
 from mlprune.shards.planner import Plan, cut
 from mlprune.shards.shape import ModelShape, model_shape
+from mlprune.specs import spec_from, with_assignments
 from tests.tiny_models import config
 
 GIB, BIG = 2**30, 2**50

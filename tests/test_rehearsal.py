@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from mlprune.config import SweepSpec, spec_from
+from mlprune.config import SweepSpec
 from mlprune.errors import ModelError
 from mlprune.grid import variants_of
 from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare
+from mlprune.specs import spec_from
 from mlprune.store import Result
 from mlprune.sweep import SweepOutcome, run_sweep
 from mlprune.trial import run_dense, run_trial

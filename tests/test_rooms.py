@@ -12,20 +12,20 @@ import mlprune
 PACKAGE = Path(mlprune.__file__).parent
 # a module may import what stands before it, on its own floor or on one below
 LAYOUT = """
-    mlprune errors languages variants config console
+    mlprune errors languages variants config specs console
     pruning pruning.moments pruning.masks pruning.sparsegpt pruning.scores pruning.allocation
     data data.corpora data.code data.demonstrations data.calibration data.questions
     models models.quiet models.demo models.source models.hollow models.matrices models.memory
     models.cache models.replay models.residency models.zero
     store
-    shards shards.machine shards.shape shards.masking shards.features shards.decoding shards.worker
-    shards.memory shards.planner shards.forecast shards.pipeline shards.actors
+    shards shards.machine shards.shape shards.masking shards.features shards.decoding shards.gathering
+    shards.likelihood shards.worker shards.memory shards.planner shards.forecast shards.pipeline shards.actors
     evaluation evaluation.items evaluation.significance evaluation.consistency evaluation.perplexity
     evaluation.harness_model evaluation.harness
     evaluation.choices evaluation.translation evaluation.suite analysis analysis.pictures
     analysis.features analysis.feature_pictures export
     grid asked prepare trial tracking tuning sweep winner scale comparison study
-    report cli __main__
+    report report.tables report.sweep report.scale report.comparison report.study cli __main__
 """
 FLOORS = LAYOUT.split()
 ORDER = {name if name == "mlprune" else f"mlprune.{name}": place for place, name in enumerate(FLOORS)}

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from mlprune.cli import main
-from mlprune.config import load_spec
-from mlprune.report import time_text
+from mlprune.report.tables import time_text
 from mlprune.scale import Asked, ScalePlan, plan_scale
 from mlprune.shards.actors import cluster_machine
 from mlprune.shards.forecast import DISK_BYTES_PER_SECOND, EFFICIENCY, MASKED_PER_SECOND
+from mlprune.specs import load_spec
 from tests.tiny_models import config
 
 ROOT = Path(__file__).parent.parent

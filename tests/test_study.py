@@ -12,10 +12,10 @@ from mlflow.tracking import MlflowClient
 
 from mlprune.analysis.features import ENDS, is_at, overlaps, shares
 from mlprune.cli import main
-from mlprune.config import load_spec
 from mlprune.prepare import gather, open_pipeline, prepare
 from mlprune.pruning.masks import PackedMask
 from mlprune.shards.worker import ShardWorker
+from mlprune.specs import load_spec
 from mlprune.study import Question
 from tests import tiny_models
 

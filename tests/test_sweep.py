@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
-from mlprune.config import spec_from
+from mlprune.cli import main
+from mlprune.evaluation.items import from_json
+from mlprune.specs import spec_from
 from mlprune.sweep import chosen_variants
+from mlprune.trial import scores_of
 from tests.tiny import tokenizer
 from tests.tiny_models import source
 
@@ -91,13 +95,67 @@ def test_every_result_is_in_mlflow_under_plain_names(undisturbed: dict[str, Any]
         assert run.data.tags["mlflow.parentRunId"] == undisturbed["parent_run"]
         assert run.data.params["calibration"] == (result["variant"]["calibration"] or "none")
         assert float(run.data.params["sparsity"]) == result["variant"]["sparsity"]
-        assert run.data.params.keys() == {"calibration", "score", "sparsity", "pattern", "propagation"}
+        assert run.data.params.keys() == {
+            *("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
+        }
+        change = {name: run.data.metrics.pop(f"bits_per_byte.change{name}") for name in ("", ".low", ".high")}
+        ratio = result["metrics"]["bits_per_byte.mean"] / undisturbed["dense"]["metrics"]["bits_per_byte.mean"]
+        assert change[".low"] <= change[""] <= change[".high"]
+        assert change[""] == pytest.approx(ratio - 1)
         assert run.data.metrics == pytest.approx(result["metrics"], abs=0)
         assert {"bits_per_byte.fr", "perplexity.en", "sparsity.actual", "seconds.mask"} < run.data.metrics.keys()
     client = MlflowClient(undisturbed["tracking_uri"])
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert artifacts == {"spec.yaml", "environment.txt", "tiny.png"}
     assert parent.info.status == "FINISHED"
+
+
+TASKS = {
+    "perplexity": {"languages": ["en", "fr"], "lines": 4},
+    "xnli": {"languages": ["en", "fr"], "data": "xnli"},
+    "translation": {"pairs": ["fr-en"], "shots": 1, "lines": 2, "max_new_tokens": 6},
+    "tasks": ["sample_xwinograd_en", "sample_xwinograd_fr"],
+    "task_items": 6,
+}
+
+
+def test_what_was_answered_is_kept_and_two_runs_are_compared_by_it(tmp_path: Path) -> None:
+    (tmp_path / "xnli").mkdir()
+    rows = [{"premise": f"A {n}", "hypothesis": f"B {n}", "label": n % 3} for n in range(7)]
+    for code in ("en", "fr"):
+        (tmp_path / "xnli" / f"{code}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = [f"--set=evaluation={json.dumps(TASKS)}", "--set=search.calibration=[]"]
+    outcome = sweep(tmp_path, *given, score=["magnitude"], sparsity=[0.9], propagation=["dense"])
+    (trial,) = outcome["ranking"]
+    client = MlflowClient(outcome["tracking_uri"])
+    text = {run: Path(client.download_artifacts(run, "items.json")).read_text() for run in runs_of(outcome)}
+    for result in (outcome["dense"], trial):
+        found = scores_of(from_json(text[result["run"]]))
+        assert found.keys() > {"xnli.fr", "rankc.xnli.en-fr", "bleu.fr-en", "sample_xwinograd_en.acc"}
+        assert {name: result["metrics"][name] for name in found} == found
+        assert {name: client.get_run(result["run"]).data.metrics[name] for name in found} == found
+    words = ["compare", outcome["dense"]["run"], trial["run"], "--set", f"tracking.uri={outcome['tracking_uri']}"]
+    card = CliRunner().invoke(main, [*words, "--json", "-"])
+    differences = {
+        (one["task"], one["language"], one["metric"]): one for one in json.loads(card.stdout)["differences"]
+    }
+    assert differences.keys() == {
+        ("perplexity", "en", "bits_per_byte"),
+        ("perplexity", "fr", "bits_per_byte"),
+        ("xnli", "en", "accuracy"),
+        ("xnli", "fr", "accuracy"),
+        ("translation", "fr-en", "bleu"),
+        ("translation", "fr-en", "chrf"),
+        ("sample_xwinograd_en", "en", "acc"),
+        ("sample_xwinograd_fr", "fr", "acc"),
+    }
+    french = differences["perplexity", "fr", "bits_per_byte"]
+    assert french["b"] == trial["metrics"]["bits_per_byte.fr"]
+    assert french["difference"] == french["b"] - outcome["dense"]["metrics"]["bits_per_byte.fr"] != 0
+
+
+def runs_of(outcome: dict[str, Any]) -> list[str]:
+    return [result["run"] for result in (outcome["dense"], *outcome["ranking"])]
 
 
 def test_ranking_is_by_the_objective_and_identical_variants_ran_once(undisturbed: dict[str, Any]) -> None:

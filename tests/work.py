@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from mlprune.config import spec_from
 from mlprune.grid import variant_of
 from mlprune.models.source import ModelSource
 from mlprune.prepare import Prepared, prepare
 from mlprune.shards.actors import RayPipeline
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import ShardWorker
+from mlprune.specs import spec_from
 from mlprune.variants import Variant
 from tests.tiny_models import source
 

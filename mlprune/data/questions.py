@@ -5,8 +5,8 @@
 
 A row has the columns of the task's `Form`, and `label`: a number, or the label's name. Reviews may have `stars`
 instead: 1 and 2 are negative, 4 and 5 positive, and those of 3 are left out, as in the two-class reading of the
-Multilingual Amazon Reviews Corpus (MARC, Keung et al. 2020, arXiv 2010.02573). A label of reviews that goes up to 4
-is their stars less one.
+Multilingual Amazon Reviews Corpus (MARC, Keung et al. 2020, arXiv 2010.02573). A label of reviews that goes up
+to 4 is their stars less one.
 
 `id` names a row if it is there, else its number from 1. Where languages are parallel, as in XNLI, the same id must
 be the same question in each.
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlprune.data.corpora import PATH_STARTS, Fault, tsv_columns, checked_text, jsonl_rows, read_dataset
+from mlprune.data.corpora import PATH_STARTS, Fault, checked_text, jsonl_rows, read_dataset, tsv_columns
 from mlprune.errors import CorpusError
 
 SPLIT = "test"

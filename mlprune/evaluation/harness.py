@@ -74,7 +74,7 @@ class Harness:
 
     @property
     def written(self) -> int:
-        """Tokens of the rows that are written at the same time, their prompts included; 0 if nothing is written."""
+        """Tokens of the rows written at the same time, their prompts included; 0 if nothing is written."""
         return kept_at_once(len(self.requests.written), self.requests.cached)
 
     def ask(self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None) -> list[Items]:

@@ -1,4 +1,4 @@
-"""All that a model is asked: tasks answered by likelihoods, in one pass for all, and tasks that ask by themselves."""
+"""All that a model is asked: tasks answered by likelihoods, in one pass for all, and tasks that ask themselves."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Asking(Protocol):
 
     @property
     def written(self) -> int:
-        """Tokens of the rows that are written at the same time, their prompts included; 0 if nothing is written."""
+        """Tokens of rows that are written at the same time, prompts included; 0 if nothing is written."""
 
     def ask(self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None) -> list[Items]: ...
 

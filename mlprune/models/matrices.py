@@ -79,9 +79,7 @@ class Observer:
     [B * T] bool; None: all of them. `gram`: products of channels too.
     """
 
-    def __init__(
-        self, layer: nn.Module, before: Mapping[str, Moments] | None = None, gram: bool = False
-    ) -> None:
+    def __init__(self, layer: nn.Module, before: Mapping[str, Moments] | None = None, gram: bool = False) -> None:
         self.layer, self._gram = layer, gram
         self.keep: Tensor | None = None
         self.moments: dict[str, Moments] = dict(before or {})

@@ -7,7 +7,7 @@ held aside, are called with it in whatever order is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -110,6 +110,13 @@ class ReplayModel:
         out = layer(hidden_BTH, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
+
+    def advance(
+        self, index: int, layer: nn.Module, calls: Sequence[Mapping[int, Call]], states: list[Tensor]
+    ) -> None:
+        """The states through the layer, each in place of what it was: no chunk is held twice."""
+        for number, given in enumerate(calls):
+            states[number] = self.run(layer, states[number], given[index])
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
         """Norm, head and whatever the family does after it, of what left the last layer: [B, T, V].

@@ -161,8 +161,7 @@ class Session:
             masks = self._masks[index] if self._masks else None
             then = index + 1 if index + 1 in layers else None
             with self._residency.borrow(index, then) as layer, masked_by(layer, masks):
-                for number, given in enumerate(calls):
-                    states[number] = self._model.run(layer, states[number], given[index])
+                self._model.advance(index, layer, calls, states)
         return states
 
     def next_tokens(self, steps: Sequence[Step], hidden: Sequence[Tensor] | None) -> dict[int, list[int]]:

@@ -102,6 +102,12 @@ def host_memory_free() -> int:
     return min(free, limit - used + int(kept.get("inactive_file", 0)))  # the cache of files gives way
 
 
+def own_cores() -> int:
+    """The cores that this process may use."""
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
+
+
 def flops_of(gpu: str) -> float:
     """The dense bf16 FLOP/s of a GPU by its name."""
     known = (flops for name, flops in GPU_FLOPS.items() if re.search(rf"\b{name}\b", gpu))

@@ -14,8 +14,8 @@ from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
 from mlprune.models.hollow import Span
 from mlprune.models.memory import SLACK
 from mlprune.models.zero import BORROWED
+from mlprune.shards.likelihood import LOGIT_TOKENS
 from mlprune.shards.shape import ModelShape
-from mlprune.shards.worker import LOGIT_TOKENS
 
 # hidden states on their way between two shards: as much as fits a modest object store many times over
 CHUNK_BYTES = 256 * 2**20

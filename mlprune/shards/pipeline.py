@@ -169,8 +169,8 @@ class Pipeline(ABC):
     ) -> list[list[int]]:
         """The greedy continuation of each prompt, of at most `max_new` tokens.
 
-        A row ends with the token after which `ended(row, its new tokens)` is true. No prompt may be longer than the
-        model's positions less `max_new`.
+        A row ends with the token after which `ended(row, its new tokens)` is true. No prompt may be longer than
+        the model's positions less `max_new`.
         """
         groups = grouped(prompts, max_new)
         for wave in waves(groups):

@@ -6,14 +6,11 @@ B: rows of a micro-batch. T: its tokens. H: hidden width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
@@ -27,11 +24,11 @@ from mlprune.pruning.masks import PackedMask, PackedWeights
 from mlprune.pruning.moments import Moments
 from mlprune.shards.decoding import Session, Step
 from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
+from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
+from mlprune.shards.likelihood import LOGIT_TOKENS, row_likelihood
+from mlprune.shards.machine import own_cores
 from mlprune.shards.masking import Gathered, LayerMasks, Recipe, masks_of_layer, outliers_of_layer
-from mlprune.store import CorruptMomentsError, MomentStore
-
-# logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte
-LOGIT_TOKENS = 512
+from mlprune.store import MomentStore
 
 
 @dataclass(frozen=True)
@@ -45,14 +42,6 @@ class Setup:
     offload: Offload | None = None
 
 
-@dataclass(frozen=True)
-class StoredMoments:
-    """What the store had: whether all of the shard's layers, and the files that were corrupt."""
-
-    complete: bool
-    corrupt: tuple[str, ...] = ()
-
-
 class ShardWorker:
     """Holds the layers of `span` and what was gathered on them.
 
@@ -61,7 +50,7 @@ class ShardWorker:
     """
 
     def __init__(self, setup: Setup, span: Span, ranks: Ranks = ALONE) -> None:
-        torch.set_num_threads(_threads())
+        torch.set_num_threads(own_cores())  # whatever the number of shards: BLAS rounds differently with others
         self.span, self.ranks = span, ranks
         self._store = setup.store
         dtype, device = setup.source.dtype(setup.dtype), torch.device(setup.device)
@@ -113,19 +102,19 @@ class ShardWorker:
         The last shard returns nothing when it gathers: nobody reads what leaves the last layer then.
         """
         batches = self._share(batches)
-        calls, states = self._enter(batches, hidden)
+        calls, states = self._enter(batches, hidden, told=not gather)
         keys = gather[self.ranks.rank :: self.ranks.size] if gather else ()
         sets = {key: [n for n, own in enumerate(keys) if own == key] for key in dict.fromkeys(gather or ())}
         for index in self.span.layers:
             masks = self._masks[variant][index] if variant else None
             with self._residency.borrow(index, self._next(index)) as layer, masked_by(layer, masks):
                 if not gather:
-                    self._advance(index, layer, calls, states)
+                    self._model.advance(index, layer, calls, states)
                 for key, members in sets.items():
                     of_set = self._gathering.setdefault(key, {})
                     with Observer(layer, of_set.get(index)) as observer:
                         for number in members:
-                            observer.keep = _real_tokens(batches[number], self._model.device)
+                            observer.keep = real_tokens(batches[number], self._model.device)
                             states[number] = self._model.run(layer, states[number], calls[number][index])
                             self._add_features(key, index, batches[number], states[number])
                     of_set[index] = observer.gathered()
@@ -144,7 +133,10 @@ class ShardWorker:
         `greedy`: [B, 2]; beside it, 1 where each of them is the likeliest at its place, else 0.
         """
         states, share = self.forward(batches, hidden, variant), self._share(batches)
-        return [self._told(batch, state, greedy) for batch, state in zip(share, states, strict=True)]
+        return [
+            row_likelihood(self._model, batch, state, self._logit_tokens, greedy)
+            for batch, state in zip(share, states, strict=True)
+        ]
 
     def _share(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         return batches[self.ranks.rank :: self.ranks.size]
@@ -153,55 +145,21 @@ class ShardWorker:
         """The shard's layer after this one, to be sent for."""
         return index + 1 if index + 1 in self.span.layers else None
 
-    def _of_all_ranks(self, moments: Mapping[str, Moments]) -> Mapping[str, Moments]:
-        """The moments of a layer summed over the ranks. Their order of summing differs from that of one rank."""
-        if self.ranks.size == 1:
-            return moments
-        tokens = torch.tensor([float(seen.tokens) for seen in moments.values()], dtype=torch.float64)
-        parts = [tokens.to(self._model.device), *(seen.sumsq_I for seen in moments.values())]
-        total = self._residency.total(torch.cat(parts))
-        counts, *sums = torch.split(total, [len(part) for part in parts])
-        grams = [
-            None if seen.gram_II is None else self._residency.total(seen.gram_II) for seen in moments.values()
-        ]
-        return {
-            name: Moments(int(count), sumsq_I, gram_II)
-            for name, count, sumsq_I, gram_II in zip(moments, counts.tolist(), sums, grams, strict=True)
-        }
-
     def _enter(
-        self, batches: Sequence[Batch], hidden: Sequence[Tensor] | None
+        self, batches: Sequence[Batch], hidden: Sequence[Tensor] | None, told: bool = False
     ) -> tuple[list[Mapping[int, Call]], list[Tensor]]:
-        """For each micro-batch what the layers are given beside hidden states, and the states that enter."""
+        """For each micro-batch what the layers are given beside hidden states, and the states that enter.
+
+        `told`: likelihoods are asked. Then the last token is told and not given, so that a row may be one longer
+        than the model's positions.
+        """
+        end = -1 if told else None
         calls, states = [], []
         for number, batch in enumerate(batches):
-            recorded = self._model.record(batch.input_ids, batch.attention_mask)
+            recorded = self._model.record(batch.input_ids[:, :end], batch.attention_mask[:, :end])
             calls.append(recorded.calls)
             states.append(recorded.embedded_BTH if hidden is None else hidden[number].to(self._model.device))
         return calls, states
-
-    def _advance(
-        self, index: int, layer: torch.nn.Module, calls: Sequence[Mapping[int, Call]], states: list[Tensor]
-    ) -> None:
-        """The states through the layer, each in place of what it was: no chunk is held twice."""
-        for number, given in enumerate(calls):
-            states[number] = self._model.run(layer, states[number], given[index])
-
-    def _told(self, batch: Batch, state_BTH: Tensor, greedy: bool) -> Tensor:
-        """Each row's sum. Logits are made for few tokens at a time, and for no token that is not scored."""
-        tells_BT = batch.scored_mask  # position t tells token t + 1
-        target_N = batch.input_ids.roll(-1, dims=1)[tells_BT].to(state_BTH.device)
-        state_NH = state_BTH[tells_BT.to(state_BTH.device)]
-        nll, missed = [], []
-        for states, targets in zip(
-            torch.split(state_NH, self._logit_tokens), torch.split(target_N, self._logit_tokens), strict=True
-        ):
-            logits = self._model.logits(states[None])[0].float()
-            nll.append(cross_entropy(logits, targets, reduction="none"))  # five times faster than logsumexp
-            if greedy:
-                missed.append(logits.argmax(1) != targets)
-        told = _row_sums(tells_BT, torch.cat(nll))
-        return torch.stack([told, _row_sums(tells_BT, torch.cat(missed)) == 0], 1) if greedy else told
 
     # generation
 
@@ -237,20 +195,10 @@ class ShardWorker:
         """Take a calibration set's moments from the store, if it has all of this shard's layers."""
         if key in self._moments:
             return StoredMoments(complete=True)
-        found: dict[int, Mapping[str, Moments]] = {}
-        corrupt = []
-        for index in self.span.layers:
-            try:
-                moments = self._store.load(key, index)
-            except CorruptMomentsError as error:
-                corrupt.append(str(error))
-                continue
-            if moments is not None:
-                found[index] = {name: seen.to(self._model.device) for name, seen in moments.items()}
-        complete = len(found) == len(self.span.layers)
-        if complete:
+        found, stored = from_store(self._store, key, self.span.layers, self._model.device)
+        if stored.complete:
             self._moments[key] = found
-        return StoredMoments(complete, tuple(corrupt))
+        return stored
 
     def forget_moments(self, key: str) -> None:
         """Before a pass over the set: what an earlier, broken pass summed must not be added to."""
@@ -260,7 +208,9 @@ class ShardWorker:
     def save_moments(self, key: str) -> None:
         """After a pass over the set: its moments are whole, and go to the store."""
         gathered = self._gathering.pop(key)
-        self._moments[key] = {index: self._of_all_ranks(moments) for index, moments in gathered.items()}
+        self._moments[key] = {
+            index: over_ranks(self._residency, self.ranks, moments) for index, moments in gathered.items()
+        }
         if not self.ranks.leads:
             return
         for index, moments in self._moments[key].items():
@@ -313,15 +263,15 @@ class ShardWorker:
                 for key, part, (calls, states) in zip(recipe.keys, batches, entered, strict=True):
                     with Observer(layer, gram=recipe.gram) as observer:
                         for batch, given, state in zip(part, calls, states, strict=True):
-                            observer.keep = _real_tokens(batch, self._model.device)
+                            observer.keep = real_tokens(batch, self._model.device)
                             self._model.run(layer, state, given[index])
-                    gathered[key] = self._of_all_ranks(observer.gathered())
+                    gathered[key] = over_ranks(self._residency, self.ranks, observer.gathered())
                 masks = self._make_masks(index, layer, recipe, gathered)
                 if index + 1 == self.span.count:  # nobody reads what leaves the last layer
                     return []
                 with masked_by(layer, masks):
                     for calls, states in entered:
-                        self._advance(index, layer, calls, states)
+                        self._model.advance(index, layer, calls, states)
         return [states for _, states in entered]
 
     def _make_masks(
@@ -386,23 +336,3 @@ class ShardWorker:
         if not self.ranks.leads:
             return {}
         return {name: data.cpu() for name, data in self._model.other_weights().items()}
-
-
-def _threads() -> int:
-    """All cores that this process may use, whatever the number of shards: BLAS rounds differently with others."""
-    cores = psutil.cpu_count(logical=False) or 1
-    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
-
-
-def _row_sums(tells_BT: Tensor, value_N: Tensor) -> Tensor:
-    """Of each row, the sum over the positions that tell, float64 [B], on the CPU."""
-    value_BT = torch.zeros(tells_BT.shape, dtype=torch.float64)
-    value_BT[tells_BT] = value_N.double().cpu()
-    return value_BT.sum(1)
-
-
-def _real_tokens(batch: Batch, device: torch.device) -> Tensor | None:
-    """Which of the micro-batch's positions are tokens, [B * T] bool; None when none is a pad."""
-    if batch.tokens == batch.input_ids.numel():
-        return None
-    return batch.attention_mask.reshape(-1).bool().to(device)

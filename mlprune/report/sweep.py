@@ -1,0 +1,171 @@
+"""A sweep: its plan, its outcome, and the scores of one checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mlprune.config import DEFAULT_STORAGE
+from mlprune.console import results as out
+from mlprune.console import size_text
+from mlprune.languages import name_of
+from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
+from mlprune.store import Result
+from mlprune.sweep import SweepOutcome, SweepPlan
+
+LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
+
+
+def show_plan(plan: SweepPlan) -> None:
+    """What a dry run prints: trials, passes, memory and disk."""
+    prepared, spec = plan.prepared, plan.prepared.spec
+    out.print(f"{spec.name}: {spec.model.path}, {len(prepared.shape.layers)} layers", style="bold")
+    trials = new_table(f"{len(plan.variants)} trials and the dense model", "trial", "finished before")
+    finished = {result.variant for result in plan.finished}
+    for variant in plan.variants:
+        trials.add_row(variant.label, "yes" if variant in finished else "")
+    out.print(trials)
+    passes = new_table("passes over the model still to go", "kind", "passes")
+    for kind, count in plan.passes.items():
+        passes.add_row(kind, str(count))
+    out.print(passes)
+    out.print(memory_table(prepared.plan))
+    out.print(f"disk: {size_text(plan.disk)} in {spec.storage_folder}")
+
+
+def plan_values(plan: SweepPlan) -> dict[str, Any]:
+    """The plan as plain values."""
+    prepared = plan.prepared
+    return {
+        "name": prepared.spec.name,
+        "trials": [{"key": prepared.result_key(v), "variant": vars(v)} for v in plan.variants],
+        "finished": [result.key for result in plan.finished],
+        "passes": plan.passes,
+        "residency": str(prepared.plan.holding),
+        "shards": shard_values(prepared.plan),
+        "disk_bytes": plan.disk,
+    }
+
+
+def show_outcome(outcome: SweepOutcome) -> None:
+    """The ranking, and what to do next."""
+    spec = outcome.spec
+    best = outcome.best_by_sparsity()
+    out.print(_ranking(outcome, {result.key for result in best}))
+    out.print(
+        "* the best of its sparsity; ~ not told apart from it. In brackets: against the dense model's mean,\n"
+        "and 95% of a paired bootstrap over lines.",
+        style="dim",
+    )
+    out.print(f"\npicture    {outcome.picture}", soft_wrap=True)
+    show_tracking(spec)
+    for result in best:
+        out.print(f"export     {export_command(outcome, result)}", soft_wrap=True)
+    for label, cause in outcome.failed.items():
+        out.print(f"failed     {label}: {cause}", style="red", soft_wrap=True)
+
+
+def export_command(outcome: SweepOutcome, result: Result) -> str:
+    """The command that writes a trial's checkpoint."""
+    spec, variant = outcome.spec, result.variant
+    assert variant is not None
+    words = [program("mlprune"), "prune", "--run", outcome.runs[result.key]]
+    if spec.tracking.uri is not None:
+        words += ["--set", f"tracking.uri={spec.tracking.uri}"]
+    if spec.storage_folder != Path(DEFAULT_STORAGE).absolute():
+        words += ["--set", f"storage={spec.storage}"]
+    return shlex.join([*words, "--output", f"{spec.name}-{variant.sparsity:g}"])
+
+
+def _ranking(outcome: SweepOutcome, best: set[str]) -> Table:
+    languages = outcome.spec.evaluation.perplexity.languages
+    shown: Sequence[str] = languages if len(languages) <= LANGUAGE_COLUMNS else ()
+    table = new_table(
+        f"{outcome.spec.name}: bits per byte of held-out lines (lower is better)",
+        "",
+        "score",
+        "sparsity",
+        "calibration",
+        *shown,
+        "mean",
+        *(() if shown else ("worst",)),
+    )
+    for column in (1, 3):
+        table.columns[column].justify = "left"
+    table.columns[3].overflow = "fold"
+    _add_row(table, "", outcome.dense, outcome, shown)
+    for rank, result in enumerate(outcome.ranking, start=1):
+        mark = "*" if result.key in best else "~" if result.key in outcome.level else ""
+        _add_row(table, f"{rank}{mark}", result, outcome, shown)
+    return table
+
+
+def _add_row(table: Table, rank: str, result: Result, outcome: SweepOutcome, shown: Sequence[str]) -> None:
+    variant, metrics, languages = result.variant, result.metrics, outcome.spec.evaluation.perplexity.languages
+    worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
+    last = () if shown else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)
+    mean = f"{metrics['bits_per_byte.mean']:.3f}"
+    if variant is not None:
+        change, low, high = (100 * share for share in outcome.changes[result.key])
+        mean += f" ({change:+.0f}%, {low:.0f} to {high:.0f})"
+    table.add_row(
+        rank,
+        variant.score if variant else "dense model",
+        _shape(result),
+        _calibration(result),
+        *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in shown),
+        mean,
+        *last,
+        style="bold" if rank.endswith("*") else None,
+    )
+
+
+def _shape(result: Result) -> str:
+    variant = result.variant
+    if variant is None:
+        return "0"
+    return f"{variant.sparsity:g}" if variant.pattern == "unstructured" else variant.pattern
+
+
+def _calibration(result: Result) -> str:
+    variant = result.variant
+    if variant is None or variant.calibration is None:
+        return "-"
+    return variant.calibration + (" (sequential)" if variant.propagation == "sequential" else "")
+
+
+def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
+    """The outcome as plain values."""
+
+    def values(result: Result) -> dict[str, Any]:
+        return {
+            "run": outcome.runs[result.key],
+            "variant": vars(result.variant) if result.variant else None,
+            "metrics": dict(result.metrics),
+            "masks": result.digest,
+        }
+
+    return {
+        "name": outcome.spec.name,
+        "objective": outcome.objective,
+        "dense": values(outcome.dense),
+        "ranking": [values(result) for result in outcome.ranking],
+        "winner": outcome.runs[outcome.ranking[0].key],
+        "failed": dict(outcome.failed),
+        "tracking_uri": outcome.spec.tracking_uri,
+        "parent_run": outcome.parent_run,
+        "picture": str(outcome.picture),
+    }
+
+
+def show_metrics(model: str, languages: Sequence[str], metrics: Mapping[str, float]) -> None:
+    """One checkpoint's scores, a row a language."""
+    table = new_table(f"{model}: held-out lines", "language", "bits per byte", "perplexity")
+    for code in languages:
+        bits, perplexity = metrics[f"bits_per_byte.{code}"], metrics[f"perplexity.{code}"]
+        table.add_row(f"{name_of(code)} ({code})", f"{bits:.4f}", f"{perplexity:.2f}")
+    out.print(table)

@@ -1,0 +1,79 @@
+"""What tables and values of several commands have in common."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from mlprune.config import SweepSpec
+from mlprune.console import results as out
+from mlprune.shards.planner import Plan
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """A table without rows: the first column is text, the others are figures."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """What a worker of each shard holds; shards that hold the same are one row."""
+    kinds = {kind: [vars(need)[kind] for need in plan.memory] for kind in vars(plan.memory[0])}
+    kinds["activations"] = [sum(both) for both in zip(kinds.pop("hidden"), kinds["activations"], strict=True)]
+    if not any(kinds["writing"]):
+        del kinds["writing"]
+    beside = {kind: kinds.pop(kind) for kind in ("host", "disk")}
+    kinds |= {"total": [need.total for need in plan.memory]} | {k: v for k, v in beside.items() if any(v)}
+    unit, name = (2**30, "GiB") if max(kinds["total"]) > 10 * 2**30 else (2**20, "MiB")
+    ranks = f", {plan.holding.ranks} ranks a shard" if plan.holding.ranks > 1 else ""
+    table = new_table(f"memory of each worker, {name}: {plan.holding}{ranks}", "layers", *kinds)
+    table.padding = (0, 1, 0, 0)  # many columns
+    sizes = list(zip(*kinds.values(), strict=True))
+    for row, alike in groupby(range(len(sizes)), key=lambda number: sizes[number]):
+        first, *more = alike
+        last = plan.spans[more[-1] if more else first]
+        shards = f" x{1 + len(more)}" if more else ""
+        figures = (f"{size / unit:,.1f}" if unit == 2**30 else f"{size / unit:,.0f}" for size in row)
+        table.add_row(f"{plan.spans[first].first}-{last.end - 1}{shards}", *figures)
+    return table
+
+
+def shard_values(plan: Plan) -> list[dict[str, Any]]:
+    """The layers of each shard, and what its worker holds, as plain values."""
+    return [
+        {"layers": [span.first, span.end - 1], "memory_bytes": {**vars(need), "total": need.total}}
+        for span, need in zip(plan.spans, plan.memory, strict=True)
+    ]
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as a person reads them: `3 min`, `2.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def show_tracking(spec: SweepSpec) -> None:
+    """Where the runs are, and the command that shows them."""
+    out.print(f"tracking   {spec.tracking_uri}", soft_wrap=True)
+    if not spec.tracking_uri.startswith("http"):
+        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", spec.tracking_uri])
+        out.print(f"compare    {ui}", soft_wrap=True)
+
+
+def program(name: str) -> str:
+    """How to call a program of this environment: by its name, or by its path where the name is not found."""
+    beside = Path(sys.executable).with_name(name)
+    if shutil.which(name) or not beside.exists():
+        return name
+    return min(os.path.relpath(beside), str(beside), key=len)

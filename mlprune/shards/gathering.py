@@ -1,0 +1,64 @@
+"""A shard's moments, beside the observing: which tokens count, the sum over the ranks, and what the store has.
+
+B: rows of a micro-batch. T: its tokens. I: input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlprune.data.calibration import Batch
+from mlprune.models.residency import Ranks, Residency
+from mlprune.pruning.moments import Moments
+from mlprune.store import CorruptMomentsError, MomentStore
+
+
+def real_tokens(batch: Batch, device: torch.device) -> Tensor | None:
+    """Which of the micro-batch's positions are tokens, [B * T] bool; None when none is a pad."""
+    if batch.tokens == batch.input_ids.numel():
+        return None
+    return batch.attention_mask.reshape(-1).bool().to(device)
+
+
+def over_ranks(residency: Residency, ranks: Ranks, moments: Mapping[str, Moments]) -> Mapping[str, Moments]:
+    """The moments of a layer summed over the ranks. Their order of summing differs from that of one rank."""
+    if ranks.size == 1:
+        return moments
+    sums = [seen.sumsq_I for seen in moments.values()]
+    parts = [sums[0].new_tensor([seen.tokens for seen in moments.values()]), *sums]
+    total = residency.total(torch.cat(parts))
+    counts, *sums = torch.split(total, [len(part) for part in parts])
+    grams = [None if seen.gram_II is None else residency.total(seen.gram_II) for seen in moments.values()]
+    return {
+        name: Moments(int(count), sumsq_I, gram_II)
+        for name, count, sumsq_I, gram_II in zip(moments, counts.tolist(), sums, grams, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class StoredMoments:
+    """What the store had: whether all of the shard's layers, and the files that were corrupt."""
+
+    complete: bool
+    corrupt: tuple[str, ...] = ()
+
+
+def from_store(
+    store: MomentStore, key: str, layers: Sequence[int], device: torch.device
+) -> tuple[dict[int, Mapping[str, Moments]], StoredMoments]:
+    """Of a calibration set, the moments of those of the layers that the store has, on the device."""
+    found: dict[int, Mapping[str, Moments]] = {}
+    corrupt = []
+    for index in layers:
+        try:
+            moments = store.load(key, index)
+        except CorruptMomentsError as error:
+            corrupt.append(str(error))
+            continue
+        if moments is not None:
+            found[index] = {name: seen.to(device) for name, seen in moments.items()}
+    return found, StoredMoments(len(found) == len(layers), tuple(corrupt))

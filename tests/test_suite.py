@@ -1,0 +1,113 @@
+"""All tasks of a spec together: one pass for what is scored, and the answers of each as if it were alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlprune.evaluation.items import Items
+from mlprune.evaluation.suite import Suite
+from mlprune.prepare import Prepared, make_masks
+from mlprune.shards.pipeline import LocalPipeline
+from tests.work import RANDOM, opened, ready
+
+EVALUATION: dict[str, Any] = {
+    "perplexity": {"languages": ["en", "hi"], "lines": 5},
+    "xnli": {"languages": ["en", "fr"]},
+    "reviews": {"languages": ["de"]},
+    "translation": {"pairs": ["fr-en"], "shots": 1, "lines": 2, "max_new_tokens": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    for task, codes in (("xnli", ("en", "fr")), ("reviews", ("de",))):
+        (folder / task).mkdir()
+        for code in codes:
+            texts = [{"premise": f"A {code} {n}", "hypothesis": "B", "review": f"{code} {n}"} for n in range(5)]
+            rows = [text | {"label": n % 2} for n, text in enumerate(texts)]
+            (folder / task / f"{code}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {task: str(folder / task) for task in ("xnli", "reviews")}
+
+
+def prepared(folder: Path, data: dict[str, str], shards: int = 1, **changes: Any) -> Prepared:
+    sections = {name: dict(section) for name, section in EVALUATION.items()}
+    for task, place in data.items():
+        sections[task]["data"] = place
+    for name, change in changes.items():
+        sections[name] |= change
+    return ready(folder, shards=shards, evaluation=sections)
+
+
+def suite_of(job: Prepared) -> Suite:
+    assert job.evaluation is not None
+    return job.evaluation
+
+
+def answers(items: list[Items]) -> list[tuple[str, str, Any]]:
+    return [(one.task, one.language, dict(one.columns)) for one in items]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_each_task_is_answered_as_if_it_were_alone(shards: int, data: dict[str, str], tmp_path: Path) -> None:
+    job = prepared(tmp_path, data, shards)
+    suite = suite_of(job)
+    with opened(job) as pipeline:
+        make_masks(job, pipeline, RANDOM)
+        for variant in (None, RANDOM.key):
+            together = suite.run(pipeline, variant)
+            alone = [item for task in suite.scored for item in Suite((task,)).run(pipeline, variant)]
+            alone += [item for task in suite.asking for item in task.ask(pipeline, variant)]
+            assert answers(together) == answers(alone)
+    assert [(one.task, one.language) for one in together] == [
+        *(("perplexity", code) for code in ("en", "hi")),
+        *(("xnli", code) for code in ("en", "fr")),
+        ("reviews", "de"),
+        ("translation", "fr-en"),
+    ]
+
+
+def test_what_is_scored_goes_in_one_pass(
+    data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepared(tmp_path, data)
+    passes: list[int] = []
+    likelihood = LocalPipeline.likelihood
+
+    def counted(self: LocalPipeline, rows: Any, *given: Any) -> list[float]:
+        passes.append(rows.count)
+        return likelihood(self, rows, *given)
+
+    monkeypatch.setattr(LocalPipeline, "likelihood", counted)
+    with opened(job) as pipeline:
+        suite_of(job).run(pipeline)
+    assert passes == [2 * 5 + 2 * 5 * 3 + 5 * 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"perplexity": {"lines": 4}},
+        {"xnli": {"items": 4}},
+        {"xnli": {"template": "{premise}? {label}, {hypothesis}"}},
+        {"reviews": {"labels": ["bad", "good"]}},
+        {"translation": {"max_new_tokens": 6}},
+        {"translation": {"lines": 1}},
+    ],
+    ids=str,
+)
+def test_another_question_is_another_trial(change: dict[str, Any], data: dict[str, str], tmp_path: Path) -> None:
+    one, other = prepared(tmp_path, data), prepared(tmp_path, data, **change)
+    assert suite_of(one).key == suite_of(prepared(tmp_path, data)).key
+    assert suite_of(one).key != suite_of(other).key
+    assert one.result_key(RANDOM) != other.result_key(RANDOM)
+
+
+def test_the_planner_is_told_of_all_tasks(data: dict[str, str], tmp_path: Path) -> None:
+    job = prepared(tmp_path, data)
+    (translation,) = suite_of(job).asking
+    assert translation.written == 2 * translation.longest
+    assert job.plan.memory[0].writing > 0
+    assert ready(tmp_path).plan.memory[0].writing == 0
