@@ -65,6 +65,8 @@ def _spec_error(error: ValidationError) -> SpecError:
     if first["type"] == "missing":
         return SpecError(key, "nothing", "this key is needed")
     remedy = _REMEDIES.get(first["type"]) or first["msg"].replace("Input should be", "must be")
+    if names[-1:] == ["labels"] and first["type"] in ("too_short", "too_long"):
+        remedy = f"must be {first['ctx'].get('min_length') or first['ctx']['max_length']} words, one an answer"
     if names == ["pipeline", "worker_memory"]:
         remedy = "must be a size, as 16GiB"
     if names == ["pipeline", "shards"]:

@@ -171,7 +171,7 @@ def test_dry_run_counts_and_makes_nothing(place: Path) -> None:
     assert len(variants) == len({trial["key"] for trial in plan["trials"]}) == 1 + 3 * 2
     assert plan["finished"] == []
     assert list(plan["passes"].values()) == [3, 3, 7 + 1]  # calibration, sequential pruning, evaluation
-    kinds = {"process", "weights", "working", "hidden", "activations", "moments", "masks", "logits"}
+    kinds = {"process", "weights", "working", "hidden", "activations", "moments", "masks", "logits", "writing"}
     (shard,) = plan["shards"]
     assert (plan["residency"], shard["layers"]) == ("resident", [0, 3])
     assert shard["memory_bytes"].keys() == kinds | {"host", "disk", "total"}
@@ -184,10 +184,18 @@ name: other
 model: {path: elsewhere, dtype: bfloat16, revision: v1, trust_remote_code: true, allow_pickle: true}
 pipeline: {shards: 3, residency: zero, offload: nvme, offload_folder: /fast, ranks_per_shard: 2,
   worker_memory: 1024}
-calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11}
+calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11, template: "{text}",
+  separator: "|", count_padding: true, code: sources}
 search: {calibration: ["mono:no", "mix:mono:en=0.5,mono:fr=0.5"], score: [random], sparsity: [0.1, 0.25],
-  pattern: ["2:4"], propagation: [sequential], samples: 2, searcher: optuna, objective: worst}
-evaluation: {perplexity: {languages: ["no", "sw"], lines: 5}}
+  pattern: ["2:4"], allocation: [owl], propagation: [sequential], samples: 2, searcher: optuna, objective: worst}
+evaluation:
+  perplexity: {languages: ["no", "sw"], lines: 5}
+  xnli: {languages: ["no"], data: questions, items: 3, template: "{premise}{label}{hypothesis}", labels: [a, b, c]}
+  reviews: {languages: [sw], data: reviews, items: 4, template: "{review}{label}", labels: [a, b]}
+  translation: {pairs: [no-sw], shots: 2, lines: 6, max_new_tokens: 8}
+  tasks: [xnli_fr]
+  task_path: /tasks
+  task_items: 9
 storage: /somewhere/else
 tracking: {uri: "http://server:5000", experiment: ours}
 """
@@ -204,7 +212,7 @@ def test_every_key_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     specs: list[SweepSpec] = []
     monkeypatch.setattr(mlprune.sweep, "plan_sweep", specs.append)  # it plans nothing, so showing it fails
     asked = leaves(read_yaml(SETTINGS))
-    settings = [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
+    settings = [word for key, value in asked.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     CliRunner().invoke(main, ["sweep", "tiny.yaml", "--dry-run", *settings])
     assert leaves(json.loads(specs[0].model_dump_json())) == asked
 
@@ -230,13 +238,17 @@ def test_manifest_says_how_to_make_it_again(model: str) -> None:
     manifest = values_of("prune", model, *PRUNE, "--set", "calibration.max_tokens=400")
     assert manifest == strict_json(Path("out/mlprune.json").read_text(encoding="utf-8"))
     expected = {"calibration": "translation:en-fr", "score": "wanda", "sparsity": 0.3}
-    assert manifest["variant"] == expected | {"pattern": "unstructured", "propagation": "sequential"}
+    plain = {"pattern": "unstructured", "propagation": "sequential", "allocation": "uniform"}
+    assert manifest["variant"] == expected | plain
     fingerprint = find_model(model).fingerprint()
     assert manifest["model"] == {"path": model, "fingerprint": fingerprint, "dtype": "float32"}
     settings = {"corpus": "sample", "samples": 4, "shots": 2, "max_tokens": 400, "seed": 5}
-    assert manifest["calibration"] == settings
+    layout = {"template": "{language}: {text}", "separator": None, "count_padding": False, "code": "stdlib"}
+    assert manifest["calibration"] == settings | layout
     assert manifest["mlprune"] == mlprune.__version__
     share = manifest["sparsity"]
+    assert len(share["layers"]) == 4
+    assert sum(share["layers"]) / 4 == pytest.approx(share["actual"])
     assert share["actual"] == pytest.approx(share["dropped"] / share["weights"]) == pytest.approx(0.3, abs=0.02)
     text = {name: sample(code) for name, code in NAMES.items()}
     assert len({prompt["tokens"] for prompt in manifest["prompts"]} - {400}) > 1  # counts that tell lines apart

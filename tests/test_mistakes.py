@@ -1,9 +1,10 @@
 """Promise 5: a mistake is answered in one line (key, value, remedy), exit code 2, before a weight is loaded."""
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,17 @@ def unequal(folder: Path) -> None:
         (folder / f"{code}.txt").write_text("".join(f"{code} {n}\n" for n in range(count)))
 
 
+def questions(folder: Path) -> None:
+    folder.mkdir()
+    rows = [{"premise": "A", "hypothesis": "B", "label": n} for n in range(2)]
+    (folder / "en.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def code(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "one.py").write_text("print(1)\n" * 1000)
+
+
 MADE: dict[str, Callable[[Path], object]] = {
     "tiny.yaml": lambda path: path.write_text(SPEC.replace("PLACE", str(path.parent))),
     "model": tiny,
@@ -92,6 +104,8 @@ MADE: dict[str, Callable[[Path], object]] = {
     "sharing": only(Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2)),
     "wordy": changed(vocab_size=300),
     "unequal": unequal,
+    "questions": questions,
+    "code": code,
     "taken": Path.mkdir,
     "file.txt": lambda path: path.write_text("This is no database and no folder.\n" * 100),
     "broken.yaml": lambda path: path.write_text("search: [1"),
@@ -110,8 +124,10 @@ class Mistake:
     remedy: tuple[str, ...]
 
 
-def setting(name: str, commands: tuple[str, ...], assignment: str, start: str, *remedy: str) -> Mistake:
-    return Mistake(name, commands, ("--set", assignment), start, remedy)
+def setting(name: str, commands: tuple[str, ...], given: str | Sequence[str], start: str, *remedy: str) -> Mistake:
+    assignments = [given] if isinstance(given, str) else given
+    words = tuple(word for assignment in assignments for word in ("--set", assignment))
+    return Mistake(name, commands, words, start, remedy)
 
 
 def option(name: str, command: str, added: tuple[str, ...], start: str, *remedy: str) -> Mistake:
@@ -123,6 +139,25 @@ ODD = ("--set", "model.path=PLACE/odd")
 WIDTH = ("46 inputs", "mlp.down_proj", "divisible by 4")
 RANGE = "sparsity must be in [0, 1)"
 PRUNES, SCORED = (*SWEEPS, "prune"), (*SWEEPS, "evaluate")
+BOTH_SIDES = "both sides"
+CODE = ("search.calibration=[code]",)
+TASK = ("evaluation.tasks=[sample_xwinograd_fr]",)
+XNLI, SHOTS = "evaluation.xnli", "evaluation.translation.shots: 40: "
+
+
+def xnli(**given: object) -> list[str]:
+    section = {"languages": "[en]", "data": "PLACE/questions", **given}
+    return [f"{XNLI}.{key}={value}" for key, value in section.items()]
+
+
+def reviews(data: str) -> list[str]:
+    return ["evaluation.reviews.languages=[en]", f"evaluation.reviews.data={data}"]
+
+
+def translation(pair: str) -> list[str]:
+    return [f"evaluation.translation.pairs=[{pair}]"]
+
+
 MISTAKES = [
     setting("key", ALL, "serch=1", "serch: 1: ", "unknown key", "did you mean search?"),
     setting("nested key", ALL, "calibration.shotz=1", "calibration.shotz: 1: ", "did you mean shots?"),
@@ -183,11 +218,42 @@ MISTAKES = [
     option("--run and --spec", "bare prune", ("--run", "a"), "--spec: 'PLACE/tiny.yaml': ", "--run"),
     option("--run", "mlprune", ("prune", "--run", "abc", *OUTPUT), "--run: 'abc': ", "no such run", "tracking"),
     option("--languages", "evaluate", ("--languages", "en,qq"), f"{LANGUAGES}[1]: 'qq': ", "ISO"),
-    option("no spec", "mlprune", ("sweep", "PLACE/none.yaml"), "spec: 'PLACE/none.yaml': ", "known: quickstart"),
+    option(
+        "no spec", "mlprune", ("sweep", "PLACE/none.yaml"), "spec: 'PLACE/none.yaml': ", "known: paper-bloom-3b"
+    ),
     option("long spec", "mlprune", ("sweep", "x" * 300), "spec: 'xxx", "no such file"),
     option("no YAML", "mlprune", ("sweep", "PLACE/broken.yaml"), "spec: 'PLACE/broken.yaml': ", "not YAML: "),
     option("spec a list", "mlprune", ("sweep", "PLACE/list.yaml"), "spec: 'PLACE/list.yaml': ", "mapping"),
     option("--spec", "mlprune", ("evaluate", "PLACE/model", "--spec", "nil"), "spec: 'nil': ", "quickstart"),
+    setting(
+        "one side", ALL, "search.score=[{contrastive: {keep: 'mono:fr'}}]", "search.score[0]: {'contr", BOTH_SIDES
+    ),
+    setting("no side", PRUNES, "search.score=[contrastive]", "search.score[0]: 'contrastive': ", BOTH_SIDES),
+    option("--score with one side", "prune", ("--score", "contrastive:code"), "--score: 'contrast", BOTH_SIDES),
+    option("--allocation", "prune", ("--allocation", "owls"), "", "allocation", "'owls'", "'uniform' or 'owl'"),
+    setting("slots", PRUNES, 'calibration.template="{language}: "', "calibration.template: '{lang", "{text}"),
+    setting("slot", PRUNES, 'calibration.template="{text} {line}"', "calibration.template: '{text}", "{line}"),
+    setting(
+        "no code", PRUNES, [*CODE, "calibration.code=PLACE/none.jsonl"], "calibration.code: 'PLACE/none", "no su"
+    ),
+    setting("little code", PRUNES, [*CODE, "calibration.code=PLACE/code"], "calibration.samples: 4: ", "1 "),
+    setting("no Swahili", SCORED, xnli(languages="[en,sw]"), f"{XNLI}.data: 'PLACE/questions': ", "sw", "en"),
+    setting("items", SCORED, xnli(items=3), f"{XNLI}.items: 3: ", "has 2 in en"),
+    setting("no label", SCORED, xnli(template='"{premise}{hypothesis}"'), f"{XNLI}.template: ", "{label}"),
+    setting("two labels", SCORED, xnli(labels="[a,b]"), f"{XNLI}.labels", "3"),
+    setting(
+        "no premise", SCORED, reviews("PLACE/questions"), "evaluation.reviews.data: 'PLACE/questions'", "review"
+    ),
+    setting("one language", SCORED, translation("fr"), "evaluation.translation.pairs[0]: 'fr': ", "as fr-en"),
+    setting("itself", SCORED, translation("fr-fr"), "evaluation.translation.pairs[0]: 'fr-fr': ", "as fr-en"),
+    setting("no Italian to read", SCORED, translation("it-en"), "calibration.corpus: 'sample': ", *HAS),
+    setting("shots", SCORED, [*translation("fr-en"), "evaluation.translation.shots=40"], SHOTS, "takes 512"),
+    setting(
+        "task", SCORED, "evaluation.tasks=[sample_xcopa_fr]", "evaluation.tasks[0]: ", "names like it: sample"
+    ),
+    setting(
+        "tasks' place", SCORED, [*TASK, "evaluation.task_path=PLACE/none"], "evaluation.task_path: ", "no such"
+    ),
 ]
 
 

@@ -66,6 +66,6 @@ def _lines(results: Sequence[Result]) -> dict[str, list[Result]]:
         variant = result.variant
         parts = [variant.score, variant.calibration or ""]
         parts += [variant.pattern] if variant.pattern != "unstructured" else []
-        parts += [variant.propagation] if variant.propagation == "sequential" else []
+        parts += variant.special
         lines.setdefault(" ".join(filter(None, parts)), []).append(result)
     return lines

@@ -18,6 +18,8 @@ from mlprune.store import Result
 from mlprune.sweep import SweepOutcome, SweepPlan
 
 LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
+TASK_COLUMNS = 4
+OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", "agreement")
 
 
 def show_plan(plan: SweepPlan) -> None:
@@ -61,6 +63,8 @@ def show_outcome(outcome: SweepOutcome) -> None:
         "and 95% of a paired bootstrap over lines.",
         style="dim",
     )
+    if tasks := _tasks(outcome):
+        out.print(tasks)
     out.print(f"\npicture    {outcome.picture}", soft_wrap=True)
     show_tracking(spec)
     for result in best:
@@ -135,7 +139,29 @@ def _calibration(result: Result) -> str:
     variant = result.variant
     if variant is None or variant.calibration is None:
         return "-"
-    return variant.calibration + (" (sequential)" if variant.propagation == "sequential" else "")
+    return variant.calibration + (f" ({', '.join(variant.special)})" if variant.special else "")
+
+
+def _tasks(outcome: SweepOutcome) -> Table | None:
+    """What was asked beside the likelihood of held-out lines, as far as it fits; None if nothing was."""
+    names = task_metrics(outcome.dense.metrics)
+    if len(names) > TASK_COLUMNS:  # of many languages, what is told over all of them
+        names = [name for name in names if name.endswith((".mean", ".worst"))] or names
+    shown = names[:TASK_COLUMNS]
+    if not shown:
+        return None
+    more = "; more in MLflow" if len(shown) < len(task_metrics(outcome.dense.metrics)) else ""
+    headers = [name.replace(".", "\n") for name in shown]
+    table = new_table(f"tasks, in the same order{more}", "", *headers)
+    for rank, result in enumerate((outcome.dense, *outcome.ranking)):
+        figures = (f"{result.metrics[name]:.3f}" for name in shown)
+        table.add_row(str(rank) if rank else "dense model", *figures)
+    return table
+
+
+def task_metrics(metrics: Mapping[str, float]) -> list[str]:
+    """Names of what tasks beside perplexity came to; how languages agree is none of it."""
+    return [name for name in metrics if name.split(".")[0] not in OTHER_METRICS]
 
 
 def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
@@ -169,3 +195,8 @@ def show_metrics(model: str, languages: Sequence[str], metrics: Mapping[str, flo
         bits, perplexity = metrics[f"bits_per_byte.{code}"], metrics[f"perplexity.{code}"]
         table.add_row(f"{name_of(code)} ({code})", f"{bits:.4f}", f"{perplexity:.2f}")
     out.print(table)
+    if names := task_metrics(metrics):
+        tasks = new_table("tasks", "metric", "value")
+        for name in names:
+            tasks.add_row(name, f"{metrics[name]:.4f}")
+        out.print(tasks)

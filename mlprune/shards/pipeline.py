@@ -39,6 +39,7 @@ class Pruned:
     weights: int
     digest: str  # of every mask's bits, the same for any number of shards
     unseen: tuple[str, ...]  # matrices of experts that no calibration token reached: scored by |W| alone
+    layers: tuple[float, ...]  # the sparsity of each layer
 
     @property
     def sparsity(self) -> float:
@@ -266,6 +267,7 @@ def _pruned(layers: Sequence[LayerMasks]) -> Pruned:
         weights=sum(layer.weights for layer in layers),
         digest=hashlib.sha256("".join(layer.digest for layer in layers).encode()).hexdigest()[:32],
         unseen=tuple(name for layer in layers for name in layer.unseen),
+        layers=tuple(layer.dropped / layer.weights for layer in layers),
     )
 
 

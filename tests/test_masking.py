@@ -1,0 +1,102 @@
+"""What a variant makes of a model's weights, by rules that read more than a norm, or change what they keep."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mlprune.errors import ModelError
+from mlprune.grid import variant_of
+from mlprune.prepare import gather, make_masks
+from mlprune.pruning import sparsegpt
+from mlprune.pruning.moments import Moments
+from mlprune.variants import Variant
+from tests.tiny_models import source
+from tests.work import CONTRASTIVE, OWL, SPARSEGPT, masks_of, opened, ready
+
+
+def pruned(folder: Path, variant: Variant, family: str = "llama", **changes: Any) -> Any:
+    prepared = ready(folder, source(family), **changes)
+    with opened(prepared) as pipeline:
+        gather(prepared, pipeline, [variant])
+        made = make_masks(prepared, pipeline, variant)
+        return made, masks_of(prepared, pipeline, variant), prepared
+
+
+def test_a_singular_hessian_names_its_layer_and_nothing_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparsegpt, "DAMPING", 0.0)
+    few = {"samples": 1, "shots": 1, "max_tokens": 20, "seed": 3}  # 20 tokens cannot span 32 channels
+    with pytest.raises(ModelError) as caught:
+        pruned(tmp_path, SPARSEGPT, calibration=few)
+    assert str(caught.value) == (
+        "search.score: sparsegpt at layer 0, self_attn.q_proj: its Hessian is not positive definite; raise "
+        "calibration.samples, or load it in float32"
+    )
+
+
+@pytest.mark.parametrize("variant", [CONTRASTIVE, SPARSEGPT], ids=str)
+def test_sums_that_are_not_finite_name_their_layer(
+    variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = Moments.of
+
+    def overflowing(input_TI: torch.Tensor, gram: bool = False) -> Moments:
+        seen = of(input_TI, gram)
+        seen.sumsq_I[3] = torch.inf
+        return seen
+
+    monkeypatch.setattr(Moments, "of", overflowing)
+    with pytest.raises(
+        ModelError, match=r"model\.dtype: layer 0, self_attn\.q_proj: the sums of its inputs are not"
+    ):
+        pruned(tmp_path, variant)
+
+
+def test_changed_weights_make_up_for_those_that_went(tmp_path: Path) -> None:
+    """On the calibration text, SparseGPT's model is closer to the dense one than Wanda's of the same sparsity."""
+    wanda = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
+    dense = AutoModelForCausalLM.from_pretrained(source("llama").folder).eval()
+    errors = {}
+    for variant in (wanda, SPARSEGPT):
+        made, weights, prepared = pruned(tmp_path / variant.score, variant)
+        assert made.sparsity == pytest.approx(0.5, abs=0.001)
+        other = AutoModelForCausalLM.from_pretrained(source("llama").folder).eval()
+        other.load_state_dict(weights, strict=False)
+        (made_set,) = prepared.sets_of(variant)
+        with torch.no_grad():
+            states = [
+                [m.model(torch.tensor([p.ids])).last_hidden_state for m in (dense, other)]
+                for p in made_set.prompts
+            ]
+        errors[variant.score] = sum(float((one - two).square().sum()) for one, two in states)
+    assert errors["sparsegpt"] < 0.9 * errors["wanda"]
+
+
+def test_owl_keeps_the_budget_and_gives_layers_their_own_share(tmp_path: Path) -> None:
+    made, weights, _ = pruned(tmp_path, OWL)
+    assert len(set(made.layers)) > 1
+    assert max(made.layers) - min(made.layers) <= 2 * 0.08
+    widths = {weight.shape[1] for name, weight in weights.items() if "proj" in name}
+    assert 0.5 - 1 / min(widths) < made.sparsity <= 0.5, "no row loses more than one weight by rounding"
+    dropped = [
+        torch.cat([w.flatten() == 0 for name, w in weights.items() if f"layers.{n}." in name and "proj" in name])
+        for n in range(len(made.layers))
+    ]
+    assert [float(layer.double().mean()) for layer in dropped] == pytest.approx(made.layers)
+
+
+def test_the_paper_s_padded_sums_are_others_and_said_to_be(tmp_path: Path) -> None:
+    """With count_padding every prompt is as long as it may be, and its pads are tokens like any."""
+    wanda = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
+    asked = {"samples": 6, "shots": 1, "max_tokens": 400, "seed": 3}
+    digests = []
+    for counted in (False, True):
+        made, _, prepared = pruned(tmp_path / str(counted), wanda, calibration=asked | {"count_padding": counted})
+        made_set = prepared.sets[str(wanda.calibration)]
+        assert (made_set.tokens == 6 * 400) == counted
+        digests.append(made.digest)
+    assert digests[0] != digests[1]
