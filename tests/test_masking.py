@@ -1,5 +1,7 @@
 """What a variant makes of a model's weights, by rules that read more than a norm, or change what they keep."""
 
+import hashlib
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mlprune.prepare import gather, make_masks
 from mlprune.pruning import sparsegpt
 from mlprune.pruning.moments import Moments
 from mlprune.variants import Variant
+from mlprune.winner import prune
 from tests.tiny_models import source
 from tests.work import CONTRASTIVE, OWL, SPARSEGPT, masks_of, opened, ready
 
@@ -100,3 +103,23 @@ def test_the_paper_s_padded_sums_are_others_and_said_to_be(tmp_path: Path) -> No
         assert (made_set.tokens == 6 * 400) == counted
         digests.append(made.digest)
     assert digests[0] != digests[1]
+
+
+def test_code_calibrates_and_the_manifest_says_which(tmp_path: Path) -> None:
+    """Beside lines of text, in a mixture and as the side that is weighed against."""
+    mixed = variant_of("mix:code=0.5,mono:en=0.5", "wanda", 0.5, "unstructured", "dense")
+    against = variant_of(None, "contrastive:mono:en/code", 0.5, "unstructured", "sequential")
+    plain = variant_of("mono:en", "wanda", 0.5, "unstructured", "dense")
+    spec = ready(tmp_path, calibration={"samples": 3, "shots": 2, "max_tokens": 60}).spec
+    digests = set()
+    for variant in (mixed, against, plain):
+        manifest = prune(spec, variant, tmp_path / variant.key)
+        digests.add(manifest["masks"]["digest"])
+        kinds = [prompt["kind"] for prompt in manifest["prompts"]]
+        assert kinds.count("code") == (0 if variant is plain else 3)
+        for prompt in manifest["prompts"]:
+            if prompt["kind"] == "code":
+                text = (Path(sysconfig.get_path("stdlib")) / prompt["source"]).read_text(encoding="utf-8")
+                assert prompt["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+                assert prompt["corpus"].startswith("stdlib 3.")
+    assert len(digests) == 3

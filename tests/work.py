@@ -29,7 +29,7 @@ MIXED_SEQUENTIAL = variant_of(
     "mix:translation:en-fr=0.25,mono:hi=0.75", "wanda", 0.3, "unstructured", "sequential"
 )
 RANDOM = variant_of(None, "random", 0.4, "unstructured", "dense")
-CONTRASTIVE = variant_of(None, "contrastive:translation:en-fr/code", 0.4, "unstructured", "dense")
+CONTRASTIVE = variant_of(None, "contrastive:translation:en-fr/mono:hi", 0.4, "unstructured", "dense")
 OWL = variant_of("mono:hi", "wanda", 0.5, "unstructured", "sequential", "owl")
 SPARSEGPT = variant_of("translation:en-fr", "sparsegpt", 0.5, "unstructured", "sequential")
 VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM, CONTRASTIVE, OWL, SPARSEGPT)
