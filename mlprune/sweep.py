@@ -19,7 +19,7 @@ from mlprune.analysis.pictures import draw_sweep
 from mlprune.config import SearchSpec, SweepSpec
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SweepError
-from mlprune.evaluation.items import from_json
+from mlprune.evaluation.items import from_json, signatures
 from mlprune.evaluation.significance import mean_ratio_interval
 from mlprune.grid import needs_dense, variants_of
 from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare
@@ -29,7 +29,10 @@ from mlprune.trial import run_dense, unseen_note
 from mlprune.tuning import run_trials
 from mlprune.variants import Variant
 
-PACKAGES = ("mlprune", "torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy")
+PACKAGES = (
+    *("mlprune", "torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy"),
+    *("lm_eval", "sacrebleu", "scipy"),
+)
 
 
 def chosen_variants(search: SearchSpec, seed: int) -> tuple[Variant, ...]:
@@ -202,6 +205,8 @@ def _rank(value: float) -> tuple[bool, float]:
 
 def _sweep_params(prepared: Prepared) -> dict[str, object]:
     spec = prepared.spec
+    translation = spec.evaluation.translation
+    told = signatures(translation.pairs) if translation else {}
     return {
         "model": spec.model.path,
         "model.fingerprint": prepared.fingerprint,
@@ -213,6 +218,7 @@ def _sweep_params(prepared: Prepared) -> dict[str, object]:
         "seed": spec.calibration.seed,
         "evaluation.languages": ",".join(spec.evaluation.perplexity.languages),
         "evaluation.lines": spec.evaluation.perplexity.lines,
+        **{f"signature.{name}": signature for name, signature in told.items()},
     }
 
 

@@ -145,12 +145,13 @@ def test_signatures_name_the_tokenizer_of_the_target() -> None:
         "ko": "char",
         "th": "char",
     }
-    told = signatures()
+    told = signatures(["en-fr", "fr-zh", "en-th"])
+    assert told.keys() == {f"{name}.{pair}" for name in ("bleu", "chrf") for pair in ("en-fr", "fr-zh", "en-th")}
     version = sacrebleu.__version__
-    assert told["bleu"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
-    assert told["chrf"] == f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{version}"
-    assert "|tok:zh|" in told["bleu.zh"]
-    assert "|tok:char|" in told["bleu.th"]
+    assert told["bleu.en-fr"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
+    assert told["chrf.fr-zh"] == f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{version}"
+    assert "|tok:zh|" in told["bleu.fr-zh"]
+    assert "|tok:char|" in told["bleu.en-th"]
 
 
 FLOATS = st.lists(st.floats(), min_size=1, max_size=8)

@@ -134,6 +134,7 @@ def test_what_was_answered_is_kept_and_two_runs_are_compared_by_it(tmp_path: Pat
         assert found.keys() > {"xnli.fr", "rankc.xnli.en-fr", "bleu.fr-en", "sample_xwinograd_en.acc"}
         assert {name: result["metrics"][name] for name in found} == found
         assert {name: client.get_run(result["run"]).data.metrics[name] for name in found} == found
+    assert "|tok:13a|" in client.get_run(outcome["parent_run"]).data.params["signature.bleu.fr-en"]
     words = ["compare", outcome["dense"]["run"], trial["run"], "--set", f"tracking.uri={outcome['tracking_uri']}"]
     card = CliRunner().invoke(main, [*words, "--json", "-"])
     differences = {

@@ -157,19 +157,14 @@ def _scorers(tokenizer: str) -> dict[str, "Metric"]:
     return {"bleu": BLEU(tokenize=tokenizer, force=True), "chrf": CHRF()}
 
 
-def signatures() -> dict[str, str]:
-    """sacrebleu's signatures: `bleu`, `chrf`, and `bleu.ja` of a target language with a tokenizer of its own."""
-    return {
-        "bleu": _signature("13a", "bleu"),
-        "chrf": _signature("13a", "chrf"),
-        **{f"bleu.{language}": _signature(tokenizer, "bleu") for language, tokenizer in BLEU_TOKENIZERS.items()},
-    }
-
-
-def _signature(tokenizer: str, name: str) -> str:
-    scorer = _scorers(tokenizer)[name]
-    scorer.corpus_score(["a"], [["a"]])  # a scorer that has seen no references has no signature
-    return str(scorer.get_signature())
+def signatures(pairs: Sequence[str]) -> dict[str, str]:
+    """sacrebleu's signature of each metric of each pair: `bleu.en-fr`, `chrf.en-fr`."""
+    found = {}
+    for pair in pairs:
+        for name, scorer in translation_scorers(pair).items():
+            scorer.corpus_score(["a"], [["a"]])  # a scorer that has seen no references has no signature
+            found[f"{name}.{pair}"] = str(scorer.get_signature())
+    return found
 
 
 def to_json(items: Sequence[Items]) -> str:

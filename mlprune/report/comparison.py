@@ -6,29 +6,35 @@ from typing import Any
 
 from mlprune.comparison import Comparison
 from mlprune.console import results as out
+from mlprune.evaluation.significance import family_of
 from mlprune.report.tables import new_table
+
+
+VERDICTS = {"no difference shown": "not told apart"}  # in fewer letters
 
 
 def show_comparison(found: Comparison) -> None:
     """A report card: b against a, a row a task and language."""
     out.print(f"a  {found.a.name}  {found.a.run_id}", soft_wrap=True)
     out.print(f"b  {found.b.name}  {found.b.run_id}", soft_wrap=True)
-    table = new_table("b against a", "task", "language", "a", "b", "b - a", "95% interval", "p (Holm)", "verdict")
-    for column in (1, 7):
+    table = new_table("b against a", "task", "language", "a", "b", "b - a, 95%", "p", "verdict")
+    for column in (1, 6):
         table.columns[column].justify = "left"
-    table.padding = (0, 1, 0, 0)
+    table.columns[4].no_wrap = True
+    table.padding = (0, 1, 0, 0)  # many columns
     for one in found.differences:
-        figures = [f"{value:.3f}" for value in (one.a, one.b)]
-        figures += [f"{one.difference:+.3f}", f"[{one.low:+.3f}, {one.high:+.3f}]", _p_text(one.adjusted)]
-        task = one.metric if one.task == "perplexity" else f"{one.task} {one.metric}"
-        verdict = one.verdict + (" (worst)" if found.is_worst(one) else "")
+        task = one.metric if one.task == "perplexity" else " ".join(family_of(one))
+        difference = f"{one.difference:+.3f} [{one.low:.3f}, {one.high:.3f}]"
+        figures = (f"{one.a:.3f}", f"{one.b:.3f}", difference, _p_text(one.adjusted))
+        verdict = VERDICTS.get(one.verdict, one.verdict) + (" *" if found.is_worst(one) else "")
         style = {"better": "green", "worse": "red"}.get(one.verdict)
         table.add_row(task, one.language, *figures, verdict, style=style)
     out.print(table)
     out.print(
-        "Paired bootstrap over items; p by McNemar's exact test where answers are right or wrong, corrected\n"
-        "by Holm over the languages of a task. (worst): the language that lost most, or gained least.",
+        "* the language that lost most, or gained least. Intervals: paired bootstrap over items. p: of it, or\n"
+        "exact McNemar where answers are right or wrong; corrected by Holm over the languages of a task.",
         style="dim",
+        soft_wrap=True,
     )
 
 

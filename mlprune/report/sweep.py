@@ -101,6 +101,7 @@ def _ranking(outcome: SweepOutcome, best: set[str]) -> Table:
     for column in (1, 3):
         table.columns[column].justify = "left"
     table.columns[3].overflow = "fold"
+    table.padding = (0, 1, 0, 0)  # many columns
     _add_row(table, "", outcome.dense, outcome, shown)
     for rank, result in enumerate(outcome.ranking, start=1):
         mark = "*" if result.key in best else "~" if result.key in outcome.level else ""
@@ -145,12 +146,12 @@ def _calibration(result: Result) -> str:
 def _tasks(outcome: SweepOutcome) -> Table | None:
     """What was asked beside the likelihood of held-out lines, as far as it fits; None if nothing was."""
     names = task_metrics(outcome.dense.metrics)
-    if len(names) > TASK_COLUMNS:  # of many languages, what is told over all of them
-        names = [name for name in names if name.endswith((".mean", ".worst"))] or names
-    shown = names[:TASK_COLUMNS]
+    in_all = {name.removesuffix(".mean") for name in names if name.endswith(".mean")}
+    # what is told over all languages stands for each of them
+    shown = [name for name in names if name.endswith(".mean") or name.split(".")[0] not in in_all][:TASK_COLUMNS]
     if not shown:
         return None
-    more = "; more in MLflow" if len(shown) < len(task_metrics(outcome.dense.metrics)) else ""
+    more = "; more in MLflow" if len(shown) < len(names) else ""
     headers = [name.replace(".", "\n") for name in shown]
     table = new_table(f"tasks, in the same order{more}", "", *headers)
     for rank, result in enumerate((outcome.dense, *outcome.ranking)):
