@@ -18,7 +18,6 @@ from mlprune.console import say, step, warn
 from mlprune.data.calibration import Batch, CalibrationSet, calibration_set
 from mlprune.data.code import open_code
 from mlprune.data.corpora import Corpus, open_corpus
-from mlprune.data.demonstrations import check_template
 from mlprune.errors import ModelError, SpecError
 from mlprune.evaluation.suite import Suite
 from mlprune.grid import needs_dense
@@ -36,6 +35,7 @@ from mlprune.shards.planner import Plan, make_plan
 from mlprune.shards.shape import ModelShape, check_pattern, model_shape
 from mlprune.shards.worker import Setup, ShardWorker
 from mlprune.store import FORMAT, MomentStore, ResultStore, check_place
+from mlprune.templates import check_template
 from mlprune.variants import Demonstration, Pattern, Variant
 
 
@@ -163,7 +163,7 @@ def _calibration_sets(
     tokenizer: Any,
     shape: ModelShape,
 ) -> dict[str, CalibrationSet]:
-    check_template(asked.template, "calibration.template")
+    check_template(asked.template, "calibration.template", needed=["text"], also=["language"])
     code = open_code(asked.code) if any(part.kind == "code" for part in demonstrations) else None
     return {
         str(part): calibration_set(

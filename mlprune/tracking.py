@@ -7,6 +7,7 @@ was killed goes on with the runs that it had made, and no trial has two.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import threading
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow.entities import Metric, Param, Run
@@ -29,6 +29,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from mlprune.errors import SpecError
 from mlprune.store import Result, check_place
 from mlprune.variants import Variant
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
 
 P = ParamSpec("P")
 T = TypeVar("T")

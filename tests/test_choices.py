@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from mlprune.config import ReviewsSpec, XnliSpec
 from mlprune.errors import CorpusError, ModelError, SpecError, UserError
-from mlprune.evaluation.choices import Choices, check_template, reviews, xnli
+from mlprune.evaluation.choices import Choices, reviews, xnli
 from mlprune.evaluation.items import chosen
 from mlprune.models.quiet import quiet_transformers
+from mlprune.templates import check_template
 from tests.tiny import tokenizer
 from tests.tiny_models import source
 from tests.work import opened, ready
@@ -212,7 +213,7 @@ def test_each_kind_has_slots_of_its_own(sentiment: ReviewsSpec) -> None:
     asked = sentiment.model_copy(update={"template": "{premise} {label}"})
     start, remedy = "evaluation.reviews.template: ", "has a slot that is none of {review}, {label}"
     refused(lambda: reviews(asked, tokenizer(), None, False), SpecError, start, remedy)
-    check_template("{label}{{}}{review}", ("review", "label"), "any")
+    check_template("{label}{{}}{review}", "any", ("review", "label"))
 
 
 @pytest.mark.parametrize(("task", "make"), [("xnli", xnli), ("reviews", reviews)])

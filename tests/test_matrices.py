@@ -159,7 +159,7 @@ def test_each_matrix_has_the_moments_of_its_own_input() -> None:
 
 def test_a_shared_input_is_summed_once_and_counted_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, seen, real = Attention(), list[Tensor](), Moments.of
-    monkeypatch.setattr(Moments, "of", lambda input_TI: real(seen.append(input_TI) or input_TI))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Moments, "of", lambda input_TI, gram: real(seen.append(input_TI) or input_TI, gram))  # type: ignore[func-returns-value]
     with torch.no_grad(), Observer(layer) as observer:
         layer(torch.randn(2, 4, WIDTH))
     assert len(seen) == 2  # q, k and v together; out

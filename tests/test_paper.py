@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from mlprune.specs import load_spec
 
 from mlprune.cli import main
+from mlprune.specs import load_spec
 from tests.tiny_models import config, save
 
 FAMILIES = {
@@ -20,8 +20,6 @@ FAMILIES = {
     "paper-mgpt": ("gpt2", "ai-forever/mGPT"),
     "paper-bloom-3b": ("bloom", "bigscience/bloom-3b"),
 }
-# a byte of Hindi is a token of the tests' tokenizer, so four shots of it are long
-POSITIONS = {"xglm": "max_position_embeddings", "gpt2": "n_positions", "bloom": "seq_length"}
 XNLI = ("en", "ar", "bg", "de", "el", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 
 
@@ -60,7 +58,9 @@ def test_the_papers_values(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_dry_run_goes_through(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name][0]
-    save(config(family, **{POSITIONS[family]: 8192}), tmp_path / "model")
+    # a byte of Hindi is a token of the tests' tokenizer, so four shots of it are long
+    long = {"max_position_embeddings": 8192} | ({"n_positions": 8192} if family == "gpt2" else {})
+    save(config(family, **long), tmp_path / "model")
     inference = [{"premise": "It rains", "hypothesis": "It is wet", "label": n} for n in range(3)]
     stars = [{"text": "Good", "label": n} for n in range(5)]
     settings = {

@@ -12,7 +12,7 @@ import mlprune
 PACKAGE = Path(mlprune.__file__).parent
 # a module may import what stands before it, on its own floor or on one below
 LAYOUT = """
-    mlprune errors languages variants config specs console
+    mlprune errors languages templates variants config specs console
     pruning pruning.moments pruning.masks pruning.sparsegpt pruning.scores pruning.allocation
     data data.corpora data.code data.demonstrations data.calibration data.questions
     models models.quiet models.demo models.source models.hollow models.matrices models.memory

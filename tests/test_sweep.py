@@ -1,5 +1,6 @@
 """A sweep end to end, over real Ray Tune and a real MLflow database; killed, and started again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from mlprune.evaluation.items import from_json
 from mlprune.specs import spec_from
 from mlprune.sweep import chosen_variants
 from mlprune.trial import scores_of
+from mlprune.tuning import interrupts_kept
 from tests.tiny import tokenizer
 from tests.tiny_models import source
 
@@ -267,6 +269,13 @@ def test_a_trial_that_fails_ends_alone_and_says_why(tmp_path: Path) -> None:
     assert len(failed) == 2
     assert all("mlp.down_proj" in run.data.tags["mlprune.cause"] for run in failed)
     assert "failed     wanda 0.3 mono:en" in (tmp_path / "log.txt").read_text()
+
+
+def test_an_interrupt_that_is_swallowed_is_raised_in_the_end() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts_kept(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_interrupted_is_not_finished(tmp_path: Path) -> None:

@@ -13,29 +13,12 @@ shots and the seed, not on the kind, so that kinds are compared on the same sent
 
 import random
 from collections.abc import Sequence
-from string import Formatter
 
 from mlprune.data.code import CodeFiles
 from mlprune.data.corpora import Corpus, calibration_lines
-from mlprune.errors import CorpusError, SpecError
+from mlprune.errors import CorpusError
 from mlprune.languages import name_of
 from mlprune.variants import Demonstration
-
-SLOTS = ("language", "text")
-
-
-def check_template(template: str, key: str) -> None:
-    """Raises SpecError, naming `key`, unless the template has {text}, and no slot but that and {language}."""
-    try:
-        slots = [slot for slot in Formatter().parse(template) if slot[1] is not None]
-    except ValueError as error:
-        remedy = f"{error}; write a brace that is no slot twice, {{{{ or }}}}"
-        raise SpecError(key, repr(template), remedy) from error
-    for _, name, form, conversion in slots:
-        if name not in SLOTS or form or conversion:
-            raise SpecError(key, repr(template), "has a slot that is neither {language} nor {text}; leave it out")
-    if "text" not in [name for _, name, _, _ in slots]:
-        raise SpecError(key, repr(template), "has no {text}, where the line goes; write {language}: {text}, say")
 
 
 def prompt(

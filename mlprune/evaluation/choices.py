@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from string import Formatter
 from typing import TYPE_CHECKING
 
 from mlprune.config import ReviewsSpec, XnliSpec
@@ -23,6 +22,7 @@ from mlprune.data.calibration import RowSet, context_id, pad_id, row_set
 from mlprune.data.questions import INFERENCE, SENTIMENT, Form, Question, open_questions
 from mlprune.errors import CorpusError, SpecError
 from mlprune.evaluation.items import Items
+from mlprune.templates import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,24 +87,8 @@ def reviews(
     return _choices("reviews", asked, questions, filled, tokenizer, pad_free)
 
 
-def check_template(template: str, slots: Sequence[str], key: str) -> None:
-    """Raises SpecError, naming `key`, unless the template has each of `slots` once, and no other."""
-    try:
-        there = [slot for slot in Formatter().parse(template) if slot[1] is not None]
-    except ValueError as error:
-        remedy = f"{error}; write a brace that is no slot twice, {{{{ or }}}}"
-        raise SpecError(key, repr(template), remedy) from error
-    known = ", ".join(f"{{{slot}}}" for slot in slots)
-    for _, name, form, conversion in there:
-        if name not in slots or form or conversion:
-            raise SpecError(key, repr(template), f"has a slot that is none of {known}; leave it out")
-    for slot in slots:
-        if [name for _, name, _, _ in there].count(slot) != 1:
-            raise SpecError(key, repr(template), f"needs {{{slot}}} once; its slots are {known}")
-
-
 def _opened(asked: XnliSpec | ReviewsSpec, form: Form, key: str) -> _Questions:
-    check_template(asked.template, (*form.columns, "label"), f"{key}.template")
+    check_template(asked.template, f"{key}.template", (*form.columns, "label"))
     return {language: open_questions(asked.data, language, form, asked.items, key) for language in asked.languages}
 
 

@@ -9,7 +9,6 @@ from mlprune.console import results as out
 from mlprune.evaluation.significance import family_of
 from mlprune.report.tables import new_table
 
-
 VERDICTS = {"no difference shown": "not told apart"}  # in fewer letters
 
 
