@@ -76,11 +76,13 @@ class Result:
     metrics: Mapping[str, float]
     digest: str = ""  # of the masks
     unseen: tuple[str, ...] = ()  # matrices of experts that no calibration token reached
-    items: str = ""  # what was answered, item by item: JSON (evaluation/items.py)
 
 
 class ResultStore:
-    """Finished trials under `root`: of each, its metrics in one JSON file and what it answered in another."""
+    """Finished trials under `root`: of each, its metrics in one JSON file and what it answered in another.
+
+    What was answered (text of `evaluation/items.py`) may be many megabytes: it is read when it is asked for.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -88,22 +90,25 @@ class ResultStore:
     def items_file(self, key: str) -> Path:
         return self._root / "items" / f"{key}.json"
 
-    def save(self, result: Result) -> None:
+    def items(self, key: str) -> str:
+        """What a finished trial answered."""
+        return self.items_file(key).read_text(encoding="utf-8")
+
+    def save(self, result: Result, items: str) -> None:
         """The file of metrics comes last: when it is there, the trial has finished."""
-        content = {name: value for name, value in asdict(result).items() if name != "items"}
-        write_whole(self.items_file(result.key), result.items.encode())
-        text = json.dumps(content, indent=1, sort_keys=True)
-        write_whole(self._root / "results" / f"{result.key}.json", text.encode())
+        write_whole(self.items_file(result.key), items.encode())
+        content = json.dumps(asdict(result), indent=1, sort_keys=True)
+        write_whole(self._root / "results" / f"{result.key}.json", content.encode())
 
     def load(self, key: str) -> Result | None:
         """The result, or None if the trial has not finished (a file that cannot be read is no result)."""
         try:
             values = json.loads((self._root / "results" / f"{key}.json").read_text())
             variant = Variant(**values["variant"]) if values["variant"] else None
-            items = self.items_file(key).read_text()
-            return Result(key, variant, values["metrics"], values["digest"], tuple(values["unseen"]), items)
+            found = Result(key, variant, values["metrics"], values["digest"], tuple(values["unseen"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+        return found if self.items_file(key).exists() else None
 
 
 def _checksum(tensors: Mapping[str, Tensor], tokens: Mapping[str, int]) -> str:

@@ -19,7 +19,7 @@ from mlprune.analysis.pictures import draw_sweep
 from mlprune.config import SearchSpec, SweepSpec
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SweepError
-from mlprune.evaluation.items import from_json, signatures
+from mlprune.evaluation.items import Items, from_json, signatures
 from mlprune.evaluation.significance import mean_ratio_interval
 from mlprune.grid import needs_dense, variants_of
 from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare
@@ -131,20 +131,22 @@ def _sparsity(result: Result) -> float:
     return result.variant.sparsity
 
 
-def _level(ranking: Sequence[Result], objective: str) -> frozenset[str]:
+def _level(ranking: Sequence[Result], lines: Mapping[str, Sequence[Items]], objective: str) -> frozenset[str]:
     """Keys of results whose difference from the best of their sparsity may be chance: its interval holds 0."""
     if objective == "worst":  # what is compared here is the mean
         return frozenset()
+    level = set()
     best = _best(ranking)
-    return frozenset(
-        result.key
-        for result in ranking
-        if result is not best[_sparsity(result)] and _change(best[_sparsity(result)], result)[1] <= 0
-    )
+    for result in ranking:
+        first = best[_sparsity(result)]
+        if result is not first and mean_ratio_interval(lines[first.key], lines[result.key])[1] <= 0:
+            level.add(result.key)
+    return frozenset(level)
 
 
-def _change(a: Result, b: Result) -> Interval:
-    return mean_ratio_interval(from_json(a.items), from_json(b.items))
+def _lines(prepared: Prepared, result: Result) -> list[Items]:
+    """What the trial told of held-out lines."""
+    return [one for one in from_json(prepared.results().items(result.key)) if one.kind == "likelihood"]
 
 
 def run_sweep(spec: SweepSpec) -> SweepOutcome:
@@ -174,7 +176,8 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
     picture = spec.storage_folder / f"{spec.name}.png"
     title = f"{spec.name}: {spec.model.path}, {len(ranking)} variants"
     draw_sweep(dense, ranking, spec.evaluation.perplexity.languages, title, picture)
-    changes = {result.key: _change(dense, result) for result in ranking}
+    lines = {result.key: _lines(prepared, result) for result in (dense, *ranking)}
+    changes = {result.key: mean_ratio_interval(lines[dense.key], lines[result.key]) for result in ranking}
     for result in ranking:
         tracker.log_trial(result.key, result.variant, _change_metrics(changes[result.key]))
     best = {f"best.{name}": value for name, value in ranking[0].metrics.items()}
@@ -185,7 +188,7 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
         dense,
         ranking,
         changes,
-        _level(ranking, spec.search.objective),
+        _level(ranking, lines, spec.search.objective),
         runs,
         tracker.parent_id,
         picture,
@@ -232,14 +235,14 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Re
     prepared, store = plan.prepared, plan.prepared.results()
     dense = store.load(prepared.result_key(None))
     if dense is not None:
-        tracker.finish_trial(dense)
+        tracker.finish_trial(dense, store.items(dense.key))
     if plan.finished:
         say(f"  {len(plan.finished)} of {len(plan.variants)} trials had finished before")
     done = list(plan.finished)
     if prepared.spec.search.searcher == "optuna":
         done = []  # it chooses anew, by the same seed, and is led through the results that are there
     for result in done:
-        tracker.finish_trial(result)
+        tracker.finish_trial(result, store.items(result.key))
     todo = [variant for variant in plan.variants if variant not in {result.variant for result in done}]
     if dense is not None and not todo:
         return dense, done, {}
@@ -247,9 +250,9 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Re
         if dense is None:
             tracker.trial_run(prepared.result_key(None), None)
             with step("evaluating the dense model", "batches") as progress:
-                dense = run_dense(prepared, pipeline, progress)
-            store.save(dense)
-            tracker.finish_trial(dense)
+                dense, items = run_dense(prepared, pipeline, progress)
+            store.save(dense, items)
+            tracker.finish_trial(dense, items)
         gather(prepared, pipeline, plan.unfinished)
         new, failed = run_trials(prepared, pipeline, tracker, todo)
         planned = max(need.total for need in prepared.plan.memory)

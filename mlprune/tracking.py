@@ -177,8 +177,8 @@ class SweepTracker:
         self._log_metrics(run_id, metrics)
 
     @_uninterrupted
-    def finish_trial(self, result: Result) -> None:
-        """Log a finished trial, unless its run says that it is."""
+    def finish_trial(self, result: Result, items: str) -> None:
+        """Log a finished trial and what it answered, unless its run says that it is finished."""
         run_id = self.trial_run(result.key, result.variant)
         run = self._client.get_run(run_id)
         if run.info.status == "FINISHED":
@@ -186,7 +186,7 @@ class SweepTracker:
         if CAUSE_TAG in run.data.tags:
             self._client.delete_tag(run_id, CAUSE_TAG)
         self.log_trial(result.key, result.variant, result.metrics)
-        self._client.log_text(run_id, result.items, ITEMS)
+        self._client.log_text(run_id, items, ITEMS)
         if result.digest:
             self._client.set_tag(run_id, "mlprune.masks", result.digest)
         self._client.set_terminated(run_id, "FINISHED")

@@ -20,8 +20,11 @@ def run_trial(
     pipeline: Pipeline,
     variant: Variant,
     report: Callable[[Mapping[str, float]], None] = lambda _: None,
-) -> Result:
-    """Mask, evaluate, let go of the masks. `report` is given the metrics so far after each phase."""
+) -> tuple[Result, str]:
+    """Mask, evaluate, let go of the masks: the result, and what was answered (JSON of items).
+
+    `report` is given the metrics so far after each phase.
+    """
     assert prepared.evaluation is not None
     started = time.monotonic()
     try:
@@ -34,7 +37,7 @@ def run_trial(
         pipeline.release(variant.key)
     so_far |= {**scores_of(items), "seconds.evaluate": time.monotonic() - masked}
     key = prepared.result_key(variant)
-    return Result(key, variant, so_far, pruned.digest, pruned.unseen, to_json(items))
+    return Result(key, variant, so_far, pruned.digest, pruned.unseen), to_json(items)
 
 
 def scores_of(items: Sequence[Items]) -> dict[str, float]:
@@ -50,7 +53,7 @@ def unseen_note(unseen: tuple[str, ...]) -> str:
     )
 
 
-def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None = None) -> Result:
+def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None = None) -> tuple[Result, str]:
     """The baseline: the dense model, evaluated in the same way."""
     assert prepared.evaluation is not None
     started = time.monotonic()
@@ -60,4 +63,4 @@ def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None 
         remedy = "the dense model's own likelihood is not finite; load it in float32, or check its weights"
         raise ModelError("model.dtype", prepared.spec.model.dtype, remedy)
     found |= {"sparsity.actual": 0.0, "seconds.evaluate": time.monotonic() - started}
-    return Result(prepared.result_key(None), None, found, items=to_json(items))
+    return Result(prepared.result_key(None), None, found), to_json(items)

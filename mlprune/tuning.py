@@ -125,8 +125,8 @@ def tune_trial(config: dict[str, Any], prepared: Prepared, pipeline: Pipeline, o
     try:
         result = store.load(prepared.result_key(variant))
         if result is None:
-            result = run_trial(prepared, pipeline, variant, _under_way(prepared))
-            store.save(result)
+            result, items = run_trial(prepared, pipeline, variant, _under_way(prepared))
+            store.save(result, items)
         tune.report({METRICS: dict(result.metrics), objective: result.metrics[objective]})
     except Exception as error:  # whatever it is, it ends this trial and not the others; the sweep reports it
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -172,12 +172,13 @@ def _watcher(prepared: Prepared, tracker: SweepTracker, progress: Any) -> Any:
             tracker.log_trial(key, variant, result[METRICS])
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            finished = prepared.results().load(_key_and_variant(prepared, trial)[0])
+            store = prepared.results()
+            finished = store.load(_key_and_variant(prepared, trial)[0])
             self._done += 1
             progress(self._done)
             if finished is not None:
                 self.results.append(finished)
-                tracker.finish_trial(finished)
+                tracker.finish_trial(finished, store.items(finished.key))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             key, variant = _key_and_variant(prepared, trial)

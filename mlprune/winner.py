@@ -127,5 +127,6 @@ def evaluate_checkpoint(spec: SweepSpec) -> Mapping[str, float]:
     """The metrics of the spec's model as it is."""
     prepared = prepare(spec, [])
     with open_pipeline(prepared) as pipeline, step("evaluating", "batches") as progress:
-        found = run_dense(prepared, pipeline, progress).metrics
-    return {name: value for name, value in found.items() if name != "sparsity.actual"}  # nothing was dropped here
+        found, _ = run_dense(prepared, pipeline, progress)
+    dropped = "sparsity.actual"  # nothing was, here
+    return {name: value for name, value in found.metrics.items() if name != dropped}

@@ -43,8 +43,8 @@ def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepTracker:
 
 
 def finished(tracker: SweepTracker, key: str, sparsity: float, items: Sequence[Items]) -> str:
-    made = store.Result(key, variant(sparsity), metrics_of(items), items=to_json(items))
-    tracker.finish_trial(made)
+    made = store.Result(key, variant(sparsity), metrics_of(items))
+    tracker.finish_trial(made, to_json(items))
     return tracker.trial_run(key, made.variant)
 
 

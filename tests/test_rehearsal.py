@@ -51,9 +51,9 @@ def run(prepared: Prepared) -> tuple[list[Result], list[int]]:
     """A sweep's work over real actors: results, and the peak of each shard's worker."""
     variants = variants_of(prepared.spec.search)
     with open_ray_pipeline(prepared, trial_slots=1) as pipeline:
-        results = [run_dense(prepared, pipeline)]
+        results = [run_dense(prepared, pipeline)[0]]
         gather(prepared, pipeline, variants)
-        results += [run_trial(prepared, pipeline, variant) for variant in variants]
+        results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
         return results, pipeline.peak_bytes()
 
 
@@ -130,7 +130,7 @@ def test_eighty_layers_in_eight_shards(tmp_path: Path) -> None:
     variants = variants_of(one.spec.search)
     with opened(one) as pipeline:
         gather(one, pipeline, variants)
-        alone = [run_dense(one, pipeline), *(run_trial(one, pipeline, variant) for variant in variants)]
+        alone = [run_dense(one, pipeline)[0], *(run_trial(one, pipeline, variant)[0] for variant in variants)]
     assert numbers([outcome.dense, *outcome.ranking]) == numbers(alone)
 
 

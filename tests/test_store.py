@@ -213,22 +213,23 @@ def test_the_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: p
 
 
 def result(key: str = "abc") -> Result:
-    return Result(key, VARIANT, {"bits.fr": 1 / 3, "sparsity.actual": 0.5}, "f00d", ("0.mlp.experts.up.3",), "[1]")
+    return Result(key, VARIANT, {"bits.fr": 1 / 3, "sparsity.actual": 0.5}, "f00d", ("0.mlp.experts.up.3",))
 
 
 def test_results_come_back(tmp_path: Path) -> None:
     dense = Result("dense", None, {"bits.fr": 1e-300})
     results = ResultStore(tmp_path)
     for made in (result(), dense):
-        results.save(made)
+        results.save(made, f"[{made.key}]")
         assert ResultStore(tmp_path).load(made.key) == made
+        assert ResultStore(tmp_path).items(made.key) == f"[{made.key}]"
     assert results.load("nothing") is None
     assert ResultStore(tmp_path / "not made yet").load("abc") is None
 
 
 def test_a_half_written_result_is_none(tmp_path: Path) -> None:
     results = ResultStore(tmp_path)
-    results.save(result())
+    results.save(result(), "[1]")
     file = tmp_path / "results" / "abc.json"
     content = file.read_bytes()
     for length in range(len(content)):
@@ -240,20 +241,20 @@ def test_a_half_written_result_is_none(tmp_path: Path) -> None:
 
 def test_a_result_without_what_was_answered_is_none(tmp_path: Path) -> None:
     results = ResultStore(tmp_path)
-    results.save(result())
+    results.save(result(), "[1]")
     results.items_file("abc").unlink()
     assert results.load("abc") is None
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "3", "{}", "\xff", '{"variant": {"score": "wanda"}}'])
 def test_a_result_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
-    ResultStore(tmp_path).save(result())
+    ResultStore(tmp_path).save(result(), "[1]")
     (tmp_path / "results" / "abc.json").write_bytes(text.encode("latin-1"))
     assert ResultStore(tmp_path).load("abc") is None
 
 
 def test_a_result_of_another_variants_fields_is_none(tmp_path: Path) -> None:
-    ResultStore(tmp_path).save(result())
+    ResultStore(tmp_path).save(result(), "[1]")
     file = tmp_path / "results" / "abc.json"
     values = json.loads(file.read_text())
     values["variant"]["rotation"] = "quarot"  # of a later version: not this trial's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,12 +52,12 @@ class Suite:
     scored: tuple[Scored, ...]
     asking: tuple[Asking, ...] = ()
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         parts = [*(task.rows.key for task in self.scored), *(task.key for task in self.asking)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
-    @property
+    @functools.cached_property
     def rows(self) -> RowSet:
         """Of all tasks answered by likelihoods, one after another."""
         batches = []
