@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlprune.console import step
@@ -47,16 +44,9 @@ def run_trials(
     with (
         step("pruning and evaluating", "trials") as progress,
         tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch,
-        interrupts_kept() as interrupted,
     ):
         progress(0, total)
-
-        def tell(done: int) -> None:
-            if interrupted:
-                raise KeyboardInterrupt
-            progress(done, total)
-
-        watch = _watcher(prepared, tracker, tell)
+        watch = _watcher(prepared, tracker, lambda done: progress(done, total))
         given = {"prepared": prepared, "pipeline": pipeline, "objective": objective}
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(tune_trial, **given), {"CPU": 0, TRIAL_SLOT: 1}),
@@ -76,31 +66,6 @@ def run_trials(
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         tuner.fit()
     return list({result.key: result for result in watch.results}.values()), watch.failed
-
-
-@contextmanager
-def interrupts_kept() -> Iterator[list[Any]]:
-    """Ctrl-C that is lost inside the block is raised at its end; yields the interrupts so far.
-
-    Ray now and then loses the KeyboardInterrupt that comes while it waits, and a sweep would end as if finished.
-    """
-    seen: list[Any] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield seen
-        return
-
-    def note(*given: Any) -> None:
-        seen.append(given)
-        before(*given)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if seen:
-        raise KeyboardInterrupt
 
 
 def _optuna(prepared: Prepared, objective: str) -> Any:

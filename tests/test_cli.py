@@ -289,6 +289,16 @@ def test_trial_of_a_sweep_is_exported_by_its_run(sparsity: str, model: str) -> N
     assert by_run == values_of("prune", model, "--spec", "tiny.yaml", *options, "--output", "by-hand")
 
 
+@pytest.mark.parametrize("score", ["contrastive:mono:fr/mono:en", "sparsegpt"])
+def test_trial_of_any_score_is_exported_by_its_run(score: str) -> None:
+    settings = (f"search.score=['{score}']", "search.sparsity=[0.3,0.5]", "search.allocation=[owl]")
+    tracker, _, variant = tracked(*settings)
+    assert (variant.score, variant.allocation) == (score.partition(":")[0], "owl")
+    manifest = values_of("prune", "--run", tracker.trial_run("key", variant), "--output", "by-run")
+    assert manifest["variant"] == vars(variant)
+    assert len(set(manifest["sparsity"]["layers"])) > 1
+
+
 def test_run_that_cannot_be_exported_is_answered() -> None:
     tracker, spec, variant = tracked()
     trial, dense = tracker.trial_run("key", variant), tracker.trial_run("dense", None)
