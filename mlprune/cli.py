@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What all commands share: --set, --corpus, --json, --debug, and one line for a mistake."""
+    """What all commands share: --set, --json, --debug, and one line for a mistake."""
 
     @functools.wraps(function)
     def run(debug: bool, json_file: str | None, **options: Any) -> None:
@@ -49,7 +49,6 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
 
     decorators = [
         click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the spec."),
-        click.option("--corpus", metavar="PATH", help="Parallel text: sample, a folder, a file, or a data set."),
         click.option(
             "--json", "json_file", metavar="FILE", help="Write the result as JSON; - is standard output."
         ),
@@ -58,6 +57,9 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         run = decorator(run)
     return main.command(name=function.__name__)(run)
+
+
+_corpus = click.option("--corpus", metavar="PATH", help="Parallel text: sample, a folder, a file, or a data set.")
 
 
 def _check_json(file: str | None) -> None:
@@ -98,6 +100,7 @@ def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) 
 @_command
 @click.argument("spec", default="quickstart")
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
+@_corpus
 def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, ...]) -> Any:
     """Run the sweep SPEC: a file, or the name of one that comes with mlprune."""
     checked = _spec(spec, assignments, {"calibration.corpus": corpus})
@@ -124,6 +127,7 @@ def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, 
 @click.option("--allocation", help="uniform or owl.")
 @click.option("--propagation", help="sequential or dense.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@_corpus
 def prune(
     model: str | None,
     spec: str | None,
@@ -154,7 +158,7 @@ def prune(
 
 @_command
 @click.argument("runs", nargs=2, metavar="RUN RUN")
-def compare(runs: tuple[str, str], corpus: str | None, assignments: tuple[str, ...]) -> Any:
+def compare(runs: tuple[str, str], assignments: tuple[str, ...]) -> Any:
     """Compare two trials of sweeps, item by item: RUN RUN are their MLflow runs, the second against the first.
 
     For each task and language the difference, its 95% interval, and whether it is more than chance.
@@ -162,7 +166,7 @@ def compare(runs: tuple[str, str], corpus: str | None, assignments: tuple[str, .
     from mlprune.comparison import compare_runs
     from mlprune.report import comparison as report
 
-    found = compare_runs(_spec("quickstart", assignments, {"calibration.corpus": corpus}), runs)
+    found = compare_runs(_spec("quickstart", assignments, {}), runs)
     report.show_comparison(found)
     return report.comparison_values(found)
 
@@ -176,6 +180,7 @@ def compare(runs: tuple[str, str], corpus: str | None, assignments: tuple[str, .
 @click.option("--host-memory", metavar="SIZE", help="Of one node, as 1TiB.")
 @click.option("--host-to-device", metavar="SIZE", help="What a GPU is sent in a second, as 25GB.")
 @click.option("--flops", type=float, help="Of one GPU (or node of cores) in a second, as 312e12.")
+@_corpus
 def plan(model: str | None, spec: str, corpus: str | None, assignments: tuple[str, ...], **machines: Any) -> Any:
     """Plan MODEL on machines: a folder, a hub id, demo, or a config.json alone. No weights are read.
 
@@ -205,6 +210,7 @@ def _size(name: str, text: str | None) -> int | None:
 @click.argument("model")
 @click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
 @click.option("--languages", metavar="LIST", help="As en,fr; ISO 639 codes that the corpus has.")
+@_corpus
 def evaluate(
     model: str, spec: str, languages: str | None, corpus: str | None, assignments: tuple[str, ...]
 ) -> Any:
@@ -233,6 +239,7 @@ def evaluate(
 @click.option("--ratio", default=0.3, show_default=True, help="Share of channels that are top, and bottom.")
 @click.option("--sparsity", default=0.5, show_default=True, help="Of the masks that are compared.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@_corpus
 def analyze(
     model: str,
     spec: str,

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mlprune.pruning.moments import Moments
 
-ALLOCATIONS = ("uniform", "owl")
-
 OUTLIER = 5  # an outlier is above this many times the mean: the paper's M
 LAMBDA = 0.08  # layers differ by twice this at the most: the paper's lambda
 # No layer is emptied to spare others, unless so much was asked of them all.
