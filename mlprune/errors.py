@@ -6,7 +6,8 @@
     │   ├── CorpusError      parallel text
     │   ├── ModelError       a model or its checkpoint
     │   └── StorageError     a folder to write to
-    └── SweepError           trials failed; the message says which and why
+    ├── SweepError           trials failed; the message says which and why
+    └── WorkerLostError      a worker died under a call; a new one can take its place
 
 Every `UserError` names the key, the value and the remedy, and survives pickling between processes.
 """
@@ -45,3 +46,14 @@ class StorageError(UserError):
 
 class SweepError(MlpruneError):
     """Trials of a sweep failed."""
+
+
+class WorkerLostError(MlpruneError):
+    """A shard's worker, or its node, died: what was asked of it must be asked again of a new one."""
+
+    def __init__(self, cause: str, drained: bool = False) -> None:
+        super().__init__(cause, drained)
+        self.cause, self.drained = cause, drained  # drained: nothing had begun yet
+
+    def __str__(self) -> str:
+        return self.cause

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,17 +25,21 @@ from mlprune.models.source import ModelSource, find_model
 from mlprune.models.zero import Offload, disk_access, make_disk_ready
 from mlprune.pruning.allocation import owl
 from mlprune.pruning.scores import Solver, score_named
-from mlprune.shards.actors import RayPipeline, local_ray
-from mlprune.shards.machine import this_machine, with_disk
+from mlprune.shards.cluster import cluster_machine, on_cluster
+from mlprune.shards.fleet import Fleet, fleet_on_ray
+from mlprune.shards.machine import Machine, this_machine, with_disk
 from mlprune.shards.masking import Recipe
 from mlprune.shards.memory import Work
 from mlprune.shards.pipeline import LocalPipeline, Pipeline, Progress, Pruned
 from mlprune.shards.planner import Plan, make_plan
 from mlprune.shards.shape import ModelShape, check_pattern, model_shape
 from mlprune.shards.worker import Setup, ShardWorker
-from mlprune.store import FORMAT, MomentStore, ResultStore, check_place
+from mlprune.storage import Storage, check_place, check_storage
+from mlprune.store import FORMAT, MomentStore, ResultStore
 from mlprune.templates import check_template
 from mlprune.variants import Demonstration, Pattern, Variant
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,7 @@ class Prepared:
     spec: SweepSpec
     source: ModelSource
     shape: ModelShape
+    machine: Machine  # this one, or the nodes of the cluster that runs
     plan: Plan
     sets: dict[str, CalibrationSet]  # by demonstration
     evaluation: Suite | None  # None where nothing is evaluated
@@ -62,19 +66,19 @@ class Prepared:
 
     def setup(self) -> Setup:
         """What the workers need. For weights that go to a disk, what writes it is made ready."""
-        device, offload = worker_device(), None
+        device, offload = worker_device(self.machine), None
         if place := self.plan.holding.offload:
             offload = Offload(place, self.spec.offload_folder, self.shape.packed)
-            if place == "nvme":
+            if place == "nvme" and not on_cluster():  # there each node makes its own ready, when it loads
                 with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
                     make_disk_ready(device)
         return Setup(self.source, self.spec.model.dtype, device.type, self.store(), offload)
 
     def store(self) -> MomentStore:
-        return MomentStore(self.spec.storage_folder / "moments", self.fingerprint, str(self.shape.dtype))
+        return MomentStore(Storage(self.spec.storage), self.fingerprint, str(self.shape.dtype))
 
     def results(self) -> ResultStore:
-        return ResultStore(self.spec.storage_folder)
+        return ResultStore(Storage(self.spec.storage))
 
     def recipe(self, variant: Variant) -> Recipe:
         sides = tuple(
@@ -98,8 +102,8 @@ class Prepared:
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
 
-def worker_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def worker_device(machine: Machine) -> torch.device:
+    return torch.device("cuda" if machine.gpus else "cpu")
 
 
 def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
@@ -108,7 +112,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     `evaluate` False: nothing will be evaluated, so the corpus need not have the evaluation's languages.
     """
     variants = list(variants)
-    check_place(spec.storage_folder, "storage", spec.storage)
+    check_storage(spec.storage)
     source = find_model(
         spec.model.path,
         revision=spec.model.revision,
@@ -121,14 +125,14 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(shape, Pattern.parse(pattern), "search.pattern")
     sets, evaluation = _text(spec, variants, source, shape, evaluate)
-    machine = with_disk(this_machine(), spec.offload_folder)
+    machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
     plan = make_plan(shape, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
     if plan.why:
         say(f"  residency: {plan.why}")
-    if plan.holding.offload == "nvme":
+    if plan.holding.offload == "nvme" and not on_cluster():
         check_place(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
-        disk_access(worker_device())
-    return Prepared(spec, source, shape, plan, sets, evaluation)
+        disk_access(worker_device(machine))
+    return Prepared(spec, source, shape, machine, plan, sets, evaluation)
 
 
 def _text(
@@ -221,33 +225,37 @@ def _check_positions(spec: SweepSpec, shape: ModelShape) -> None:
 
 
 @contextmanager
-def open_pipeline(prepared: Prepared) -> Iterator[Pipeline]:
-    """The model, loaded, for as long as the block runs: one shard in this process, more as Ray actors."""
-    if len(prepared.spans) * prepared.plan.holding.ranks > 1:
-        with open_ray_pipeline(prepared, trial_slots=1) as over_ray:
-            yield over_ray
-        return
+def open_fleet(prepared: Prepared, replicas: int | None = None) -> Iterator[Fleet]:
+    """The model as Ray actors, as often as was planned or as `replicas` says, for as long as the block runs."""
+    setup, plan = prepared.setup(), prepared.plan
+    plan = plan if replicas is None else replace(plan, replicas=replicas)
+    with fleet_on_ray(setup, plan, prepared.machine, prepared.spec.pipeline.wait_minutes) as fleet:
+        yield fleet
+
+
+@contextmanager
+def open_here(prepared: Prepared) -> Iterator[LocalPipeline]:
+    """The model in this process, all shards of it, for as long as the block runs."""
     setup = prepared.setup()
     with step("loading the model"):
-        pipeline = LocalPipeline([ShardWorker(setup, prepared.spans[0])], prepared.plan.chunks)
+        pipeline = LocalPipeline([ShardWorker(setup, span) for span in prepared.spans], prepared.plan.chunks)
     try:
         yield pipeline
     finally:
         pipeline.close()
 
 
-@contextmanager
-def open_ray_pipeline(prepared: Prepared, trial_slots: int) -> Iterator[RayPipeline]:
-    """The model as Ray actors, for as long as the block runs; Ray is started if it is not running."""
-    setup, ranks = prepared.setup(), prepared.plan.holding.ranks
-    with contextlib.ExitStack() as stack:
-        with step("starting Ray"):
-            stack.enter_context(local_ray(trial_slots))
-        each = f", {ranks} ranks each" if ranks > 1 else ""
-        with step(f"loading the model into {len(prepared.spans)} shard(s){each}"):
-            pipeline = RayPipeline.launch(setup, prepared.spans, prepared.plan.chunks, ranks)
-        stack.callback(pipeline.close)
-        yield pipeline
+def on_model(prepared: Prepared, what: str, work: Callable[[Pipeline], T]) -> T:
+    """What `work` makes of the model: one shard is loaded into this process, more are Ray actors.
+
+    Where a cluster runs its nodes hold the model, even one shard: this machine may be a small head. Over Ray,
+    `work` is done again when a worker dies under it; `what` names it to the user.
+    """
+    if on_cluster() or len(prepared.spans) * prepared.plan.holding.ranks > 1:
+        with open_fleet(prepared, replicas=1) as fleet:
+            return fleet.steadily(what, work)
+    with open_here(prepared) as pipeline:
+        return work(pipeline)
 
 
 def gather(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:

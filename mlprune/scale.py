@@ -16,7 +16,7 @@ from mlprune.errors import ModelError, SpecError
 from mlprune.grid import variants_of
 from mlprune.models.source import find_model
 from mlprune.pruning.scores import Solver, score_named
-from mlprune.shards.actors import cluster_machine
+from mlprune.shards.cluster import cluster_machine
 from mlprune.shards.forecast import Phase, forecast
 from mlprune.shards.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
 from mlprune.shards.memory import Work

@@ -30,9 +30,9 @@ from mlprune.errors import ModelError, SpecError, StorageError
 from mlprune.export import check_output
 from mlprune.grid import variant_of
 from mlprune.languages import name_of
-from mlprune.prepare import Prepared, open_pipeline, prepare
+from mlprune.prepare import Prepared, on_model, prepare
 from mlprune.shards.pipeline import Pipeline
-from mlprune.store import check_place, write_whole
+from mlprune.storage import check_place, write_whole
 from mlprune.tracking import check_tracking, log_analysis
 from mlprune.trial import unseen_note
 from mlprune.variants import Demonstration, Variant
@@ -110,9 +110,11 @@ def analyze(spec: SweepSpec, question: Question, output: Path) -> Findings:
     check_tracking(spec.tracking_uri)
     prepared = prepare(spec, question.variants, evaluate=False)
     layer = _layer(question, prepared)
-    with open_pipeline(prepared) as pipeline:
-        magnitude_CLH = _magnitudes(prepared, pipeline, question)
-        shared = _shared(prepared, pipeline, question)
+
+    def look(pipeline: Pipeline) -> tuple[Tensor, SharedCounts]:
+        return _magnitudes(prepared, pipeline, question), _shared(prepared, pipeline, question)
+
+    magnitude_CLH, shared = on_model(prepared, "analyzing", look)
     model = Path(spec.model.path).absolute().name
     with step(f"writing {output}"):
         files = _files(question, layer, magnitude_CLH, shared, model)
@@ -121,7 +123,7 @@ def analyze(spec: SweepSpec, question: Question, output: Path) -> Findings:
         run = log_analysis(
             spec.tracking_uri,
             spec.tracking.experiment or "analysis",
-            spec.storage_folder / "mlartifacts",
+            spec.local_folder / "mlartifacts",
             f"{model} {','.join(question.languages)}",
             _params(prepared, question, layer),
             [output / name for name in files],

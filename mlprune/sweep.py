@@ -12,6 +12,7 @@ import platform
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from mlprune.errors import SweepError
 from mlprune.evaluation.items import Items, from_json, signatures
 from mlprune.evaluation.significance import mean_ratio_interval
 from mlprune.grid import needs_dense, variants_of
-from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare
+from mlprune.prepare import Prepared, gather, open_fleet, prepare
+from mlprune.shards.fleet import Fleet
+from mlprune.shards.pipeline import Pipeline
 from mlprune.store import Result
 from mlprune.tracking import SweepTracker, check_tracking
 from mlprune.trial import run_dense, unseen_note
-from mlprune.tuning import run_trials
+from mlprune.tuning import Trials, run_trials
 from mlprune.variants import Variant
+from mlprune.watching import LOOK_SECONDS, TRIALS, Show, Watch
 
 PACKAGES = (
     *("mlprune", "torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy"),
@@ -63,9 +67,7 @@ class SweepPlan:
         store, layers = self.prepared.store(), range(len(self.prepared.shape.layers))
         dense = {str(part) for variant in todo if needs_dense(variant) for part in variant.demonstrations}
         missing = [
-            name
-            for name in dense
-            if not all(store.file(self.prepared.sets[name].key, layer).exists() for layer in layers)
+            name for name in dense if not all(store.has(self.prepared.sets[name].key, layer) for layer in layers)
         ]
         sequential = [variant for variant in todo if variant.propagation == "sequential"]
         baseline = self.prepared.results().load(self.prepared.result_key(None)) is None
@@ -108,6 +110,7 @@ class SweepOutcome:
     parent_run: str
     picture: Path
     failed: Mapping[str, str]  # a trial's label -> cause
+    nodes: tuple[str, ...]  # addresses, of each shard; of nothing if nothing was left to run
 
     @property
     def objective(self) -> str:
@@ -149,14 +152,27 @@ def _lines(prepared: Prepared, result: Result) -> list[Items]:
     return [one for one in from_json(prepared.results().items(result.key)) if one.kind == "likelihood"]
 
 
-def run_sweep(spec: SweepSpec) -> SweepOutcome:
-    """Run what is missing of a sweep and rank it all. Raises SweepError when no trial could be finished."""
+@dataclass(frozen=True)
+class Ran:
+    """What became of the trials: the dense model's result, every trial's, and the causes of those that failed."""
+
+    dense: Result
+    results: list[Result]
+    failed: dict[str, str]
+    nodes: list[str]  # of each shard of the first replica; empty if nothing was run
+
+
+def run_sweep(spec: SweepSpec, show: Show = lambda _: None) -> SweepOutcome:
+    """Run what is missing of a sweep and rank it all; `show` is told each second how it stands.
+
+    Raises SweepError when no trial could be finished.
+    """
     plan = plan_sweep(spec)
     prepared = plan.prepared
     tracker = SweepTracker(
         spec.tracking_uri,
         spec.tracking.experiment or spec.name,
-        spec.storage_folder / "mlartifacts",
+        spec.local_folder / "mlartifacts",
         spec.key,
         spec.name,
     )
@@ -164,16 +180,19 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
         _sweep_params(prepared), {"spec.yaml": spec.anchored().yaml(), "environment.txt": _environment()}
     )
     try:
-        dense, results, failed = _all_trials(plan, tracker)
+        ran = _all_trials(plan, tracker, show)
     except BaseException:
         tracker.finish_sweep("KILLED", {}, [])
+        _settle(tracker, patience=10)
         raise
     objective = f"bits_per_byte.{spec.search.objective}"
-    ranking = tuple(sorted(results, key=lambda result: _rank(result.metrics[objective])))
+    dense, failed = ran.dense, ran.failed
+    ranking = tuple(sorted(ran.results, key=lambda result: _rank(result.metrics[objective])))
     if not ranking:
         tracker.finish_sweep("FAILED", {}, [])
+        _settle(tracker, patience=60)
         raise SweepError("no trial finished; " + "; ".join(f"{k}: {v}" for k, v in failed.items()))
-    picture = spec.storage_folder / f"{spec.name}.png"
+    picture = spec.local_folder / f"{spec.name}.png"
     title = f"{spec.name}: {spec.model.path}, {len(ranking)} variants"
     draw_sweep(dense, ranking, spec.evaluation.perplexity.languages, title, picture)
     lines = {result.key: _lines(prepared, result) for result in (dense, *ranking)}
@@ -182,7 +201,11 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
         tracker.log_trial(result.key, result.variant, _change_metrics(changes[result.key]))
     best = {f"best.{name}": value for name, value in ranking[0].metrics.items()}
     tracker.finish_sweep("FAILED" if failed else "FINISHED", best, [picture])
-    runs = {result.key: tracker.trial_run(result.key, result.variant) for result in (dense, *ranking)}
+    if not _settle(tracker, patience=600):
+        raise SweepError(
+            f"{tracker.behind} things did not reach MLflow ({tracker.trouble}); start the sweep again"
+        )
+    runs = {result.key: tracker.run_of(result.key) for result in (dense, *ranking)}
     return SweepOutcome(
         spec,
         dense,
@@ -193,7 +216,14 @@ def run_sweep(spec: SweepSpec) -> SweepOutcome:
         tracker.parent_id,
         picture,
         failed,
+        tuple(ran.nodes),
     )
+
+
+def _settle(tracker: SweepTracker, patience: float) -> bool:
+    settled = tracker.settle(patience, lambda count, reason: say(f"  {count} things wait for MLflow: {reason}"))
+    tracker.close()
+    return settled
 
 
 def _change_metrics(change: Interval) -> dict[str, float]:
@@ -230,36 +260,65 @@ def _environment() -> str:
     return "\n".join([f"python {platform.python_version()}", platform.platform(), *packages]) + "\n"
 
 
-def _all_trials(plan: SweepPlan, tracker: SweepTracker) -> tuple[Result, list[Result], dict[str, str]]:
-    """The dense model's result, every trial's, and the causes of those that failed."""
+def _all_trials(plan: SweepPlan, tracker: SweepTracker, show: Show) -> Ran:
+    """What is missing of the sweep is run; what was there is told to MLflow again, which may not know it."""
     prepared, store = plan.prepared, plan.prepared.results()
     dense = store.load(prepared.result_key(None))
     if dense is not None:
-        tracker.finish_trial(dense, store.items(dense.key))
+        tracker.finish_trial(dense, partial(store.items, dense.key))
     if plan.finished:
         say(f"  {len(plan.finished)} of {len(plan.variants)} trials had finished before")
-    done = list(plan.finished)
-    if prepared.spec.search.searcher == "optuna":
-        done = []  # it chooses anew, by the same seed, and is led through the results that are there
+    optuna = prepared.spec.search.searcher == "optuna"
+    # Optuna chooses anew, by the same seed, and is led through the results that are there
+    done = [] if optuna else list(plan.finished)
     for result in done:
-        tracker.finish_trial(result, store.items(result.key))
+        tracker.finish_trial(result, partial(store.items, result.key))
     todo = [variant for variant in plan.variants if variant not in {result.variant for result in done}]
     if dense is not None and not todo:
-        return dense, done, {}
-    with open_ray_pipeline(prepared, trial_slots=prepared.plan.trials) as pipeline:
-        if dense is None:
-            tracker.trial_run(prepared.result_key(None), None)
-            with step("evaluating the dense model", "batches") as progress:
-                dense, items = run_dense(prepared, pipeline, progress)
-            store.save(dense, items)
-            tracker.finish_trial(dense, items)
-        gather(prepared, pipeline, plan.unfinished)
-        new, failed = run_trials(prepared, pipeline, tracker, todo)
-        planned = max(need.total for need in prepared.plan.memory)
-        say(f"  a worker held {size_text(max(pipeline.peak_bytes()))} at most; {size_text(planned)} were planned")
-    for label, cause in failed.items():
-        warn(f"{label} failed: {cause}")
-    for result in new:
+        return Ran(dense, done, {}, [])
+    samples = prepared.spec.search.samples
+    trials = Trials(samples if optuna and samples else len(todo))
+    at_once = prepared.plan.trials * prepared.plan.replicas
+    with open_fleet(prepared) as fleet:
+        watch = Watch(prepared.spec.name, fleet, trials, at_once, tracker, show)
+        with watch.watching():
+            watch.enter("evaluating the dense model")
+            dense = dense or _dense(prepared, fleet, tracker)
+            watch.enter("calibrating")
+            for replica in range(prepared.plan.replicas):
+                fleet.steadily(
+                    "calibration", lambda pipeline: gather(prepared, pipeline, plan.unfinished), replica
+                )
+            watch.enter(TRIALS)
+            with step(TRIALS):
+                run_trials(prepared, fleet, tracker, todo, trials)
+            tracker.log_sweep_metrics(watch.report(), 0)
+        nodes = [usage.node for usage in fleet.pipelines[0].look(LOOK_SECONDS) if usage]
+        _tell_memory(prepared, fleet)
+    for result in trials.results.values():
         if result.unseen and result.variant:
             warn(f"{result.variant.label}: {unseen_note(result.unseen)}")
-    return dense, [*done, *new], failed
+    failed = {variant.label: cause for variant, cause in trials.failed.items()}
+    for label, cause in failed.items():
+        warn(f"{label} failed: {cause}")
+    return Ran(dense, [*done, *trials.results.values()], failed, nodes)
+
+
+def _dense(prepared: Prepared, fleet: Fleet, tracker: SweepTracker) -> Result:
+    store = prepared.results()
+    tracker.start_trial(prepared.result_key(None), None)
+
+    def work(pipeline: Pipeline) -> tuple[Result, str]:
+        with step("evaluating the dense model", "batches") as progress:
+            return run_dense(prepared, pipeline, progress)
+
+    dense, items = fleet.steadily("evaluation of the dense model", work)
+    store.save(dense, items)
+    tracker.finish_trial(dense, partial(store.items, dense.key))
+    return dense
+
+
+def _tell_memory(prepared: Prepared, fleet: Fleet) -> None:
+    held = fleet.steadily("a look at memory", lambda pipeline: max(pipeline.peak_bytes()))
+    planned = max(need.total for need in prepared.plan.memory)
+    say(f"  a worker held {size_text(held)} at most; {size_text(planned)} were planned")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from mlprune.console import step, warn
 from mlprune.errors import SpecError
 from mlprune.export import check_output, write_checkpoint
 from mlprune.grid import variants_of
-from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
+from mlprune.prepare import Prepared, gather, make_masks, on_model, prepare
 from mlprune.pruning.scores import score_named
-from mlprune.shards.pipeline import Pruned
+from mlprune.shards.pipeline import Pipeline, Pruned
 from mlprune.specs import as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune.store import Result
 from mlprune.tracking import recall_trial
 from mlprune.trial import run_dense, unseen_note
 from mlprune.variants import Calibration, Pattern, Scoring, Variant
@@ -85,23 +87,26 @@ def prune(spec: SweepSpec, variant: Variant, output: Path) -> dict[str, Any]:
     check_output(output, 0)  # a taken name is known before anything else is done
     prepared = prepare(spec, [variant], evaluate=False)
     check_output(output, prepared.shape.total)
-    with open_pipeline(prepared) as pipeline:
-        gather(prepared, pipeline, [variant])
-        with step(f"masks: {variant.label}", "layers") as progress:
-            pruned = make_masks(prepared, pipeline, variant, progress)
-        if pruned.unseen:
-            warn(unseen_note(pruned.unseen))
-        manifest = _manifest(prepared, variant, pruned)
-        pieces = len(prepared.shape.layers) + 1
-        with step(f"writing {output}", "layers") as progress:
-            write_checkpoint(
-                prepared.source,
-                prepared.shape.dtype,
-                pipeline.weights(variant.key),
-                manifest,
-                output,
-                lambda done: progress(done, pieces),
-            )
+    return on_model(prepared, "pruning", partial(_write, prepared, variant, output))
+
+
+def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipeline) -> dict[str, Any]:
+    gather(prepared, pipeline, [variant])
+    with step(f"masks: {variant.label}", "layers") as progress:
+        pruned = make_masks(prepared, pipeline, variant, progress)
+    if pruned.unseen:
+        warn(unseen_note(pruned.unseen))
+    manifest = _manifest(prepared, variant, pruned)
+    pieces = len(prepared.shape.layers) + 1
+    with step(f"writing {output}", "layers") as progress:
+        write_checkpoint(
+            prepared.source,
+            prepared.shape.dtype,
+            pipeline.weights(variant.key),
+            manifest,
+            output,
+            lambda done: progress(done, pieces),
+        )
     return manifest
 
 
@@ -126,7 +131,11 @@ def _manifest(prepared: Prepared, variant: Variant, pruned: Pruned) -> dict[str,
 def evaluate_checkpoint(spec: SweepSpec) -> Mapping[str, float]:
     """The metrics of the spec's model as it is."""
     prepared = prepare(spec, [])
-    with open_pipeline(prepared) as pipeline, step("evaluating", "batches") as progress:
-        found, _ = run_dense(prepared, pipeline, progress)
+
+    def score(pipeline: Pipeline) -> Result:
+        with step("evaluating", "batches") as progress:
+            return run_dense(prepared, pipeline, progress)[0]
+
+    found = on_model(prepared, "evaluating", score)
     dropped = "sparsity.actual"  # nothing was, here
     return {name: value for name, value in found.metrics.items() if name != dropped}

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin on each other's cores make tiny models crawl
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ADDRESS"] = "local"  # a cluster that happens to run here is not ours
 
 import pytest
 
-from mlprune.shards.actors import local_ray
+from mlprune.shards.cluster import ray_for
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    with local_ray(trial_slots=4):
+    with ray_for(memory=8 * 2**30):
         yield

@@ -9,10 +9,8 @@ import pytest
 
 from mlprune.grid import variant_of
 from mlprune.models.source import ModelSource
-from mlprune.prepare import Prepared, prepare
-from mlprune.shards.actors import RayPipeline
-from mlprune.shards.pipeline import LocalPipeline, Pipeline
-from mlprune.shards.worker import ShardWorker
+from mlprune.prepare import Prepared, open_fleet, open_here, prepare
+from mlprune.shards.pipeline import Pipeline
 from mlprune.specs import spec_from
 from mlprune.variants import Variant
 from tests.tiny_models import source
@@ -54,16 +52,12 @@ def ready(
 @contextmanager
 def opened(prepared: Prepared, over_ray: bool = False) -> Iterator[Pipeline]:
     """The pipeline of any number of shards, in this process or over the Ray that runs."""
-    setup, plan = prepared.setup(), prepared.plan
-    pipeline: Pipeline
     if over_ray:
-        pipeline = RayPipeline.launch(setup, plan.spans, plan.chunks, plan.holding.ranks)
-    else:
-        pipeline = LocalPipeline([ShardWorker(setup, span) for span in plan.spans], plan.chunks)
-    try:
+        with open_fleet(prepared) as fleet:
+            yield fleet.pipelines[0]
+        return
+    with open_here(prepared) as pipeline:
         yield pipeline
-    finally:
-        pipeline.close()
 
 
 def masks_of(prepared: Prepared, pipeline: Pipeline, variant: Variant) -> dict[str, Any]:

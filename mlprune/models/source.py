@@ -11,9 +11,10 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ class ModelSource:
     folder: Path  # where config, weights and tokenizer lie; a config file alone, where no more is needed
     trust_remote_code: bool
     allow_pickle: bool
+    commit: str | None = None  # of a hub model
+
+    def here(self) -> "ModelSource":
+        """The same model on this machine, which may not be the one that found it."""
+        if self.folder.exists():
+            return self
+        if self.name == "demo":
+            return replace(self, folder=demo_folder(None))
+        if self.commit is None:
+            remedy = f"{self.folder} is not on {platform.node()}: put it on a shared disk, or there on every node"
+            raise ModelError("model.path", self.name, remedy)
+        extra = ("*.py",) if self.trust_remote_code else ()
+        fetched = _fetch(self.name, self.commit, extra, weights=True, allow_pickle=self.allow_pickle)
+        return replace(self, folder=fetched)
 
     @property
     def config_file(self) -> Path:
@@ -141,10 +156,12 @@ def find_model(
     folder = Path(name) if _is_config(name) and not weights else _folder_of(name, progress)
     if folder is not None and revision is not None:
         raise ModelError("model.revision", revision, f"only a hub id has revisions, and {name} is none")
+    commit = None
     if folder is None:
         extra = ("*.py",) if trust_remote_code else ()
         folder = _fetch(name, revision, extra, weights=weights, allow_pickle=allow_pickle)
-    source = ModelSource(name, folder, trust_remote_code, allow_pickle)
+        commit = folder.name
+    source = ModelSource(name, folder, trust_remote_code, allow_pickle, commit)
     _check_config(source)
     if weights:
         source.weight_files()

@@ -41,6 +41,7 @@ class Machine:
     host_to_device: float
     flops: float  # of a GPU, or of a node without
     disk: int | None = None  # free for offloaded weights, of a node; None: not known
+    elastic: bool = False  # nodes are launched when they are asked for, `nodes` at most
 
     @property
     def all_gpus(self) -> int:
@@ -65,6 +66,20 @@ def machine_with(gpus: Sequence[tuple[str, int]]) -> Machine:
         host_memory=host_memory_free(),
         host_to_device=HOST_TO_DEVICE,
         flops=flops_of(gpus[0][0]) if gpus else 0.0,
+    )
+
+
+def share_of(machine: Machine, replicas: int) -> Machine:
+    """What one of `replicas` has: nodes of its own, or else an even part of one."""
+    if replicas <= machine.nodes:
+        return replace(machine, nodes=machine.nodes // replicas)
+    a_node = -(-replicas // machine.nodes)
+    return replace(
+        machine,
+        nodes=1,
+        gpus=machine.gpus // a_node,
+        host_memory=machine.host_memory // a_node,
+        disk=None if machine.disk is None else machine.disk // a_node,
     )
 
 

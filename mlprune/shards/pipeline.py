@@ -7,6 +7,7 @@ whose ranks each take the value of their own, so that hidden states go from shar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet, RowSet
+from mlprune.errors import WorkerLostError
 from mlprune.models.hollow import Span
 from mlprune.shards.decoding import Ended, Step, grouped, waves
 from mlprune.shards.features import SharedDrops
@@ -81,17 +83,21 @@ class Pipeline(ABC):
 
     def gather(self, sets: Sequence[CalibrationSet], progress: Progress | None = None) -> None:
         """Pass calibration sets through the dense model together; keep their moments, here and on disk."""
-        for made in sets:
-            self.everywhere("forget_moments", made.key)
+        passing = uuid4().hex
         batches = [batch for made in sets for batch in made.batches]
         keys = [made.key for made in sets for _ in made.batches]
         ends = dict(zip(accumulate(len(made.batches) for made in sets), sets, strict=True))
         saved = 0
-        for done, _ in self._pass("forward", batches, progress, {}, gather=keys):
-            for number in range(saved + 1, done + 1):
-                if number in ends:  # whole: it is not lost if a later set breaks off
-                    self.everywhere("save_moments", ends[number].key)
-            saved = done
+        try:
+            for done, _ in self._pass("forward", batches, progress, {"passing": passing}, gather=keys):
+                for number in range(saved + 1, done + 1):
+                    if number in ends:  # whole: it is not lost if a later set breaks off
+                        self.everywhere("save_moments", ends[number].key, passing)
+                saved = done
+        except BaseException:
+            with contextlib.suppress(WorkerLostError):  # a shard may be the reason
+                self.everywhere("end_pass", passing)
+            raise
 
     def prune(self, recipe: Recipe) -> Pruned:
         """Make a variant's masks from gathered moments: every shard its own, at the same time."""
@@ -175,7 +181,7 @@ class Pipeline(ABC):
         """
         groups = grouped(prompts, max_new)
         for wave in waves(groups):
-            session = uuid4().hex
+            session = f"{variant} {uuid4().hex}"
             try:
                 while steps := [group.step() for group in wave if group.open]:
                     told = self._step(session, steps, variant)
@@ -185,12 +191,15 @@ class Pipeline(ABC):
                     if progress:
                         progress(len(prompts) - sum(group.open for group in groups), len(prompts))
             finally:
-                self.everywhere("end_session", session)
+                with contextlib.suppress(WorkerLostError):  # then it is gone
+                    self.everywhere("end_session", session)
         written = {row: tokens for group in groups for row, tokens in group.written.items()}
         return [written[row] for row in range(len(prompts))]
 
     def release(self, variant: str) -> None:
-        self.everywhere("release", variant)
+        """Let go of a variant's masks."""
+        with contextlib.suppress(WorkerLostError):  # then they are gone
+            self.everywhere("release", variant)
 
     def peak_bytes(self) -> list[int]:
         """The most memory that each shard's largest rank has held."""
@@ -236,7 +245,7 @@ class Pipeline(ABC):
                 yield take()
             keys = gather[sent : sent + len(chunk)]
             sent += len(chunk)
-            waiting.append((self._send(last, chunk, {"gather": keys} if keys else given), sent))
+            waiting.append((self._send(last, chunk, {**given, "gather": keys} if keys else given), sent))
         while waiting:
             yield take()
 
@@ -250,7 +259,7 @@ class Pipeline(ABC):
 
     def _send(self, last: str, chunk: Sequence[Batch], given: dict[str, Any]) -> Any:
         hidden = None
-        of_all = {name: value for name, value in given.items() if name in ("variant", "gather")}
+        of_all = {name: value for name, value in given.items() if name in ("variant", "gather", "passing")}
         for shard in range(len(self.spans) - 1):
             hidden = self.call(shard, "forward", chunk, hidden, **of_all)
         return self.call(len(self.spans) - 1, last, chunk, hidden, **given)

@@ -10,7 +10,7 @@ from mlprune.config import PipelineSpec
 from mlprune.console import size_text
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
-from mlprune.shards.machine import Machine
+from mlprune.shards.machine import Machine, share_of
 from mlprune.shards.memory import (
     CHUNK_BYTES,
     Chunks,
@@ -34,7 +34,8 @@ class Plan:
     spans: tuple[Span, ...]
     holding: Holding
     chunks: Chunks
-    trials: int  # at once: one a shard, or as many as there is room for the masks of
+    replicas: int  # of the whole pipeline
+    trials: int  # at once on a replica: one a shard, or as many as there is room for the masks of
     memory: tuple[WorkerMemory, ...]  # of one rank of each shard
     why: str  # of the residency, in one line
 
@@ -44,11 +45,14 @@ def make_plan(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSp
 
     Raises ModelError when nothing fits, SpecError when what is asked cannot be.
     """
+    machine = _share(machine, asked.replicas)
+    if machine.elastic and asked.shards == "auto":
+        return _fewest(shape, work, machine, asked, name)
     spans = cut(shape, _shards(shape, machine, asked))
     _check_ranks(len(spans), machine, asked)
     reasons: list[str] = []
     for holding in _candidates(asked, machine):
-        for trials in range(max(1, min(len(spans), work.variants)), 0, -1):
+        for trials in range(max(1, min(len(spans), -(-work.variants // asked.replicas))), 0, -1):
             plan = _plan(shape, spans, work, machine, holding, asked, trials)
             short = shortage(plan, machine, asked)
             if short is None:
@@ -62,6 +66,34 @@ def make_plan(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSp
     helps = ["more shards"] * (machine.all_gpus > len(spans)) + ["bfloat16"] * (shape.dtype.itemsize == 4)
     other = " or ".join(helps or ["larger machines, or more of them"])
     raise ModelError("model.path", repr(name), f"does not fit: {'; '.join(reasons)}; take {other}")
+
+
+def _share(machine: Machine, replicas: int) -> Machine:
+    share = share_of(machine, replicas)
+    if machine.gpus and not share.gpus:
+        raise SpecError("pipeline.replicas", replicas, f"each needs a GPU, and there are {machine.all_gpus}")
+    return share
+
+
+def _fewest(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec, name: str) -> Plan:
+    """Where nodes are launched, and paid, as they are asked for: the fewest shards that are resident.
+
+    If even the most cannot be, weights move, over as many shards as there may be.
+    """
+    most = min(
+        max(machine.all_gpus // asked.ranks_per_shard, 1 if machine.gpus else machine.nodes), len(shape.layers)
+    )
+    fixed = replace(machine, elastic=False)
+    wanted = "auto" if asked.residency == "zero" else "resident"
+    for shards in range(1, most + 1):
+        on_nodes = replace(fixed, nodes=min(machine.nodes, -(-shards // max(1, machine.gpus))))
+        one = asked.model_copy(update={"shards": shards, "replicas": 1, "residency": wanted})
+        try:
+            return replace(make_plan(shape, work, on_nodes, one, name), replicas=asked.replicas)
+        except ModelError:
+            continue
+    all_of_them = asked.model_copy(update={"shards": most, "replicas": 1})
+    return replace(make_plan(shape, work, fixed, all_of_them, name), replicas=asked.replicas)
 
 
 def _check_ranks(shards: int, machine: Machine, asked: PipelineSpec) -> None:
@@ -121,7 +153,7 @@ def _plan(
             limit = min(limit, on_the_way // shape.token_bytes)
         longest = max(sum(work.calibration), work.evaluation)
         chunks = Chunks(max(work.micro_batch, min(longest, limit)), few=True)
-    return Plan(spans, holding, chunks, trials, memory(chunks), "")
+    return Plan(spans, holding, chunks, asked.replicas, trials, memory(chunks), "")
 
 
 def device_bytes(machine: Machine, workers: int, asked: PipelineSpec) -> int:

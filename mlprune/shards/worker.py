@@ -7,7 +7,7 @@ B: rows of a micro-batch. T: its tokens. H: hidden width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,12 +53,15 @@ class ShardWorker:
         torch.set_num_threads(own_cores())  # whatever the number of shards: BLAS rounds differently with others
         self.span, self.ranks = span, ranks
         self._store = setup.store
+        setup = replace(setup, source=setup.source.here())
         dtype, device = setup.source.dtype(setup.dtype), torch.device(setup.device)
         with torch.inference_mode():
             self._model = ReplayModel(setup.source, span, dtype, device, shell=setup.offload is not None)
             self._residency = self._reside(setup, dtype)
         self._logit_tokens = min(LOGIT_TOKENS, self._model.positions or LOGIT_TOKENS)
-        self._gathering: dict[str, dict[int, Mapping[str, Moments]]] = {}  # passes that are under way
+        self.tokens = 0  # that have passed the layers, pads included
+        # passes that are under way: (pass, set) -> layer -> moments
+        self._gathering: dict[tuple[str, str], dict[int, Mapping[str, Moments]]] = {}
         self._moments: dict[str, dict[int, Mapping[str, Moments]]] = {}  # of whole passes
         self._features: dict[str, Tensor] = {}  # calibration set -> float64 [layers of the shard, H]
         self._masks: dict[str, dict[int, Mapping[str, PackedMask | PackedWeights]]] = {}
@@ -93,10 +96,12 @@ class ShardWorker:
         hidden: Sequence[Tensor] | None,
         variant: str | None = None,
         gather: Sequence[str] | None = None,
+        passing: str = "",
     ) -> list[Tensor]:
         """Pass a chunk through the layers, masked by `variant`.
 
-        `gather` names the calibration set of each micro-batch: its moments are added to that set's.
+        `gather` names the calibration set of each micro-batch: its moments are added to that set's, of the pass
+        that `passing` names (two passes over a set may be under way at once).
 
         `hidden` is what the shard before returned, one [B, T, H] a micro-batch; None on the first shard.
         The last shard returns nothing when it gathers: nobody reads what leaves the last layer then.
@@ -111,7 +116,7 @@ class ShardWorker:
                 if not gather:
                     self._model.advance(index, layer, calls, states)
                 for key, members in sets.items():
-                    of_set = self._gathering.setdefault(key, {})
+                    of_set = self._gathering.setdefault((passing, key), {})
                     with Observer(layer, of_set.get(index)) as observer:
                         for number in members:
                             observer.keep = real_tokens(batches[number], self._model.device)
@@ -155,6 +160,7 @@ class ShardWorker:
         """
         end = -1 if told else None
         calls, states = [], []
+        self.tokens += sum(batch.input_ids.numel() for batch in batches)
         for number, batch in enumerate(batches):
             recorded = self._model.record(batch.input_ids[:, :end], batch.attention_mask[:, :end])
             calls.append(recorded.calls)
@@ -168,6 +174,7 @@ class ShardWorker:
         self, session: str, steps: Sequence[Step], hidden: Sequence[Tensor] | None, variant: str | None = None
     ) -> list[Tensor]:
         """Pass what each group is given next through the layers, masked by `variant`; see `Session.decode`."""
+        self.tokens += sum(step.input_ids.numel() for step in steps)
         return self._session(session, variant).decode(steps, hidden)
 
     @torch.inference_mode()
@@ -175,6 +182,7 @@ class ShardWorker:
         self, session: str, steps: Sequence[Step], hidden: Sequence[Tensor] | None, variant: str | None = None
     ) -> dict[int, list[int]]:
         """On the last shard: group -> the likeliest next token of each of its rows."""
+        self.tokens += sum(step.input_ids.numel() for step in steps)
         return self._session(session, variant).next_tokens(steps, hidden)
 
     def _session(self, session: str, variant: str | None) -> Session:
@@ -200,14 +208,9 @@ class ShardWorker:
             self._moments[key] = found
         return stored
 
-    def forget_moments(self, key: str) -> None:
-        """Before a pass over the set: what an earlier, broken pass summed must not be added to."""
-        self._gathering[key] = {}
-        self._moments.pop(key, None)
-
-    def save_moments(self, key: str) -> None:
+    def save_moments(self, key: str, passing: str) -> None:
         """After a pass over the set: its moments are whole, and go to the store."""
-        gathered = self._gathering.pop(key)
+        gathered = self._gathering.pop((passing, key))
         self._moments[key] = {
             index: over_ranks(self._residency, self.ranks, moments) for index, moments in gathered.items()
         }
@@ -215,6 +218,10 @@ class ShardWorker:
             return
         for index, moments in self._moments[key].items():
             self._store.save(key, index, moments)
+
+    def end_pass(self, passing: str) -> None:
+        """Let go of what a pass that broke off had summed."""
+        self._gathering = {key: sums for key, sums in self._gathering.items() if key[0] != passing}
 
     # variants
 
@@ -290,6 +297,20 @@ class ShardWorker:
         """Let go of a variant's masks."""
         self._masks.pop(variant, None)
         self._summaries.pop(variant, None)
+
+    def abandon(self, variant: str) -> None:
+        """Let go of a variant's masks, and of what was being written with them."""
+        self.release(variant)
+        for session in [name for name in self._sessions if name.startswith(f"{variant} ")]:
+            self.end_session(session)
+
+    def forget_trials(self) -> None:
+        """Let go of everything but weights and whole moments: all trials have broken off."""
+        self._gathering.clear()
+        self._masks.clear()
+        self._summaries.clear()
+        for session in list(self._sessions):
+            self.end_session(session)
 
     # for analysis
 

@@ -1,0 +1,278 @@
+"""The Ray that shards run on: the cluster that runs here, or one of our own; its nodes, and places on them."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray._private.state import state as cluster_state
+from ray._private.utils import read_ray_address
+from ray.exceptions import AuthenticationError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from mlprune.console import say, size_text, step, warn
+from mlprune.errors import SpecError
+from mlprune.shards.machine import Machine, gpus_here, machine_with
+
+# what every worker's process is to have in its environment
+ENVIRONMENT = {
+    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    # every shard uses all cores (see ShardWorker); threads that wait must not spin on them
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+SAY_SECONDS = 30  # between two lines on the same wait, where no terminal shows it
+GRANULE = 10_000  # Ray counts resources in parts of so many
+
+
+def running_cluster() -> str | None:
+    """The address of the cluster to use: RAY_ADDRESS, or what `ray start` left on this machine; None for none."""
+    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    return None if address in (None, "", "local") else address
+
+
+def on_cluster() -> bool:
+    """Whether this process is connected to a cluster that runs, or would be."""
+    return running_cluster() is not None
+
+
+def connect() -> bool:
+    """Be a driver of the cluster that runs, for as long as this process lives; False if none runs.
+
+    Raises SpecError when RAY_ADDRESS names one that does not answer.
+    """
+    address = running_cluster()
+    if address is None:
+        return False
+    if ray.is_initialized():
+        return True
+    os.environ.update(ENVIRONMENT)
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": ENVIRONMENT},
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except AuthenticationError:
+        remedy = "it asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
+        raise SpecError("RAY_ADDRESS", address, remedy) from None
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        if os.environ.get("RAY_ADDRESS"):
+            remedy = f"no Ray cluster answers there: {' '.join(str(error).split())[:160]}"
+            raise SpecError("RAY_ADDRESS", address, remedy) from None
+        warn(f"the Ray cluster at {address}, which `ray start` made here, does not answer: Ray is started anew")
+        os.environ["RAY_ADDRESS"] = "local"
+        return False
+    _accept_read_only()
+    return True
+
+
+@contextmanager
+def ray_for(memory: int) -> Iterator[None]:
+    """Ray, for as long as the block runs: the one that this process is connected to, or else one of its own.
+
+    Its own has `memory` bytes to give: what was planned on this machine.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _memory=memory,
+    )
+    _accept_read_only()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _accept_read_only() -> None:
+    """What comes out of the object store is read-only, and is only read."""
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+
+
+# nodes
+
+
+def usable_nodes() -> list[dict[str, Any]]:
+    """The nodes that can hold shards: those with GPUs, or if there are none, those with CPUs."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    for kind in ("GPU", "CPU"):
+        if found := [node for node in alive if node["Resources"].get(kind, 0) > 0]:
+            return found
+    return []
+
+
+def cluster_machine(wait_minutes: float | None = None) -> Machine | None:
+    """The nodes of the Ray cluster that runs, as their own tools report them; None if none runs.
+
+    Of nodes that differ, the least of each. Where an autoscaler may launch nodes and none is there yet, one is
+    asked for and waited for: what a node has is known when it is there.
+    """
+    if not connect():
+        return None
+    launchable, wanted = _launchable()
+    if wanted and not _has(usable_nodes(), wanted):
+        _first_node(wanted, wait_minutes)
+    nodes = usable_nodes()
+    machine = _least([_seen(node) for node in nodes])
+    if wanted and launchable > len(nodes):
+        return replace(machine, nodes=launchable, elastic=True)
+    return machine
+
+
+def _seen(node: Mapping[str, Any]) -> Machine:
+    """A node as its own tools report it, with no more memory than its Ray gives away."""
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    looked: Machine = ray.get(ray.remote(_look).options(num_cpus=0, scheduling_strategy=there).remote())
+    given = node["Resources"]
+    return replace(
+        looked,
+        gpus=min(looked.gpus, int(given.get("GPU", 0))),
+        host_memory=min(looked.host_memory, int(given.get("memory", looked.host_memory))),
+    )
+
+
+def _look() -> Machine:
+    """A node as it sees itself. A task that asks for no GPU is shown none by Ray; the driver's tool shows all."""
+    return machine_with(gpus_here())
+
+
+def _least(seen: Sequence[Machine]) -> Machine:
+    nodes = [node for node in seen if node.gpus] or seen
+    return Machine(
+        nodes=len(nodes),
+        gpus=min(node.gpus for node in nodes),
+        gpu_memory=min(node.gpu_memory for node in nodes),
+        host_memory=min(node.host_memory for node in nodes),
+        host_to_device=min(node.host_to_device for node in nodes),
+        flops=min(node.flops for node in nodes),
+    )
+
+
+def _launchable() -> tuple[int, dict[str, float]]:
+    """How many nodes an autoscaler may have at most of the kind that suits shards, and a node's GPUs or CPUs."""
+    config = cluster_state.get_cluster_config()
+    groups = [] if config is None else [g for g in config.node_group_configs if g.max_count > 0]
+    for kind in ("GPU", "CPU"):
+        of_kind = [g for g in groups if g.resources.get(kind, 0) > 0]
+        if of_kind:
+            return sum(g.max_count for g in of_kind), {kind: 1.0}
+    return 0, {}
+
+
+def _has(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> bool:
+    return any(all(node["Resources"].get(k, 0) >= v for k, v in wanted.items()) for node in nodes)
+
+
+def _first_node(wanted: dict[str, float], wait_minutes: float | None) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[wanted])
+    try:
+        told = f"waiting for a first node with {resources_text(wanted)}"
+        _wait(lambda: _has(usable_nodes(), wanted), lambda: told, wait_minutes)
+    finally:
+        request_resources(bundles=[])
+
+
+def _wait(done: Callable[[], bool], told: Callable[[], str], minutes: float | None) -> None:
+    """Wait until `done`, telling what for. Raises SpecError after `minutes` (None: as long as it takes)."""
+    if done():
+        return
+    started = said = time.monotonic()
+    say(f"  {told()}")
+    with step(told()):
+        while not done():
+            now = time.monotonic()
+            if minutes is not None and now - started >= 60 * minutes:
+                raise SpecError("pipeline.wait_minutes", minutes, f"{told()}: add nodes, or wait longer")
+            if now - said >= SAY_SECONDS:
+                said = now
+                say(f"  {told()}, {(now - started) / 60:.0f} min so far")
+            time.sleep(0.5)
+
+
+def resources_text(resources: Mapping[str, float]) -> str:
+    """As a person reads it: `2 GPU, 1 CPU, 12 GiB`."""
+    parts = [f"{amount:.4g} {kind}" for kind, amount in resources.items() if kind != "memory" and amount]
+    return ", ".join([*parts, *([size_text(resources["memory"])] if resources.get("memory") else [])])
+
+
+# places
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bundles of resources that are alike, one a shard, each of them on one node."""
+
+    group: PlacementGroup
+    bundle: Mapping[str, float]
+    shards: int
+
+    @classmethod
+    def ask(cls, shards: int, bundle: Mapping[str, float]) -> Place:
+        """Reserve a bundle a shard, on as many nodes as there are; Ray, or its autoscaler, goes to work on it."""
+        return cls(placement_group([dict(bundle)] * shards, strategy="SPREAD"), bundle, shards)
+
+    def wait(self, minutes: float | None) -> None:
+        """Return when all bundles have their nodes; tell what is missing. Raises SpecError after `minutes`."""
+        _wait(self._there, self._missing, minutes)
+
+    def _there(self) -> bool:
+        return bool(placement_group_table(self.group)["state"] == "CREATED")
+
+    def _missing(self) -> str:
+        free = {kind: ray.available_resources().get(kind, 0) for kind in self.bundle}
+        each = resources_text(self.bundle)
+        return (
+            f"waiting for places of {self.shards} shard(s), {each} each; free: {resources_text(free) or 'nothing'}"
+        )
+
+    def nodes(self) -> list[str]:
+        """The node of each bundle."""
+        found = placement_group_table(self.group)["bundles_to_node_id"]
+        return [found[number] for number in range(self.shards)]
+
+    def order(self) -> list[int]:
+        """The bundle of each shard: neighbours in the pipeline on one node, as far as that goes."""
+        nodes = self.nodes()
+        return sorted(range(self.shards), key=lambda bundle: (nodes[bundle], bundle))
+
+    def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+
+    def remove(self) -> None:
+        remove_placement_group(self.group)
+
+
+def bundle_for(machine: Machine, workers: int, ranks: int, memory: int) -> dict[str, float]:
+    """What a shard of `ranks` ranks asks for, `workers` in all on `machine`, with `memory` bytes beside GPUs a rank."""
+    on_node = -(-workers // machine.nodes)
+    cpus = min((node["Resources"].get("CPU", 0) for node in usable_nodes()), default=0)
+    asked = {"CPU": ranks * _floor(min(1.0, cpus / on_node)), "memory": float(ranks * memory)}
+    if machine.gpus:
+        asked["GPU"] = ranks * _floor(1 / -(-on_node // machine.gpus))  # workers that share one share it evenly
+    return {kind: amount for kind, amount in asked.items() if amount}
+
+
+def _floor(amount: float) -> float:
+    return int(amount * GRANULE) / GRANULE
+
+
+def slots(count: int) -> dict[str, float]:
+    """What each of `count` things that are to be on this node at once asks Ray for, beside CPUs."""
+    return {f"node:{ray.util.get_node_ip_address()}": _floor(1 / count)}
