@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mlprune.grid import variant_of
 from mlprune.models.demo import demo_folder
-from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
+from mlprune.prepare import Prepared, gather, make_masks, open_here, prepare
 from mlprune.specs import spec_from
 
 WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
@@ -61,7 +61,7 @@ def timed(job: Prepared, rounds: int) -> tuple[float, float]:
     """Seconds of a pass over the calibration set, and of the masks: medians."""
     passes, masks = [], []
     (made_set,) = job.sets.values()
-    with open_pipeline(job) as pipeline:
+    with open_here(job) as pipeline:
         gather(job, pipeline, [WANDA])  # warm
         for _ in range(rounds):
             started = time.perf_counter()

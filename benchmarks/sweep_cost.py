@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mlprune.grid import variants_of
 from mlprune.models.matrices import matrices
-from mlprune.prepare import Prepared, gather, make_masks, open_pipeline, prepare
+from mlprune.prepare import Prepared, gather, make_masks, open_here, prepare
 from mlprune.pruning.masks import dropped_per_row, keep_mask
 from mlprune.shards.pipeline import Pipeline
 from mlprune.specs import load_spec
@@ -98,7 +98,7 @@ def measure(python: str | None, rounds: int, storage: Path) -> dict[str, list[fl
     save_file({"input_ids": ids}, storage / "ids.safetensors")
     model = AutoModelForCausalLM.from_pretrained(prepared.source.folder).eval()
     found: dict[str, list[float]] = {name: [] for name in ("a", "b forwards", "b masks", "c", "d")}
-    with open_pipeline(prepared) as pipeline:
+    with open_here(prepared) as pipeline:
         bare_forwards(model, prepared)  # both copies of the weights are in memory before anything is timed
         make_masks(prepared, pipeline, SEQUENTIAL)
         for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""What goes on in a sweep, looked at each second by the driver: for the screen, for `mlprune status`, for MLflow."""
+"""What goes on in a sweep, looked at each second: for the screen, for `mlprune status`, for MLflow."""
 
 from __future__ import annotations
 

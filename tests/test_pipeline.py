@@ -158,7 +158,7 @@ def test_a_corrupt_file_is_gathered_again_with_a_warning(
     prepared = ready(tmp_path)
     with opened(prepared) as pipeline:
         gather(prepared, pipeline, [WANDA])
-    file = prepared.store().file(prepared.sets[str(WANDA.calibration)].key, 2)
+    file = tmp_path / prepared.store().name(prepared.sets[str(WANDA.calibration)].key, 2)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -293,13 +293,13 @@ def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
         padded = [_with_pads(batch, pad) for batch in calibration.batches]
         worker.forward(padded, None, gather=[str(pad)] * len(padded))
         nll = worker.likelihood([_with_pads(batch, pad) for batch in suite.rows.batches], None)
-        moments = worker._gathering[str(pad)]
+        moments = worker._gathering["", str(pad)]
         return [m.sumsq_I for layer in moments.values() for m in layer.values()], nll
 
     with opened(prepared) as pipeline:
         worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
         (one, one_nll), (other, other_nll) = found(worker, 2), found(worker, 57)
-        tokens = {m.tokens for layer in worker._gathering["2"].values() for m in layer.values()}
+        tokens = {m.tokens for layer in worker._gathering["", "2"].values() for m in layer.values()}
     assert all(torch.equal(a, b) for a, b in zip(one + one_nll, other + other_nll, strict=True))
     assert tokens == {calibration.tokens}
 

@@ -8,7 +8,7 @@ import pytest
 from mlprune.config import SweepSpec
 from mlprune.errors import ModelError
 from mlprune.grid import variants_of
-from mlprune.prepare import Prepared, gather, open_ray_pipeline, prepare
+from mlprune.prepare import Prepared, gather, open_fleet, prepare
 from mlprune.specs import spec_from
 from mlprune.store import Result
 from mlprune.sweep import SweepOutcome, run_sweep
@@ -50,7 +50,8 @@ def checked(asked: SweepSpec) -> Prepared:
 def run(prepared: Prepared) -> tuple[list[Result], list[int]]:
     """A sweep's work over real actors: results, and the peak of each shard's worker."""
     variants = variants_of(prepared.spec.search)
-    with open_ray_pipeline(prepared, trial_slots=1) as pipeline:
+    with open_fleet(prepared) as fleet:
+        (pipeline,) = fleet.pipelines
         results = [run_dense(prepared, pipeline)[0]]
         gather(prepared, pipeline, variants)
         results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from click.testing import CliRunner
 
 from mlprune.cli import main
 from mlprune.report.tables import time_text
 from mlprune.scale import Asked, ScalePlan, plan_scale
-from mlprune.shards.actors import cluster_machine
+from mlprune.shards.cluster import cluster_machine
 from mlprune.shards.forecast import DISK_BYTES_PER_SECOND, EFFICIENCY, MASKED_PER_SECOND
 from mlprune.specs import load_spec
 from tests.tiny_models import config
@@ -176,7 +177,8 @@ def test_a_plan_fits_a_hundred_columns() -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_running_cluster_is_asked() -> None:
+def test_the_running_cluster_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     machine = cluster_machine()
     assert machine is not None
     assert (machine.nodes, machine.gpus) == (1, 0)

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from mlprune.analysis.features import ENDS, is_at, overlaps, shares
 from mlprune.cli import main
-from mlprune.prepare import gather, open_pipeline, prepare
+from mlprune.prepare import gather, open_here, prepare
 from mlprune.pruning.masks import PackedMask
 from mlprune.shards.worker import ShardWorker
 from mlprune.specs import load_spec
@@ -70,7 +70,7 @@ def test_every_condition_is_measured(found: Found, model: str) -> None:
     assert values["conditions"] == CONDITIONS
     settings = [f"model.path={model}", f"storage={place / 'again'}"]
     prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), Question(("en", "fr", "hi")).variants, False)
-    with open_pipeline(prepared) as pipeline:
+    with open_here(prepared) as pipeline:
         sums = pipeline.gather_features([prepared.sets[name] for name in CONDITIONS], 32)
     assert torch.equal(magnitudes(place), torch.stack(sums) / 5), "the mean of five prompts"
     assert len({tuple(row.tolist()) for row in magnitudes(place)[:, 0]}) == len(CONDITIONS)
@@ -105,10 +105,10 @@ def test_masks_are_those_of_a_trial(found: Found, model: str) -> None:
     question = Question(("en", "fr", "hi"), sparsity=0.4)
     prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), question.variants, False)
     chosen = [question.variants[n] for n in question.places("fr")]
-    with open_pipeline(prepared) as pipeline:
+    with open_here(prepared) as pipeline:
         gather(prepared, pipeline, chosen)
         pruned = [pipeline.prune(prepared.recipe(variant)) for variant in chosen]
-        worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
+        worker = pipeline._workers[0]
         masks = [worker._masks[variant.key][2]["mlp.up_proj"] for variant in chosen]
     first, second = (~mask.unpack() for mask in masks if isinstance(mask, PackedMask))
     assert len({made.digest for made in pruned}) == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 import traceback
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
 
 from mlprune.errors import MlpruneError, WorkerLostError
 from mlprune.models.hollow import Span
@@ -50,28 +51,35 @@ class RankActor:
     of them waits for, in a collective, the others are doing.
     """
 
-    def __init__(self, setup: Setup, span: Span, size: int, options: dict[str, Any], ranks: Ranks | None) -> None:
+    def __init__(self) -> None:
         self._others: list[Any] = []
+        self._busy, self._since, self._trials = 0.0, 0.0, set[str]()
+        self._lock = threading.Lock()
+        self._worker: ShardWorker | None = None
+
+    def load(self, setup: Setup, span: Span, size: int, options: dict[str, Any], ranks: Ranks | None) -> None:
+        """Load the layers; on the first rank, start the others. Ray buries a constructor's errors."""
+        started = []
         if ranks is None:
             address = ""
             if size > 1:
                 self._store, address = meeting_place(ray.util.get_node_ip_address(), size)
-            rank_actor = ray.remote(RankActor).options(**options)
-            self._others = [
-                rank_actor.remote(setup, span, size, options, Ranks(rank, size, address))
-                for rank in range(1, size)
+            self._others = [rank_actor(options) for _ in range(1, size)]
+            started = [
+                actor.load.remote(setup, span, size, options, Ranks(rank, size, address))
+                for rank, actor in enumerate(self._others, start=1)
             ]
             ranks = Ranks(0, size, address)
-        self._busy, self._since, self._trials = 0.0, 0.0, set[str]()
-        self._lock = threading.Lock()
         self._worker = ShardWorker(setup, span, ranks)
+        ray.get(started)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def usage(self) -> Usage:
         with self._lock:
             now = time.monotonic()
             busy = self._busy + (now - self._since if self._since else 0.0)
-        return Usage(ray.util.get_node_ip_address(), now, busy, self._worker.tokens)
+        tokens = self._worker.tokens if self._worker else 0
+        return Usage(ray.util.get_node_ip_address(), now, busy, tokens)
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def admit(self, trial: str, most: int) -> bool:
@@ -99,6 +107,7 @@ class RankActor:
                 self._since = 0.0
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        assert self._worker is not None, "not loaded"
         own, others = args[: len(args) // 2], args[len(args) // 2 :]
         values = []
         for number, actor in enumerate(self._others):
@@ -120,6 +129,7 @@ class RankActor:
         """What went wrong here leaves the other ranks waiting for it: none of them stays."""
         for actor in self._others:
             ray.kill(actor)
+        assert self._worker is not None
         if not self._worker.ranks.leads:
             traceback.print_exc()
             os._exit(1)
@@ -192,16 +202,26 @@ class RayPipeline(Pipeline):
         self.actors.clear()
 
 
-def start_shard(setup: Setup, span: Span, ranks: int, place: Place, bundle: int) -> Any:
-    """An actor that loads the layers of `span`, in its bundle; the other ranks of the shard in the same."""
+def rank_actor(options: dict[str, Any]) -> Any:
+    return ray.remote(concurrency_groups={WATCH: 1})(RankActor).options(**options).remote()
+
+
+def start_shard(setup: Setup, span: Span, ranks: int, place: Place, bundle: int) -> tuple[Any, Any]:
+    """An actor in its bundle, and the promise that it and the other ranks have loaded the layers of `span`."""
     share = {kind: amount / ranks for kind, amount in place.bundle.items()}
     options = {
         "num_cpus": share.get("CPU", 0),
         "num_gpus": share.get("GPU", 0),
         "scheduling_strategy": place.strategy(bundle),
     }
-    worker = ray.remote(concurrency_groups={WATCH: 1})(RankActor).options(**options)
-    return worker.remote(setup, span, ranks, options, None)
+    actor = rank_actor(options)
+    return actor, actor.load.remote(setup, span, ranks, options, None)
+
+
+def await_shards(loading: Sequence[Any]) -> None:
+    """Wait for what `start_shard` promised. Raises what is wrong with the model, or WorkerLostError."""
+    with _told_plainly():
+        ray.get(list(loading))
 
 
 @contextmanager
@@ -245,13 +265,15 @@ def _told_plainly() -> Iterator[None]:
 def cause_of_death(error: BaseException) -> str:
     """One line on why a worker, or what it had sent, is gone."""
     text = " ".join(str(error).split())
-    lower = text.lower()
+    who = "a shard's worker" + "".join(f" on {ip}" for ip in re.findall(r"\bip: ([\w.:]+)", text)[:1])
     if isinstance(error, ObjectStoreFullError):
         return f"Ray's object store is full: start Ray with a larger one (--object-store-memory). {text[:200]}"
     if isinstance(error, OutOfDiskError):
-        return f"the disk that Ray spills to is full: {text[:200]}"
-    if "memory monitor" in lower or "out of memory" in lower or "out-of-memory" in lower or "oom" in lower:
-        return f"killed for memory: plan less a worker (mlprune plan), or take larger nodes. {text[:300]}"
-    if "node" in lower and ("died" in lower or "dead" in lower or "terminated" in lower):
-        return f"its node is gone: {text[:300]}"
-    return f"a shard's worker died: {text[:300]}"
+        return f"the disk to which Ray's object store spills is full: {text[:200]}"
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
+        return f"{who} was killed because its node ran low on memory: take larger nodes, or more shards"
+    if re.search(r"node (has )?(died|dead|was terminated)|node .{0,80}(died|terminated|removed|dead)", text):
+        return f"{who} is gone with its node"
+    if "SIGKILL" in text or "worker process has died" in text:
+        return f"{who} died; if nobody killed it, its memory ran out (dmesg tells) or it crashed (Ray's logs tell)"
+    return f"{who} or what it sent is gone: {text[:300]}"

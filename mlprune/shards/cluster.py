@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray._private.state import state as cluster_state
 from ray._private.utils import read_ray_address
 from ray.exceptions import AuthenticationError, RayError
@@ -70,7 +71,7 @@ def connect() -> bool:
         warn(f"the Ray cluster at {address}, which `ray start` made here, does not answer: Ray is started anew")
         os.environ["RAY_ADDRESS"] = "local"
         return False
-    _accept_read_only()
+    _quieten()
     return True
 
 
@@ -92,16 +93,18 @@ def ray_for(memory: int) -> Iterator[None]:
         logging_level="ERROR",
         _memory=memory,
     )
-    _accept_read_only()
+    _quieten()
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _accept_read_only() -> None:
-    """What comes out of the object store is read-only, and is only read."""
+def _quieten() -> None:
+    # what comes out of the object store is read-only, and is only read
     warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+    # Ray prints each death of a worker to standard output, where results go, whatever it was told; we tell of it
+    ray_worker.print_to_stdstream = lambda *_, **__: None
 
 
 # nodes
@@ -260,7 +263,7 @@ class Place:
 
 
 def bundle_for(machine: Machine, workers: int, ranks: int, memory: int) -> dict[str, float]:
-    """What a shard of `ranks` ranks asks for, `workers` in all on `machine`, with `memory` bytes beside GPUs a rank."""
+    """What a shard of `ranks` ranks asks for, of `workers` ranks in all; `memory`: bytes of its node's, a rank."""
     on_node = -(-workers // machine.nodes)
     cpus = min((node["Resources"].get("CPU", 0) for node in usable_nodes()), default=0)
     asked = {"CPU": ranks * _floor(min(1.0, cpus / on_node)), "memory": float(ranks * memory)}

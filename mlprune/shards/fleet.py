@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from mlprune.console import step, warn
 from mlprune.errors import MlpruneError, SweepError, WorkerLostError
 from mlprune.models.hollow import Span
-from mlprune.shards.actors import RayPipeline, start_shard
+from mlprune.shards.actors import RayPipeline, await_shards, start_shard
 from mlprune.shards.cluster import Place, bundle_for, ray_for
 from mlprune.shards.machine import Machine
 from mlprune.shards.planner import Plan
@@ -46,11 +46,14 @@ class Replica:
         """
         self._place.wait(wait_minutes)
         self._order = self._order or self._place.order()
+        loading = []
         for shard, bundle in enumerate(self._order):
             if not _alive(self._actors[shard]):
                 span, ranks = self._plan.spans[shard], self._plan.holding.ranks
-                self._actors[shard] = start_shard(self._setup, span, ranks, self._place, bundle)
-        self.pipeline.everywhere("forget_trials")  # answered once the layers are loaded
+                self._actors[shard], loaded = start_shard(self._setup, span, ranks, self._place, bundle)
+                loading.append(loaded)
+        await_shards(loading)
+        self.pipeline.everywhere("forget_trials")
 
     def whole(self) -> bool:
         return all(map(_alive, self._actors))

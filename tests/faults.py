@@ -1,0 +1,74 @@
+"""Deaths on demand. Ray runs `install` in each of its worker processes, where shards then die as a test says.
+
+A folder holds, for each method of a shard's worker, files that are taken in order of their names, one a call; the
+content says what that call does: `live`, `die`, or the number of a process that is killed with us.
+"""
+
+import functools
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = "MLPRUNE_TEST_FAULTS"
+GUILTY = "guilty"  # a file: the label of the variant whose masking always kills
+METHODS = ("save_moments", "mask", "prune_through", "likelihood", "layer_weights")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What a driver's environment must hold for its workers to die by `folder`."""
+    config = {
+        "runtime_env": {
+            "worker_process_setup_hook": "tests.faults.install",
+            "env_vars": {FOLDER: str(folder), "PYTHONPATH": str(Path(__file__).parents[1])},
+        }
+    }
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(config)}
+
+
+def order(folder: Path, method: str, calls: Sequence[str]) -> None:
+    """What the next calls of the method do."""
+    (folder / method).mkdir(parents=True, exist_ok=True)
+    for number, what in enumerate(calls):
+        (folder / method / f"{number:03d}").write_text(what)
+
+
+def left(folder: Path) -> list[Path]:
+    """What was ordered and has not come to pass."""
+    return [file for file in folder.glob("*/*") if file.suffix != ".done"]
+
+
+def install() -> None:
+    from mlprune.shards.worker import ShardWorker
+
+    folder = Path(os.environ[FOLDER])
+    for method in METHODS:
+        setattr(ShardWorker, method, _mortal(getattr(ShardWorker, method), folder, method))
+
+
+def _mortal(original: Any, folder: Path, method: str) -> Any:
+    @functools.wraps(original)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guilty = folder / GUILTY
+        if method == "mask" and guilty.exists() and args[0].variant.label == guilty.read_text():
+            os.kill(os.getpid(), signal.SIGKILL)
+        _obey(folder / method)
+        return original(self, *args, **kwargs)
+
+    return run
+
+
+def _obey(orders: Path) -> None:
+    for file in sorted(orders.glob("[0-9][0-9][0-9]")):
+        try:
+            what = file.read_text()
+            file.rename(file.with_suffix(".done"))
+        except FileNotFoundError:  # another worker took it
+            continue
+        if what != "live":
+            if what != "die":
+                os.kill(int(what), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return

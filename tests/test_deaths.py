@@ -1,0 +1,174 @@
+"""Killed is not lost: workers, trials, drivers and the tracking server die in each phase of real sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from mlprune.grid import variants_of
+from mlprune.prepare import gather, open_here, prepare
+from mlprune.specs import load_spec
+from mlprune.trial import run_dense, run_trial
+from tests import faults
+from tests.tiny_models import source
+
+Numbers = Mapping[str, Any]
+
+
+def spec(folder: Path, **changes: Any) -> Path:
+    values = {
+        "name": "mortal",
+        "model": {"path": str(source().folder)},
+        "pipeline": {"shards": 2},
+        "calibration": {"samples": 6, "shots": 2, "max_tokens": 128},
+        "search": {
+            "calibration": ["mono:en", "translation:en-fr"],
+            "score": ["magnitude", "wanda"],
+            "sparsity": [0.3, 0.5],
+            "propagation": ["dense", "sequential"],
+        },
+        "evaluation": {"perplexity": {"languages": ["en", "fr"], "lines": 12}},
+        "storage": str(folder / "store"),
+        **changes,
+    }
+    file = folder / "mortal.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+    with (folder / "log.txt").open("ab") as log:
+        command = [sys.executable, "-m", "mlprune", *words]
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, **faults.environment(folder / "faults"), **environment},
+        )
+
+
+def done(folder: Path, *words: str, code: int = 0, **environment: str) -> Any:
+    """What a command says with --json; the log if it ends otherwise than with `code`."""
+    out = folder / "out.json"
+    out.unlink(missing_ok=True)
+    process = start(folder, *words, "--json", str(out), **environment)
+    assert process.wait(300) == code, (folder / "log.txt").read_text()
+    return json.loads(out.read_text()) if out.exists() else None
+
+
+def numbers(outcome: Mapping[str, Any]) -> Numbers:
+    """All that must not depend on what died, by variant."""
+    told = (outcome["dense"], *outcome["ranking"])
+    return {
+        json.dumps(one["variant"]): (one["masks"], {k: v for k, v in one["metrics"].items() if _lasting(k)})
+        for one in told
+    }
+
+
+def _lasting(metric: str) -> bool:
+    return not metric.startswith("seconds")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
+    """The same sweep without Ray, in this process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    asked = load_spec(str(spec(folder)))
+    variants = variants_of(asked.search)
+    prepared = prepare(asked, variants)
+    with open_here(prepared) as pipeline:
+        results = [run_dense(prepared, pipeline)[0]]
+        gather(prepared, pipeline, variants)
+        results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
+    return {
+        json.dumps(vars(one.variant) if one.variant else None): (
+            one.digest,
+            {k: v for k, v in one.metrics.items() if _lasting(k)},
+        )
+        for one in results
+    }
+
+
+def check_runs(outcome: Mapping[str, Any], statuses: set[str]) -> None:
+    """Each trial has one run, and none is left running."""
+    client = MlflowClient(outcome["tracking_uri"])
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    found = client.search_runs(experiments, max_results=1000)
+    trials = [run.data.tags["mlprune.trial"] for run in found if "mlprune.trial" in run.data.tags]
+    assert len(trials) == len(set(trials)) == 1 + len(outcome["ranking"]) + len(outcome["failed"])
+    assert sum("mlprune.sweep" in run.data.tags for run in found) == 1
+    assert {run.info.status for run in found} == statuses
+
+
+def test_workers_die_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> None:
+    for method, calls in {
+        "likelihood": ["live", "die", *["live"] * 6, "die"],  # the dense model's second chunk; a trial's
+        "save_moments": ["die"],
+        "mask": ["live", "die"],
+        "prune_through": ["live", "live", "die"],
+    }.items():
+        faults.order(tmp_path / "faults", method, calls)
+    outcome = done(tmp_path, "sweep", str(spec(tmp_path)))
+    assert faults.left(tmp_path / "faults") == [], (tmp_path / "log.txt").read_text()
+    assert numbers(outcome) == undisturbed
+    assert outcome["failed"] == {}
+    check_runs(outcome, {"FINISHED"})
+
+
+def test_one_that_kills_its_workers_fails_alone(undisturbed: Numbers, tmp_path: Path) -> None:
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / faults.GUILTY).write_text("wanda 0.5 mono:en")
+    outcome = done(tmp_path, "sweep", str(spec(tmp_path)), code=1)
+    assert outcome["failed"].keys() == {"wanda 0.5 mono:en"}
+    assert "a worker died 3 times under it" in outcome["failed"]["wanda 0.5 mono:en"]
+    found = numbers(outcome)
+    assert len(found) == len(undisturbed) - 1
+    assert found == {variant: undisturbed[variant] for variant in found}
+    check_runs(outcome, {"FINISHED", "FAILED"})
+
+
+def test_the_driver_dies_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> None:
+    """Calibration, masking and evaluation, one after another; each time the same command goes on."""
+    results = tmp_path / "store" / "results"
+    before: dict[str, int] = {}
+    for method, calls in {"save_moments": 1, "mask": 2, "likelihood": 9}.items():
+        process = start(tmp_path, "sweep", str(spec(tmp_path)))
+        faults.order(tmp_path / "faults", method, [*["live"] * (calls - 1), str(process.pid)])
+        assert process.wait(300) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+        found = {file.name: file.stat().st_mtime_ns for file in results.glob("*.json")}
+        assert before.items() <= found.items(), "a finished trial ran again"
+        before = found
+    outcome = done(tmp_path, "sweep", str(spec(tmp_path)))
+    after = {file.name: file.stat().st_mtime_ns for file in results.glob("*.json")}
+    assert before.items() <= after.items()
+    assert numbers(outcome) == undisturbed
+    check_runs(outcome, {"FINISHED"})
+
+
+PRUNE = ["prune", "--calibration", "mono:en", "--score", "wanda", "--sparsity", "0.5"]
+
+
+def test_export_outlives_a_worker_and_leaves_nothing_of_a_dead_driver(tmp_path: Path) -> None:
+    asked = [*PRUNE, "--spec", str(spec(tmp_path))]
+    faults.order(tmp_path / "faults", "layer_weights", ["live", "die"])
+    done(tmp_path, *asked, "--output", "mended")
+    assert faults.left(tmp_path / "faults") == []
+
+    process = start(tmp_path, *asked, "--output", "killed")
+    faults.order(tmp_path / "faults", "layer_weights", ["live", "live", str(process.pid)])
+    assert process.wait(300) == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+
+    done(tmp_path, *asked, "--set", "pipeline.shards=1", "--output", "killed")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("mended", "killed"))
+    assert one.read_bytes() == other.read_bytes()

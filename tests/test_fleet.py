@@ -1,0 +1,244 @@
+"""Places, replicas and what is done when workers die, over real Ray; the policy without it."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from mlprune.config import PipelineSpec
+from mlprune.errors import ModelError, SpecError, SweepError, WorkerLostError
+from mlprune.grid import variant_of
+from mlprune.prepare import gather, make_masks, open_fleet, open_here
+from mlprune.shards import cluster
+from mlprune.shards.actors import RayPipeline, admitted, cause_of_death
+from mlprune.shards.cluster import Place, bundle_for, resources_text
+from mlprune.shards.fleet import MOST_DEATHS, Fleet
+from mlprune.shards.machine import Machine, share_of
+from mlprune.shards.memory import Work
+from mlprune.shards.pipeline import Pruned
+from mlprune.shards.planner import make_plan
+from mlprune.tuning import LOST_ALONE, Deaths
+from tests.work import WANDA, masks_of, ready
+
+A, B, C = (variant_of("mono:en", "wanda", sparsity, "unstructured", "dense") for sparsity in (0.1, 0.2, 0.3))
+
+
+# the policy
+
+
+def test_all_go_together_until_one_was_lost_twice() -> None:
+    deaths = Deaths()
+    assert deaths.next_round([A, B, C]) == ([A, B, C], False)
+    for variant in (A, B):
+        deaths.add(variant, "one")
+    assert deaths.next_round([A, B, C]) == ([A, B, C], False)
+    for variant in (A, B):
+        deaths.add(variant, "two")
+    assert LOST_ALONE == 2
+    assert deaths.next_round([A, B, C]) == ([C], False), "who may be guilty waits"
+    assert deaths.next_round([A, B]) == ([A], True), "and goes alone"
+    assert deaths.given_up == {}
+    deaths.add(A, "three")
+    assert deaths.given_up == {A: "a worker died 3 times under it: three"}
+
+
+# plans for replicas and for nodes that are launched
+
+
+NODE = Machine(nodes=4, gpus=8, gpu_memory=80, host_memory=1000, host_to_device=1.0, flops=1.0, disk=400)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "nodes", "gpus", "memory"),
+    [(1, 4, 8, 1000), (2, 2, 8, 1000), (3, 1, 8, 1000), (4, 1, 8, 1000), (8, 1, 4, 500), (9, 1, 2, 333)],
+)
+def test_replicas_have_nodes_of_their_own_or_parts_of_one(
+    replicas: int, nodes: int, gpus: int, memory: int
+) -> None:
+    share = share_of(NODE, replicas)
+    assert (share.nodes, share.gpus, share.host_memory) == (nodes, gpus, memory)
+    assert share.all_gpus * replicas <= NODE.all_gpus
+
+
+GIB = 2**30
+
+
+def test_where_nodes_are_launched_as_few_are_taken_as_hold_the_model(tmp_path: Path) -> None:
+    shape = ready(tmp_path).shape
+    work = Work(calibration=(1000,), evaluation=1000, longest=100, variants=4)
+    whole = make_plan(shape, work, machine_of(1, 64 * GIB), PipelineSpec(), "m").memory[0].total
+    elastic = Machine(4, 2, int(whole * 2), 64 * GIB, 1e9, 1e12, elastic=True)
+    assert len(make_plan(shape, work, elastic, PipelineSpec(), "m").spans) == 1
+    tight = Machine(4, 2, int(whole / 0.95) - 1, 64 * GIB, 1e9, 1e12, elastic=True)
+    plan = make_plan(shape, work, tight, PipelineSpec(replicas=2), "m")
+    assert (len(plan.spans), plan.replicas) == (2, 2)
+    with pytest.raises(SpecError, match=r"pipeline.replicas: 9: each needs a GPU, and there are 8"):
+        make_plan(shape, work, elastic, PipelineSpec(replicas=9), "m")
+
+
+def machine_of(gpus: int, memory: int) -> Machine:
+    return Machine(1, gpus, memory, memory, 1e9, 1e12)
+
+
+# causes
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ray.exceptions.ObjectStoreFullError("no room"), "Ray's object store is full"),
+        (ray.exceptions.OutOfDiskError("no room"), "the disk to which Ray's object store spills is full"),
+        (ray.exceptions.OutOfMemoryError("killed"), "was killed because its node ran low on memory"),
+        (
+            RuntimeError("ip: 10.0.0.7 The actor died because its node has died. Node Id: 1f"),
+            "a shard's worker on 10.0.0.7 is gone with its node",
+        ),
+        (
+            RuntimeError("ip: 10.0.0.7 worker process has died. (1) killed by the OOM killer due to high memory"),
+            "a shard's worker on 10.0.0.7 died; if nobody killed it",
+        ),
+    ],
+)
+def test_causes_are_named_in_a_line(error: Exception, told: str) -> None:
+    assert told in cause_of_death(error)
+    assert "\n" not in cause_of_death(error)
+
+
+# over real Ray
+
+
+@pytest.fixture(scope="module")
+def fleet(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    prepared = ready(tmp_path_factory.mktemp("fleet"), shards=2, pipeline={"replicas": 2})
+    with open_fleet(prepared) as opened:
+        yield opened
+
+
+def pids(pipeline: RayPipeline) -> list[int]:
+    return [ray.get(actor.__ray_call__.remote(lambda _: os.getpid())) for actor in pipeline.actors]
+
+
+def kill(pipeline: RayPipeline, shard: int) -> None:
+    os.kill(pids(pipeline)[shard], signal.SIGKILL)
+
+
+def test_only_what_died_is_started_again(fleet: Fleet) -> None:
+    before = [pids(pipeline) for pipeline in fleet.pipelines]
+    kill(fleet.pipelines[0], 1)
+    stale = fleet.pipelines[0]
+    with pytest.raises(WorkerLostError, match="a shard's worker"):
+        stale.everywhere("ready")
+    fleet.mend()
+    after = [pids(pipeline) for pipeline in fleet.pipelines]
+    assert after[1] == before[1]
+    assert after[0][0] == before[0][0]
+    assert after[0][1] != before[0][1]
+    with pytest.raises(WorkerLostError):
+        stale.everywhere("ready")  # an old handle never reaches the new worker, which knows nothing
+
+
+def test_work_is_done_again_on_a_mended_pipeline_with_the_same_outcome(fleet: Fleet, tmp_path: Path) -> None:
+    prepared = ready(tmp_path, shards=2)
+    deaths = 0
+
+    def work(pipeline: RayPipeline) -> tuple[Pruned, dict[str, Any]]:
+        nonlocal deaths
+        gather(prepared, pipeline, [WANDA])
+        if deaths < MOST_DEATHS - 1:
+            deaths += 1
+            kill(pipeline, deaths - 1)
+        return make_masks(prepared, pipeline, WANDA), masks_of(prepared, pipeline, WANDA)
+
+    made, weights = fleet.steadily("work", work)
+    with open_here(ready(tmp_path / "plain")) as plain:
+        gather(prepared, plain, [WANDA])
+        assert make_masks(prepared, plain, WANDA) == made
+        expected = masks_of(prepared, plain, WANDA)
+    assert weights.keys() == expected.keys()
+    assert all(bool((weights[name] == expected[name]).all()) for name in expected)
+
+    def hopeless(pipeline: RayPipeline) -> None:
+        kill(pipeline, 0)
+        pipeline.everywhere("ready")
+
+    with pytest.raises(SweepError, match="work: a worker died 3 times: a shard's worker"):
+        fleet.steadily("work", hopeless)
+    fleet.mend()
+
+
+def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(fleet: Fleet, tmp_path: Path) -> None:
+    """The worker dies idle between two chunks: the pass must fail, not go on with a new worker's zeros."""
+    prepared = ready(tmp_path, shards=2)
+    pipeline = fleet.pipelines[1]
+    seen = 0
+
+    def strike(done: int, total: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            kill(pipeline, 0)
+            time.sleep(0.5)
+
+    made = prepared.sets["mono:hi"]
+    with pytest.raises(WorkerLostError):
+        pipeline.gather([made], strike)
+    assert not any(prepared.store().has(made.key, layer) for layer in range(len(prepared.shape.layers)))
+    fleet.mend()
+
+
+def test_no_more_trials_than_planned_enter_a_replica_and_none_a_broken_fleet(fleet: Fleet) -> None:
+    first, second = fleet.pipelines
+    room = first._trials
+    entered = [first.admit(f"t{number}") for number in range(room + 1)]
+    assert entered == [True] * room + [False]
+    assert first.admit("t0"), "who is in is in"
+    with admitted([first, second], "other") as chosen:
+        assert chosen is second
+    first.dismiss("t0")
+    with admitted([first, second], "other") as chosen:
+        assert chosen is first
+    kill(second, 1)
+    with pytest.raises(WorkerLostError) as lost, admitted([second, first], "late"):
+        pass
+    assert lost.value.drained
+    fleet.mend()
+
+
+def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: None, tmp_path: Path) -> None:
+    prepared = ready(tmp_path, shards=2)
+    assert prepared.fingerprint, "made here, while the model is"
+    object.__setattr__(prepared.source, "folder", tmp_path / "gone")
+    with pytest.raises(ModelError, match="put it on a shared disk, or there on every node"), open_fleet(prepared):
+        pass
+
+
+def test_a_cluster_that_is_too_small_says_what_is_missing(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place.ask(2, {"CPU": 1, "GPU": 1, "memory": float(GIB)})
+    try:
+        with pytest.raises(SpecError, match=r"pipeline.wait_minutes: 0.01: waiting for places of 2 shard\(s\), "):
+            place.wait(0.01)
+    finally:
+        place.remove()
+    assert "1 CPU, 1 GPU, 1 GiB each; free: " in capsys.readouterr().err
+    assert resources_text({"CPU": 0.5, "memory": 2.5 * GIB}) == "0.5 CPU, 2.5 GiB"
+
+
+def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cluster, "usable_nodes", lambda: [{"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 8.0}}]
+    )
+    two = Machine(nodes=2, gpus=2, gpu_memory=GIB, host_memory=GIB, host_to_device=1, flops=1)
+    assert bundle_for(two, workers=4, ranks=1, memory=7) == {"CPU": 1, "memory": 7, "GPU": 1}
+    assert bundle_for(two, workers=6, ranks=1, memory=7)["GPU"] == 0.5, "three workers on two GPUs: two share one"
+    assert bundle_for(two, workers=4, ranks=2, memory=7) == {"CPU": 2, "memory": 14, "GPU": 2}
+    none = Machine(nodes=2, gpus=0, gpu_memory=0, host_memory=GIB, host_to_device=1, flops=0)
+    assert bundle_for(none, workers=12, ranks=1, memory=7) == {"CPU": 0.6666, "memory": 7}
