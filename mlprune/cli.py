@@ -20,7 +20,7 @@ from mlprune.errors import MlpruneError, SpecError, StorageError, UserError
 
 if TYPE_CHECKING:
     from mlprune.config import SweepSpec
-    from mlprune.sweep import SweepOutcome
+    from mlprune.parcel import Parcel
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -98,22 +98,63 @@ def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) 
 
 
 @_command
-@click.argument("spec", default="quickstart")
+@click.argument("spec", required=False)
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
+@click.option("--cluster", metavar="FILE", help="Run it on the cluster that `ray up FILE` made; from anywhere.")
+@click.option("--attach", is_flag=True, help="Come back to the cluster's sweep: the one that runs, or the last.")
 @_corpus
-def sweep(spec: str, dry_run: bool, corpus: str | None, assignments: tuple[str, ...]) -> Any:
+def sweep(
+    spec: str | None,
+    dry_run: bool,
+    cluster: str | None,
+    attach: bool,
+    corpus: str | None,
+    assignments: tuple[str, ...],
+) -> Any:
     """Run the sweep SPEC: a file, or the name of one that comes with mlprune."""
+    if cluster is not None:
+        from mlprune.head import check_cluster_file
+
+        check_cluster_file(cluster)
+    if attach:
+        if cluster is None or spec or dry_run or corpus or assignments:
+            raise SpecError("--attach", "given", "it goes with --cluster FILE, and besides that with --json alone")
+        return _watch(cluster, None)
+    spec = spec or "quickstart"
     checked = _spec(spec, assignments, {"calibration.corpus": corpus})
+    if cluster is not None:
+        from mlprune.parcel import parcel
+        from mlprune.specs import as_assignments
+
+        options = [*as_assignments({"calibration.corpus": corpus}), *assignments]
+        return _watch(cluster, parcel(spec, checked, options, dry_run))
     from mlprune.report import sweep as report
+    from mlprune.report.live import live_view
+    from mlprune.report.page import description
     from mlprune.sweep import plan_sweep, run_sweep
 
     if dry_run:
         plan = plan_sweep(checked)
         report.show_plan(plan)
         return report.plan_values(plan)
-    outcome: SweepOutcome = run_sweep(checked)
+    with live_view() as show:
+        outcome = run_sweep(checked, show, description)
     report.show_outcome(outcome)
     return report.outcome_values(outcome)
+
+
+def _watch(file: str, parcel: Parcel | None) -> Any:
+    """Send a sweep to the cluster of that file, or find the one there; watch it, and return its result."""
+    from mlprune import remote
+
+    context = click.get_current_context()
+    cluster = context.with_resource(remote.connect(file))
+    code, value = cluster.watch(cluster.latest() if parcel is None else cluster.start(parcel))
+    if code != remote.INTERRUPTED:
+        context.call_on_close(cluster.hold)  # after the result has been written
+    if value is None:
+        sys.exit(code)
+    return value
 
 
 @_command
@@ -263,3 +304,21 @@ def analyze(
     found = study(checked, Question(listed, **asked), output)
     report.show_findings(found)
     return report.findings_values(found)
+
+
+@_command
+@click.option("--cluster", metavar="FILE", help="Those on the head of the cluster that `ray up FILE` made.")
+def status(cluster: str | None, assignments: tuple[str, ...]) -> Any:
+    """Show the sweeps that run on this machine: their trials under way, shards, and time left."""
+    if assignments:
+        raise SpecError("--set", repr(assignments[0]), "status reads no spec; leave it out")
+    if cluster is not None:
+        from mlprune import remote
+
+        return remote.status(cluster)
+    from mlprune.report import live as report
+    from mlprune.standing import running
+
+    found = running()
+    report.show_running(found)
+    return report.running_values(found)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import platformdirs
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
@@ -40,6 +42,8 @@ class PipelineSpec(_Section):
     offload: Literal["cpu", "nvme"] | None = None
     offload_folder: str | None = None
     ranks_per_shard: Count = 1
+    replicas: Count = 1
+    wait_minutes: Annotated[float, Field(ge=0)] | None = None
     worker_memory: Annotated[ByteSize, Field(gt=0)] | None = None
 
     @field_validator("worker_memory", mode="before")
@@ -218,7 +222,7 @@ class EvaluationSpec(_Section):
 
 
 class TrackingSpec(_Section):
-    """Where MLflow is. uri null: an sqlite file in the storage; experiment null: the sweep's name."""
+    """Where MLflow is. uri null: MLFLOW_TRACKING_URI, else sqlite in the storage; experiment null: the sweep."""
 
     uri: str | None = None
     experiment: str | None = None
@@ -239,7 +243,12 @@ class SweepSpec(_Section):
     @field_validator("storage")
     @classmethod
     def _absolute(cls, value: str) -> str:
-        return str(Path(value).expanduser().absolute())  # trials run in directories of their own
+        """A folder made absolute: trials run in directories of their own. Other addresses stay as they are."""
+        protocol, remote, rest = value.partition("://")
+        if remote and ("@" in rest or "?" in rest):
+            remedy = "no secrets in specs; use the provider's own credentials"
+            raise SpecError("storage", f"{protocol}://...", remedy)
+        return value if remote else str(Path(value).expanduser().absolute())
 
     def yaml(self) -> str:
         """The whole spec, defaults written out, as YAML."""
@@ -253,7 +262,16 @@ class SweepSpec(_Section):
 
     @property
     def storage_folder(self) -> Path:
+        """Of a storage that is a folder."""
+        assert "://" not in self.storage
         return Path(self.storage)
+
+    @property
+    def local_folder(self) -> Path:
+        """For what must be on this machine's disk: the storage, or for one elsewhere a folder of the user's."""
+        if "://" not in self.storage:
+            return self.storage_folder
+        return platformdirs.user_cache_path("mlprune") / hashlib.sha256(self.storage.encode()).hexdigest()[:16]
 
     def anchored(self) -> SweepSpec:
         """The same spec, to be read from any folder: paths that are there made absolute."""
@@ -274,11 +292,17 @@ class SweepSpec(_Section):
     @property
     def offload_folder(self) -> Path:
         """Where weights that are offloaded to a disk wait."""
-        return Path(self.pipeline.offload_folder or self.storage_folder / "offload")
+        return Path(self.pipeline.offload_folder or self.local_folder / "offload")
 
     @property
     def tracking_uri(self) -> str:
-        return self.tracking.uri or f"sqlite:///{self.storage_folder}/mlflow.db"
+        """The spec's own, else the environment's, else a file in the storage, which must then be a folder."""
+        if given := self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+            return given
+        if "://" in self.storage:
+            remedy = f"sqlite cannot be at {self.storage}; name a server or a database"
+            raise SpecError("tracking.uri", None, remedy)
+        return f"sqlite:///{self.storage_folder}/mlflow.db"
 
 
 def _absolute_if_there(path: str) -> str:

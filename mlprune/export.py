@@ -25,7 +25,7 @@ from mlprune.errors import StorageError
 from mlprune.models.hollow import meta_model
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
-from mlprune.store import check_place
+from mlprune.storage import check_place
 
 FILE_BYTES = 2 * 2**30  # of one weights file; a layer is never split
 NAME_BYTES = 255  # of a folder, on every common file system

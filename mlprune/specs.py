@@ -1,19 +1,35 @@
-"""A spec file, and `key=value` settings, to a checked spec."""
+"""A spec file, and `key=value` settings, to a checked spec.
+
+A spec may come from a stranger. Reading it runs no code of its maker's, and it cannot grant itself what would: the
+keys of GRANTED have their harmless value in every file, and another one on the command line alone.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+import reprlib
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import unquote
 
 import yaml
 from pydantic import ValidationError
 
 from mlprune.config import SweepSpec
 from mlprune.errors import SpecError
+
+# keys that let code run which others wrote (of a model, a pickle, a task's file), and their harmless value
+GRANTED: Mapping[str, object] = {
+    "model.trust_remote_code": False,
+    "model.allow_pickle": False,
+    "evaluation.task_path": None,
+}
+_TRACKING = "tracking.uri"
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,9 +67,38 @@ def read_yaml(text: str) -> Any:
 def spec_from(values: Mapping[str, Any]) -> SweepSpec:
     """Check plain values whole. Raises SpecError for the first thing wrong with them."""
     try:
-        return SweepSpec.model_validate(values)
+        made = SweepSpec.model_validate(values)
     except ValidationError as error:
         raise _spec_error(error) from None
+    if made.tracking.uri is not None and _holds_secret(made.tracking.uri):
+        remedy = (
+            "no secrets in specs, which are logged: give the whole address in the environment, as "
+            "MLFLOW_TRACKING_URI, or leave the password to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+        raise SpecError(_TRACKING, _scheme(made.tracking.uri), remedy)
+    return made
+
+
+def _holds_secret(uri: str) -> bool:
+    """A password, or of a server anything before an @, since a token may stand there alone."""
+    if _is_server(uri):
+        return "@" in re.split(r"[/?#]", uri.partition("://")[2], maxsplit=1)[0] or _has_secret_field(uri)
+    return re.match(r"[^:/]*://[^:/@?]*:[^@]*@", uri) is not None or _has_secret_field(uri)
+
+
+def _has_secret_field(uri: str) -> bool:
+    fields = unquote(uri.partition("?")[2])  # once more, for a whole connection string in one field
+    return re.search(r"(password|passwd|pwd|token|secret)\w*\s*=", fields, re.IGNORECASE) is not None
+
+
+def _is_server(uri: str) -> bool:
+    return uri.strip().lower().startswith(("http://", "https://"))
+
+
+def _scheme(uri: str) -> str:
+    """All of an address that may be shown whatever it holds."""
+    scheme = re.match(r"\s*[\w+.-]+://", uri)
+    return repr(f"{scheme[0] if scheme else ''}...")
 
 
 def _spec_error(error: ValidationError) -> SpecError:
@@ -61,7 +106,7 @@ def _spec_error(error: ValidationError) -> SpecError:
     names = [part for part in first["loc"] if part not in ("int", "constrained-int") and not _is_union(part)]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
     if first["type"] == "extra_forbidden":
-        return SpecError(key, repr(first["input"]), f"unknown key; {_known_beside(names)}")
+        return SpecError(key, _shown(first["input"]), f"unknown key; {_known_beside(names)}")
     if first["type"] == "missing":
         return SpecError(key, "nothing", "this key is needed")
     remedy = _REMEDIES.get(first["type"]) or first["msg"].replace("Input should be", "must be")
@@ -73,7 +118,7 @@ def _spec_error(error: ValidationError) -> SpecError:
         remedy = "must be a number from 1 to the model's layers, or auto"
     if names[:2] == ["search", "sparsity"] and first["type"] in ("greater_than_equal", "less_than"):
         remedy = "sparsity must be in [0, 1)"
-    return SpecError(key, repr(first["input"]), remedy)
+    return SpecError(key, _shown(first["input"]), remedy)
 
 
 _REMEDIES = {
@@ -84,6 +129,11 @@ _REMEDIES = {
     "string_type": "must be text; put it in quotes",
     "string_pattern_mismatch": "must be of letters, digits, dots, dashes and underscores",
 }
+
+
+def _shown(value: object) -> str:
+    """As repr, cut short: a few anchors of YAML can stand for more than fits in memory."""
+    return repr(value) if isinstance(value, str | int | float | None) else reprlib.repr(value)[:400]
 
 
 def _is_union(part: str | int) -> bool:
@@ -116,12 +166,21 @@ def load_spec(name: str, assignments: Iterable[str] = ()) -> SweepSpec:
         known = ", ".join(sorted(path.stem for path in sweeps_folder().glob("*.yaml")))
         raise SpecError("spec", repr(name), f"no such file, and no sweep of that name; known: {known}")
     try:
-        values = read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, PermissionError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, PermissionError) as error:
         raise SpecError("spec", repr(name), "not YAML: " + " ".join(str(error).split())) from None
+    return spec_from(with_assignments(read_values(text, "spec", name), assignments))
+
+
+def read_values(text: str, key: str, name: str) -> dict[str, Any]:
+    """The values of a spec's text. Raises SpecError, with `key` and `name` for where it stood."""
+    try:
+        values = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise SpecError(key, repr(name), "not YAML: " + " ".join(str(error).split())) from None
     if not isinstance(values, dict):
-        raise SpecError("spec", repr(name), "a spec is a YAML mapping of keys to values")
-    return spec_from(with_assignments(values, assignments))
+        raise SpecError(key, repr(name), "a spec is a YAML mapping of keys to values")
+    return values
 
 
 def as_assignments(settings: Mapping[str, Any]) -> list[str]:
@@ -139,7 +198,54 @@ def _is_file(path: Path) -> bool:
 
 
 def with_assignments(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """`values` with each `section.key=value` set; the value is read as YAML."""
+    """`values`, as a file has them, with each `section.key=value` set; the value is read as YAML.
+
+    Raises SpecError for what no file may hold, where no assignment takes its place.
+    """
+    assignments = list(assignments)
+    _check_granted(values, [assignment.partition("=")[0] for assignment in assignments])
+    return _assigned(values, assignments)
+
+
+def _check_granted(values: Mapping[str, Any], assigned: Sequence[str]) -> None:
+    kept = _given(values)
+    for name in assigned:  # of a key, or of a whole section
+        kept = {key: value for key, value in kept.items() if not f"{key}.".startswith(f"{name}.")}
+    for key, harmless in GRANTED.items():
+        if kept.get(key, harmless) != harmless:
+            remedy = "lets code of others run, so no file grants it; if you trust it, give: --set "
+            raise SpecError(key, _shown(kept[key]), remedy + _setting(key, kept[key]))
+    uri = str(kept.get(_TRACKING))
+    if _is_server(uri) and uri != os.environ.get("MLFLOW_TRACKING_URI") and _credentials():
+        remedy = "your credentials for MLflow would go there; if they are meant for it, give: --set "
+        raise SpecError(_TRACKING, _scheme(uri), remedy + f"{_TRACKING}=...")
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that are looked at, with their values, where a file has them."""
+    found = {}
+    for key in (*GRANTED, _TRACKING):
+        section, _, name = key.partition(".")
+        inner = values.get(section)
+        if isinstance(inner, dict) and name in inner:
+            found[key] = inner[name]
+    return found
+
+
+def _setting(key: str, value: object) -> str:
+    """`key=value` for a shell and for YAML."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./~-]*/[\w./~-]*", value):
+        return f"{key}={value}"
+    return shlex.quote(f"{key}={json.dumps(value)}" if isinstance(value, str | bool | int) else f"{key}=...")
+
+
+def _credentials() -> bool:
+    """Whether MLflow has any to send with its requests."""
+    named = any(os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("PASSWORD", "TOKEN"))
+    return named or (Path.home() / ".mlflow" / "credentials").exists()
+
+
+def _assigned(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     result: dict[str, Any] = dict(values)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -154,7 +260,7 @@ def with_assignments(values: Mapping[str, Any], assignments: Iterable[str]) -> d
         for parent in parents:
             inner = section.get(parent) or {}
             if not isinstance(inner, dict):
-                raise SpecError(parent, repr(inner), f"is no section, so {key} cannot be set")
+                raise SpecError(parent, _shown(inner), f"is no section, so {key} cannot be set")
             section[parent] = dict(inner)
             section = section[parent]
         section[last] = value

@@ -1,30 +1,32 @@
 """What outlives a process: dense moments and the results of trials, by content hash.
 
     moments/<hash of model fingerprint, calibration set and dtype>/layer-0007.safetensors
-    results/<hash of all that a trial's numbers depend on>.json, and items/<the same>.json
+    results/<hash of all that a trial's numbers depend on>.json
+    items/<the same>-<hash of what was answered>.json
 
-Moments are one file a layer, so that any number of shards reads them, and carry a checksum. Every file is
-written whole or not at all.
+Moments are one file a layer, so that any number of shards reads them. Every file is written whole or not at all
+and carries a checksum, or is named in one that has its checksum; none is ever unpickled.
 """
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mlprune.errors import StorageError
 from mlprune.pruning.moments import Moments
+from mlprune.storage import Storage
 from mlprune.variants import Variant
 
 FORMAT = "2"  # another one, and nothing that an older version computed is taken for the same
+# what reading JSON, and looking into it, raises where it is not what was written
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class CorruptMomentsError(Exception):
@@ -32,14 +34,18 @@ class CorruptMomentsError(Exception):
 
 
 class MomentStore:
-    """The moments of one model in one dtype, under `root`."""
+    """The moments of one model in one dtype."""
 
-    def __init__(self, root: Path, fingerprint: str, dtype: str) -> None:
-        self._root, self._model = root, f"{FORMAT} {fingerprint} {dtype}"
+    def __init__(self, storage: Storage, fingerprint: str, dtype: str) -> None:
+        self._storage, self._model = storage, f"{FORMAT} {fingerprint} {dtype}"
 
-    def file(self, calibration_key: str, layer: int) -> Path:
+    def name(self, calibration_key: str, layer: int) -> str:
+        """Of a layer's file in the storage."""
         key = hashlib.sha256(f"{self._model} {calibration_key}".encode()).hexdigest()[:32]
-        return self._root / key / f"layer-{layer:04d}.safetensors"
+        return f"moments/{key}/layer-{layer:04d}.safetensors"
+
+    def has(self, calibration_key: str, layer: int) -> bool:
+        return self._storage.exists(self.name(calibration_key, layer))
 
     def save(self, calibration_key: str, layer: int, moments: Mapping[str, Moments]) -> None:
         """Write a layer's moments: matrix name -> Moments."""
@@ -47,24 +53,31 @@ class MomentStore:
         tensors = {name: seen.sumsq_I.cpu().clone() for name, seen in moments.items()}
         tokens = {name: seen.tokens for name, seen in moments.items()}
         metadata = {"tokens": json.dumps(tokens), "sha256": _checksum(tensors, tokens)}
-        write_whole(self.file(calibration_key, layer), safetensors.torch.save(tensors, metadata))
+        content = safetensors.torch.save(tensors, metadata)
+        self._storage.write_whole(self.name(calibration_key, layer), content)
 
     def load(self, calibration_key: str, layer: int) -> dict[str, Moments] | None:
         """What was saved, or None if nothing was. Raises CorruptMomentsError when the checksum does not match."""
-        file = self.file(calibration_key, layer)
-        if not file.exists():
+        name = self.name(calibration_key, layer)
+        try:
+            content = self._storage.read(name)
+        except FileNotFoundError:
             return None
         try:
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata()
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors, metadata = safetensors.torch.load(content), _metadata(content)
             tokens = json.loads(metadata["tokens"])
+            found = {name: Moments(tokens[name], tensor) for name, tensor in tensors.items()}
             intact = metadata["sha256"] == _checksum(tensors, tokens)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptMomentsError(str(file)) from error
+        except (SafetensorError, *DAMAGED) as error:
+            raise CorruptMomentsError(f"{self._storage}/{name}") from error
         if not intact:
-            raise CorruptMomentsError(str(file))
-        return {name: Moments(tokens[name], tensor) for name, tensor in tensors.items()}
+            raise CorruptMomentsError(f"{self._storage}/{name}")
+        return found
+
+
+def _metadata(content: bytes) -> Any:
+    """Of a file of safetensors: the length of its header in 8 bytes, then the header, in JSON."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
 
 
 @dataclass(frozen=True)
@@ -79,36 +92,76 @@ class Result:
 
 
 class ResultStore:
-    """Finished trials under `root`: of each, its metrics in one JSON file and what it answered in another.
+    """Finished trials: of each, its metrics in one JSON file and what it answered in another.
 
-    What was answered (text of `evaluation/items.py`) may be many megabytes: it is read when it is asked for.
+    What was answered (text of `evaluation/items.py`) may be many megabytes: it is read when it is asked for. Its
+    file is named by its content, so that two drivers that finish the same trial at the same time, on machines that
+    round differently, leave a result and the answers to it, whichever comes last.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def items_file(self, key: str) -> Path:
-        return self._root / "items" / f"{key}.json"
-
-    def items(self, key: str) -> str:
-        """What a finished trial answered."""
-        return self.items_file(key).read_text(encoding="utf-8")
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def save(self, result: Result, items: str) -> None:
         """The file of metrics comes last: when it is there, the trial has finished."""
-        write_whole(self.items_file(result.key), items.encode())
-        content = json.dumps(asdict(result), indent=1, sort_keys=True)
-        write_whole(self._root / "results" / f"{result.key}.json", content.encode())
+        content = items.encode()
+        values = asdict(result) | {"items": {"bytes": len(content), "sha256": _sha256(content)}}
+        values |= {"sha256": _checksum_of(values)}
+        self._storage.write_whole(_items_name(values), content)
+        text = json.dumps(values, indent=1, sort_keys=True)
+        self._storage.write_whole(_result_name(result.key), text.encode())
 
     def load(self, key: str) -> Result | None:
-        """The result, or None if the trial has not finished (a file that cannot be read is no result)."""
+        """The result, or None if the trial has not finished (what is damaged or incomplete is no result).
+
+        Of what was answered only the length is looked at.
+        """
         try:
-            values = json.loads((self._root / "results" / f"{key}.json").read_text())
+            values = self._values(key)
             variant = Variant(**values["variant"]) if values["variant"] else None
             found = Result(key, variant, values["metrics"], values["digest"], tuple(values["unseen"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            complete = self._storage.size(_items_name(values)) == values["items"]["bytes"]
+        except (FileNotFoundError, *DAMAGED):
             return None
-        return found if self.items_file(key).exists() else None
+        return found if complete else None
+
+    def items(self, key: str) -> str:
+        """What a finished trial answered. Raises StorageError where it is not what was written."""
+        name = _result_name(key)
+        try:
+            values = self._values(key)
+            name = _items_name(values)
+            content = self._storage.read(name)
+            if _sha256(content) == values["items"]["sha256"]:
+                return content.decode()
+        except (FileNotFoundError, *DAMAGED):
+            pass
+        remedy = "is damaged or gone; delete it and run the same command again"
+        raise StorageError("storage", f"{self._storage}/{name}", remedy)
+
+    def _values(self, key: str) -> dict[str, Any]:
+        """What the result's file holds. Raises one of DAMAGED where that is not what was written."""
+        values = json.loads(self._storage.read(_result_name(key)))
+        told = values.pop("sha256")
+        if told != _checksum_of(values) or values["key"] != key:
+            raise ValueError
+        return dict(values)
+
+
+def _result_name(key: str) -> str:
+    return f"results/{key}.json"
+
+
+def _items_name(values: Mapping[str, Any]) -> str:
+    return f"items/{values['key']}-{values['items']['sha256'][:16]}.json"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _checksum_of(values: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(values, sort_keys=True).encode())
 
 
 def _checksum(tensors: Mapping[str, Tensor], tokens: Mapping[str, int]) -> str:
@@ -117,31 +170,3 @@ def _checksum(tensors: Mapping[str, Tensor], tokens: Mapping[str, int]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_place(folder: Path, key: str, value: object) -> None:
-    """Raise StorageError unless `folder` is one, or can be made, and can be written to."""
-    place = folder.absolute()
-    try:
-        while not os.path.lexists(place):
-            place = place.parent
-    except OSError as error:  # a name that is too long, say
-        raise StorageError(key, repr(str(value)), f"no such folder can be made: {error.strerror}") from None
-    if not place.is_dir():
-        raise StorageError(key, repr(str(value)), f"{place} is no folder; name another place")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError(key, repr(str(value)), f"{place} cannot be written to; name another place")
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whoever dies or writes beside us."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

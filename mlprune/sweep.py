@@ -7,25 +7,24 @@ pickles), so its state is scratch.
 
 from __future__ import annotations
 
-import math
 import platform
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
-from mlprune.analysis.pictures import draw_sweep
+from mlprune.analysis.sweep_pictures import pictures_of
 from mlprune.config import SearchSpec, SweepSpec
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SweepError
-from mlprune.evaluation.items import Items, from_json, signatures
-from mlprune.evaluation.significance import mean_ratio_interval
+from mlprune.evaluation.items import signatures
 from mlprune.grid import needs_dense, variants_of
+from mlprune.outcome import Interval, SweepOutcome, ranking_of
 from mlprune.prepare import Prepared, gather, open_fleet, prepare
 from mlprune.shards.fleet import Fleet
 from mlprune.shards.pipeline import Pipeline
+from mlprune.storage import Storage, sweep_lock
 from mlprune.store import Result
 from mlprune.tracking import SweepTracker, check_tracking
 from mlprune.trial import run_dense, unseen_note
@@ -33,6 +32,7 @@ from mlprune.tuning import Trials, run_trials
 from mlprune.variants import Variant
 from mlprune.watching import LOOK_SECONDS, TRIALS, Show, Watch
 
+PATIENCE = 600  # seconds for an MLflow server that is away when all else is done
 PACKAGES = (
     *("mlprune", "torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy"),
     *("lm_eval", "sacrebleu", "scipy"),
@@ -94,64 +94,6 @@ def plan_sweep(spec: SweepSpec) -> SweepPlan:
     return SweepPlan(prepared, variants, tuple(result for result in found if result is not None))
 
 
-Interval = tuple[float, float, float]  # a value, and the low and high end of 95%
-
-
-@dataclass(frozen=True)
-class SweepOutcome:
-    """A finished sweep: the dense model, the trials from best to worst, and where to look at them."""
-
-    spec: SweepSpec
-    dense: Result
-    ranking: tuple[Result, ...]
-    changes: Mapping[str, Interval]  # result key -> mean bits per byte against the dense model's: 0.2 is 20% more
-    level: frozenset[str]  # keys of results that are not told apart from the best of their sparsity
-    runs: Mapping[str, str]  # result key -> MLflow run
-    parent_run: str
-    picture: Path
-    failed: Mapping[str, str]  # a trial's label -> cause
-    nodes: tuple[str, ...]  # addresses, of each shard; of nothing if nothing was left to run
-
-    @property
-    def objective(self) -> str:
-        return f"bits_per_byte.{self.spec.search.objective}"
-
-    def best_by_sparsity(self) -> list[Result]:
-        """The best trial of each sparsity, sparsest last: bits per byte only compare within one."""
-        best = _best(self.ranking)
-        return [best[sparsity] for sparsity in sorted(best)]
-
-
-def _best(ranking: Sequence[Result]) -> dict[float, Result]:
-    best: dict[float, Result] = {}
-    for result in ranking:
-        best.setdefault(_sparsity(result), result)
-    return best
-
-
-def _sparsity(result: Result) -> float:
-    assert result.variant is not None
-    return result.variant.sparsity
-
-
-def _level(ranking: Sequence[Result], lines: Mapping[str, Sequence[Items]], objective: str) -> frozenset[str]:
-    """Keys of results whose difference from the best of their sparsity may be chance: its interval holds 0."""
-    if objective == "worst":  # what is compared here is the mean
-        return frozenset()
-    level = set()
-    best = _best(ranking)
-    for result in ranking:
-        first = best[_sparsity(result)]
-        if result is not first and mean_ratio_interval(lines[first.key], lines[result.key])[1] <= 0:
-            level.add(result.key)
-    return frozenset(level)
-
-
-def _lines(prepared: Prepared, result: Result) -> list[Items]:
-    """What the trial told of held-out lines."""
-    return [one for one in from_json(prepared.results().items(result.key)) if one.kind == "likelihood"]
-
-
 @dataclass(frozen=True)
 class Ran:
     """What became of the trials: the dense model's result, every trial's, and the causes of those that failed."""
@@ -162,13 +104,24 @@ class Ran:
     nodes: list[str]  # of each shard of the first replica; empty if nothing was run
 
 
-def run_sweep(spec: SweepSpec, show: Show = lambda _: None) -> SweepOutcome:
-    """Run what is missing of a sweep and rank it all; `show` is told each second how it stands.
+def run_sweep(
+    spec: SweepSpec,
+    show: Show = lambda _: None,
+    describe: Callable[[SweepOutcome], str] = lambda _: "",
+) -> SweepOutcome:
+    """Run what is missing of a sweep and rank it all.
+
+    `show` is told each second how it stands; `describe` makes the text on top of its page in MLflow.
 
     Raises SweepError when no trial could be finished.
     """
     plan = plan_sweep(spec)
-    prepared = plan.prepared
+    with sweep_lock(Storage(spec.storage), spec.key):
+        return _run(plan, show, describe)
+
+
+def _run(plan: SweepPlan, show: Show, describe: Callable[[SweepOutcome], str]) -> SweepOutcome:
+    prepared, spec = plan.prepared, plan.prepared.spec
     tracker = SweepTracker(
         spec.tracking_uri,
         spec.tracking.experiment or spec.name,
@@ -185,39 +138,55 @@ def run_sweep(spec: SweepSpec, show: Show = lambda _: None) -> SweepOutcome:
         tracker.finish_sweep("KILLED", {}, [])
         _settle(tracker, patience=10)
         raise
-    objective = f"bits_per_byte.{spec.search.objective}"
-    dense, failed = ran.dense, ran.failed
-    ranking = tuple(sorted(ran.results, key=lambda result: _rank(result.metrics[objective])))
-    if not ranking:
+    if not ran.results:
         tracker.finish_sweep("FAILED", {}, [])
         _settle(tracker, patience=60)
-        raise SweepError("no trial finished; " + "; ".join(f"{k}: {v}" for k, v in failed.items()))
-    picture = spec.local_folder / f"{spec.name}.png"
-    title = f"{spec.name}: {spec.model.path}, {len(ranking)} variants"
-    draw_sweep(dense, ranking, spec.evaluation.perplexity.languages, title, picture)
-    lines = {result.key: _lines(prepared, result) for result in (dense, *ranking)}
-    changes = {result.key: mean_ratio_interval(lines[dense.key], lines[result.key]) for result in ranking}
-    for result in ranking:
-        tracker.log_trial(result.key, result.variant, _change_metrics(changes[result.key]))
-    best = {f"best.{name}": value for name, value in ranking[0].metrics.items()}
-    tracker.finish_sweep("FAILED" if failed else "FINISHED", best, [picture])
-    if not _settle(tracker, patience=600):
-        raise SweepError(
-            f"{tracker.behind} things did not reach MLflow ({tracker.trouble}); start the sweep again"
-        )
-    runs = {result.key: tracker.run_of(result.key) for result in (dense, *ranking)}
-    return SweepOutcome(
-        spec,
-        dense,
-        ranking,
-        changes,
-        _level(ranking, lines, spec.search.objective),
-        runs,
-        tracker.parent_id,
-        picture,
-        failed,
-        tuple(ran.nodes),
+        raise SweepError("no trial finished; " + "; ".join(f"{k}: {v}" for k, v in ran.failed.items()))
+    outcome = _concluded(prepared, ran, tracker)
+    tracker.describe(describe(outcome))
+    best = {f"best.{name}": value for name, value in outcome.ranking[0].metrics.items()}
+    tracker.finish_sweep("FAILED" if ran.failed else "FINISHED", best, outcome.pictures)
+    _settled(tracker)
+    tracker.close()
+    return outcome
+
+
+def _concluded(prepared: Prepared, ran: Ran, tracker: SweepTracker) -> SweepOutcome:
+    """Rank and draw."""
+    spec = prepared.spec
+    ranking = ranking_of(ran.dense, ran.results, spec.search.objective, prepared.results())
+    for result in ranking.trials:
+        tracker.log_trial(result.key, result.variant, _change_metrics(ranking.changes[result.key]))
+    pictures = pictures_of(
+        ran.dense,
+        ranking.trials,
+        spec.evaluation.perplexity.languages,
+        f"{spec.name}: {spec.model.path}, {len(ranking.trials)} variants",
+        spec.local_folder,
+        spec.name,
+        ranking.changes,
     )
+    _settled(tracker)  # the ids of runs are known then
+    return SweepOutcome(
+        spec=spec,
+        dense=ran.dense,
+        ranking=ranking.trials,
+        changes=ranking.changes,
+        level=ranking.level,
+        runs={result.key: tracker.run_of(result.key) for result in (ran.dense, *ranking.trials)},
+        parent_run=tracker.parent_id,
+        experiment=tracker.experiment_id,
+        pictures=tuple(pictures),
+        failed=ran.failed,
+        nodes=tuple(ran.nodes),
+    )
+
+
+def _settled(tracker: SweepTracker) -> None:
+    """Wait for MLflow; raises SweepError when it does not come back. All results are in the storage by then."""
+    if not tracker.settle(PATIENCE, lambda count, why: say(f"  {count} things wait for MLflow: {why}")):
+        waits = f"{tracker.behind} things did not reach MLflow ({tracker.trouble})"
+        raise SweepError(f"{waits}; all results are kept: run the same command when it is back")
 
 
 def _settle(tracker: SweepTracker, patience: float) -> bool:
@@ -229,11 +198,6 @@ def _settle(tracker: SweepTracker, patience: float) -> bool:
 def _change_metrics(change: Interval) -> dict[str, float]:
     names = ("bits_per_byte.change", "bits_per_byte.change.low", "bits_per_byte.change.high")
     return dict(zip(names, change, strict=True))
-
-
-def _rank(value: float) -> tuple[bool, float]:
-    """Lower is better, and no number is worst: a model pruned to pieces may have no likelihood at all."""
-    return math.isnan(value), value
 
 
 def _sweep_params(prepared: Prepared) -> dict[str, object]:

@@ -1,273 +1,254 @@
 """The only door to MLflow: one parent run a sweep, one nested run a trial.
 
-One process writes, the driver: an sqlite file wants one writer. A run is found by its tags, so a sweep that
-was killed goes on with the runs that it had made, and no trial has two.
+One thread of one process writes, the driver's: an sqlite file wants one writer, and a sweep must not wait for a
+server. What is logged is put into an outbox and delivered in order; a server that dies, hangs or answers 5xx gets
+it when it is back, with the times at which it happened. A run is found by its tags, so a sweep that was killed
+goes on with the runs that it had made, and no trial has two.
+
+What is still in the outbox when the process is killed is lost, with it metrics of trials under way; finished
+trials are logged again from their results when the sweep is resumed.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
-from mlflow.entities import Metric, Param, Run
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-from sqlalchemy.exc import SQLAlchemyError
 
 from mlprune.errors import SpecError
-from mlprune.store import Result, check_place
+from mlprune.outbox import AwayError, Outbox
+from mlprune.store import Result
+from mlprune.tracking_server import ITEMS, PARENT_TAG, TRIAL_TAG, answering, away, experiment_of, reason, unbroken
+from mlprune.tracking_server import Trial as Trial
+from mlprune.tracking_server import check_tracking as check_tracking
+from mlprune.tracking_server import client_of as client_of
+from mlprune.tracking_server import parallel_coordinates_link as parallel_coordinates_link
+from mlprune.tracking_server import recall_items as recall_items
+from mlprune.tracking_server import recall_trial as recall_trial
+from mlprune.tracking_server import shown as shown
+from mlprune.tracking_server import trial_params as trial_params
 from mlprune.variants import Variant
 
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
+# after tracking_server, which sets what MLflow reads when it is imported
+from mlflow.entities import Metric, Param, Run  # isort: skip
+from mlflow.exceptions import MlflowException  # isort: skip
+from requests import HTTPError  # isort: skip
 
-P = ParamSpec("P")
-T = TypeVar("T")
-SQLITE = "sqlite:///"
-SWEEP_TAG, TRIAL_TAG, CAUSE_TAG, PARENT_TAG = (
-    "mlprune.sweep",
-    "mlprune.trial",
-    "mlprune.cause",
-    "mlflow.parentRunId",
-)
+SWEEP_TAG, CAUSE_TAG = "mlprune.sweep", "mlprune.cause"
+TAG_LENGTH = 8000  # of a tag's value; MLflow cuts what is longer
 
 
-ITEMS = "items.json"  # the artifact that holds what a trial answered
-
-
-def client_of(uri: str) -> MlflowClient:
-    """A client of the tracking server or database at `uri`, its tables made. Raises SpecError if it is none."""
-    try:
-        if uri.startswith(SQLITE):
-            Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(uri)
-        with _one_attempt():
-            client.search_experiments(max_results=1)
-    except (MlflowException, OSError, SQLAlchemyError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0][:160]
-        raise SpecError("tracking.uri", repr(uri), f"MLflow does not answer there: {reason}") from None
-    return client
-
-
-@contextmanager
-def _one_attempt() -> Iterator[None]:
-    """MLflow tries a server that is not there for four minutes; who mistyped its address should know at once."""
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    given = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)
-    try:
-        yield
-    finally:
-        for name, value in given.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def check_tracking(uri: str) -> None:
-    """Raise SpecError or StorageError where `client_of` would fail; makes nothing."""
-    file = Path(uri.removeprefix(SQLITE))
-    if uri.startswith(SQLITE) and not file.exists():
-        check_place(file.parent, "tracking.uri", uri)
-    else:
-        client_of(uri)
-
-
-def _uninterrupted(method: Callable[P, T]) -> Callable[P, T]:
-    """Ctrl-C waits until the method is done: broken off, a write leaves sqlite locked for the next one."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if threading.current_thread() is not threading.main_thread():
-            return method(*args, **kwargs)
-        late: list[Any] = []
-        before = signal.signal(signal.SIGINT, lambda *given: late.append(given))
-        try:
-            return method(*args, **kwargs)
-        finally:
-            signal.signal(signal.SIGINT, before)
-            if late and callable(before):
-                before(*late[0])
-
-    return run
-
-
-def _experiment(client: MlflowClient, name: str, uri: str, artifacts: Path) -> str:
-    """The experiment's id; it is made if there is none."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    # a database has no place for files: they go beside it; a server has its own
-    location = None if uri.startswith("http") else artifacts.as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
-
-
-@_uninterrupted
 def log_analysis(
     uri: str, experiment: str, artifacts: Path, name: str, params: Mapping[str, object], files: Sequence[Path]
 ) -> str:
     """One finished run with `params`, and `files` as artifacts; its id."""
     client = client_of(uri)
-    run_id: str = client.create_run(_experiment(client, experiment, uri, artifacts), run_name=name).info.run_id
-    client.log_batch(run_id, params=[Param(k, str(v)) for k, v in params.items()])
-    for file in files:
-        client.log_artifact(run_id, str(file))
-    client.set_terminated(run_id, "FINISHED")
-    return run_id
+
+    def log() -> str:
+        experiment_id = experiment_of(client, experiment, uri, artifacts)
+        run_id: str = client.create_run(experiment_id, run_name=name).info.run_id
+        client.log_batch(run_id, params=_params(params))
+        for file in files:
+            client.log_artifact(run_id, str(file))
+        client.set_terminated(run_id, "FINISHED")
+        return run_id
+
+    with answering(uri):
+        return unbroken(log)
 
 
 class SweepTracker:
-    """The parent run of one sweep, and its trials' runs."""
+    """The parent run of one sweep, and its trials' runs.
+
+    The tracking server or database must be there at the start: SpecError if not. From then on, methods that log
+    return at once; what the server refused for good is raised as SpecError by a later one, or by `settle`.
+    """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path, sweep_key: str, name: str) -> None:
-        self._client = client_of(uri)
-        self.experiment_id = _experiment(self._client, experiment, uri, artifacts)
-        parent = self._find(SWEEP_TAG, sweep_key) or self._client.create_run(
+        self._uri, self._client = uri, client_of(uri)
+        self._runs: dict[str, str] = {}  # of trials, by key; written by the outbox's thread
+        with answering(uri):
+            self.experiment_id, self.parent_id = unbroken(
+                lambda: self._open(experiment, artifacts, sweep_key, name)
+            )
+        self._outbox = Outbox()
+
+    def _open(self, experiment: str, artifacts: Path, sweep_key: str, name: str) -> tuple[str, str]:
+        self.experiment_id = experiment_of(self._client, experiment, self._uri, artifacts)
+        parent = self._find(f"tags.`{SWEEP_TAG}` = '{sweep_key}'") or self._client.create_run(
             self.experiment_id, tags={SWEEP_TAG: sweep_key}, run_name=name
         )
-        self.parent_id: str = parent.info.run_id
-        self._client.update_run(self.parent_id, "RUNNING")
-        self._trials: dict[str, str] = {}
+        self._client.update_run(parent.info.run_id, "RUNNING")
+        return self.experiment_id, parent.info.run_id
 
-    def _find(self, tag: str, value: str, parent: str | None = None) -> Run | None:
-        query = f"tags.`{tag}` = '{value}'" + (f" and tags.`{PARENT_TAG}` = '{parent}'" if parent else "")
-        runs = self._client.search_runs([self.experiment_id], query, max_results=1)
-        return runs[0] if runs else None
+    @property
+    def behind(self) -> int:
+        """What has been logged and has not arrived."""
+        return self._outbox.behind
 
-    @_uninterrupted
+    @property
+    def trouble(self) -> str | None:
+        """One line: why nothing gets through at the moment."""
+        return self._outbox.trouble
+
+    def settle(self, patience: float, waiting: Callable[[int, str], None]) -> bool:
+        """Wait until all has arrived; False when nothing got through for `patience` seconds.
+
+        While the server is away, `waiting` is told about once a second how much waits, and why. Raises SpecError
+        for what was refused for good.
+        """
+        return self._outbox.settle(patience, waiting)
+
+    def close(self) -> None:
+        """Deliver nothing more: `settle` comes before."""
+        self._outbox.close()
+
+    def run_of(self, key: str) -> str:
+        """The id of a trial's run, once what was logged of it has been delivered."""
+        return self._runs[key]
+
     def log_sweep(self, params: Mapping[str, object], texts: Mapping[str, str]) -> None:
         """The sweep's settings as params; texts (spec, environment) as artifacts, by file name."""
-        self._client.log_batch(self.parent_id, params=[Param(k, str(v)) for k, v in params.items()])
-        for file, text in texts.items():
-            self._client.log_text(self.parent_id, text, file)
+        given = _params(params)
 
-    @_uninterrupted
-    def trial_run(self, key: str, variant: Variant | None) -> str:
-        """The id of the trial's run, made if there is none."""
-        if key not in self._trials:
-            run = self._find(TRIAL_TAG, key, self.parent_id) or self._new_trial(key, variant)
-            if run.info.status != "FINISHED":  # of an earlier run of the sweep, that failed or was killed
-                self._client.update_run(run.info.run_id, "RUNNING")
-            self._trials[key] = run.info.run_id
-        return self._trials[key]
+        def deliver() -> None:
+            self._client.log_batch(self.parent_id, params=given)
+            for file, text in texts.items():
+                self._client.log_text(self.parent_id, text, file)
 
-    def _new_trial(self, key: str, variant: Variant | None) -> Run:
-        tags = {TRIAL_TAG: key, PARENT_TAG: self.parent_id}
-        name = variant.label if variant else "dense"
-        run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
-        self._client.log_batch(run.info.run_id, params=[Param(k, v) for k, v in trial_params(variant).items()])
-        return run
+        self._put(deliver)
 
-    @_uninterrupted
-    def log_trial(self, key: str, variant: Variant | None, metrics: Mapping[str, float]) -> None:
-        """Metrics of a trial that is under way."""
-        run_id = self.trial_run(key, variant)
-        self._log_metrics(run_id, metrics)
+    def log_sweep_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Metrics of the whole sweep while it runs."""
+        points = _points(metrics, _now(), step)
+        self._put(lambda: self._client.log_batch(self.parent_id, metrics=points))
 
-    @_uninterrupted
-    def finish_trial(self, result: Result, items: str) -> None:
-        """Log a finished trial and what it answered, unless its run says that it is finished."""
-        run_id = self.trial_run(result.key, result.variant)
+    def describe(self, markdown: str) -> None:
+        """The text on top of the parent run's page; lines beyond MLflow's limit are left out."""
+        whole = markdown if len(markdown) <= TAG_LENGTH else markdown[:TAG_LENGTH].rpartition("\n")[0]
+        self._put(lambda: self._client.set_tag(self.parent_id, "mlflow.note.content", whole))
+
+    def start_trial(self, key: str, variant: Variant | None) -> None:
+        """A trial is under way."""
+        now = _now()
+
+        def deliver() -> None:
+            run_id = self._run(key, variant, now)
+            if self._client.get_run(run_id).info.status in ("FAILED", "KILLED"):  # an earlier attempt
+                self._client.update_run(run_id, "RUNNING")
+
+        self._put(deliver)
+
+    def log_trial(self, key: str, variant: Variant | None, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Metrics of a trial."""
+        now = _now()
+        points = _points(metrics, now, step)
+        self._put(lambda: self._client.log_batch(self._run(key, variant, now), metrics=points))
+
+    def finish_trial(self, result: Result, items: Callable[[], str]) -> None:
+        """Log a finished trial and what it answered, unless its run says that it is finished.
+
+        `items` is called when it is delivered, so that answers do not wait in memory.
+        """
+        now = _now()
+        self._put(lambda: self._finish(result, items, now))
+
+    def _finish(self, result: Result, items: Callable[[], str], now: int) -> None:
+        run_id = self._run(result.key, result.variant, now)
         run = self._client.get_run(run_id)
         if run.info.status == "FINISHED":
             return
         if CAUSE_TAG in run.data.tags:
             self._client.delete_tag(run_id, CAUSE_TAG)
-        self.log_trial(result.key, result.variant, result.metrics)
-        self._client.log_text(run_id, items, ITEMS)
+        self._client.log_batch(run_id, metrics=_points(result.metrics, now, 0))
+        self._client.log_text(run_id, items(), ITEMS)
         if result.digest:
             self._client.set_tag(run_id, "mlprune.masks", result.digest)
-        self._client.set_terminated(run_id, "FINISHED")
+        self._client.set_terminated(run_id, "FINISHED", now)
 
-    @_uninterrupted
     def fail_trial(self, key: str, variant: Variant | None, cause: str) -> None:
-        run_id = self.trial_run(key, variant)
-        self._client.set_tag(run_id, CAUSE_TAG, cause[:5000])
-        self._client.set_terminated(run_id, "FAILED")
+        now = _now()
 
-    @_uninterrupted
+        def deliver() -> None:
+            run_id = self._run(key, variant, now)
+            self._client.set_tag(run_id, CAUSE_TAG, cause[:5000])
+            self._client.set_terminated(run_id, "FAILED", now)
+
+        self._put(deliver)
+
     def finish_sweep(self, status: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
-        self._log_metrics(self.parent_id, metrics)
-        for file in files:
-            self._client.log_artifact(self.parent_id, str(file))
-        self._client.set_terminated(self.parent_id, status)
+        """The parent run ends with `status`; runs of its trials that are still RUNNING end as KILLED.
 
-    def _log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        now = int(time.time() * 1000)
-        self._client.log_batch(run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
+        It raises nothing: a sweep that ends because something was refused ends in MLflow too. `settle` does.
+        """
+        now = _now()
+        points = _points(metrics, now, 0)
+
+        def deliver() -> None:
+            self._client.log_batch(self.parent_id, metrics=points)
+            for file in files:
+                self._client.log_artifact(self.parent_id, str(file))
+            self._end_trials(now)
+            self._client.set_terminated(self.parent_id, status, now)
+
+        self._outbox.put(lambda: self._deliver(deliver))
+
+    def _end_trials(self, now: int) -> None:
+        """End runs of trials that are RUNNING. One beside a trial's own was made twice: it is deleted.
+
+        A server that hangs may make a run long after we gave up waiting, looked for it and asked again.
+        """
+        mine = f"tags.`{PARENT_TAG}` = '{self.parent_id}' and attributes.status = 'RUNNING'"
+        for run in self._client.search_runs([self.experiment_id], mine):
+            run_id = run.info.run_id
+            if self._runs.get(run.data.tags.get(TRIAL_TAG, ""), run_id) == run_id:
+                self._client.set_terminated(run_id, "KILLED", now)
+            else:
+                self._client.delete_run(run_id)
+
+    def _find(self, query: str) -> Run | None:
+        """The run that has the most of it, should there be two."""
+        runs = self._client.search_runs([self.experiment_id], query)
+        return max(runs, key=lambda run: (run.info.status == "FINISHED", len(run.data.metrics)), default=None)
+
+    def _run(self, key: str, variant: Variant | None, now: int) -> str:
+        """The id of the trial's run, made if there is none; what was done halfway is completed."""
+        if key not in self._runs:
+            tags = {TRIAL_TAG: key, PARENT_TAG: self.parent_id}
+            run = self._find(" and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items()))
+            if run is None:
+                name = variant.label if variant else "dense"
+                run = self._client.create_run(self.experiment_id, start_time=now, tags=tags, run_name=name)
+            run_id = run.info.run_id
+            if not run.data.params:
+                self._client.log_batch(run_id, params=_params(trial_params(variant)))
+            self._runs[key] = run_id
+        return self._runs[key]
+
+    def _put(self, work: Callable[[], object]) -> None:
+        self._outbox.put(lambda: self._deliver(work))
+        self._outbox.raise_refused()
+
+    def _deliver(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if away(error):
+                raise AwayError(reason(error)) from error
+            if isinstance(error, (MlflowException, HTTPError)):
+                refused = f"MLflow refuses what is logged: {reason(error)}"
+                raise SpecError("tracking.uri", repr(shown(self._uri)), refused) from None
+            raise
 
 
-def trial_params(variant: Variant | None) -> dict[str, str]:
-    """A trial's params under plain names, the same names for every trial."""
-    if variant is None:
-        none = dict.fromkeys(("calibration", "pattern", "propagation", "allocation"), "none")
-        return {**none, "score": "dense", "sparsity": "0"}
-    return {
-        "calibration": variant.calibration or "none",
-        "score": variant.score,
-        "sparsity": repr(variant.sparsity),
-        "pattern": variant.pattern,
-        "propagation": variant.propagation,
-        "allocation": variant.allocation,
-    }
+def _now() -> int:
+    """Milliseconds, as MLflow counts."""
+    return int(time.time() * 1000)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A trial's run, as it is found again."""
-
-    run_id: str
-    parent_id: str
-    name: str
-    params: Mapping[str, str]
+def _points(metrics: Mapping[str, float], now: int, step: int) -> list[Metric]:
+    return [Metric(name, float(value), now, step) for name, value in metrics.items()]
 
 
-def _find_trial(client: MlflowClient, uri: str, run_id: str, key: str) -> Trial:
-    """Raises SpecError, naming `key`, when there is no such run, or it is not a trial's."""
-    try:
-        run = client.get_run(run_id)
-    except MlflowException:
-        remedy = f"no such run in {uri}; give its database with --set tracking.uri=..."
-        raise SpecError(key, repr(run_id), remedy) from None
-    parent = run.data.tags.get(PARENT_TAG)
-    if TRIAL_TAG not in run.data.tags or parent is None:
-        raise SpecError(key, repr(run_id), "not the run of a trial of mlprune; give a nested run's id")
-    return Trial(run_id, parent, run.info.run_name, run.data.params)
-
-
-def recall_items(uri: str, run_id: str, key: str) -> tuple[Trial, str]:
-    """A trial, and what it answered (JSON of items). Raises SpecError, naming `key`, when it has not finished."""
-    client = client_of(uri)
-    trial = _find_trial(client, uri, run_id, key)
-    try:
-        return trial, Path(client.download_artifacts(run_id, ITEMS)).read_text(encoding="utf-8")
-    except (MlflowException, OSError):
-        raise SpecError(
-            key, repr(run_id), f"has no {ITEMS}: it did not finish, or an older mlprune made it"
-        ) from None
-
-
-def recall_trial(uri: str, run_id: str) -> tuple[str, dict[str, str]]:
-    """The spec (YAML) and the params of a trial's run. Raises SpecError when the run is not a trial's."""
-    client = client_of(uri)
-    trial = _find_trial(client, uri, run_id, "--run")
-    if trial.params["score"] == trial_params(None)["score"]:
-        raise SpecError("--run", repr(run_id), "is the dense model's run; choose a trial's")
-    try:
-        text = Path(client.download_artifacts(trial.parent_id, "spec.yaml")).read_text(encoding="utf-8")
-    except (MlflowException, OSError):
-        remedy = f"the artifact spec.yaml of its parent {trial.parent_id} is gone"
-        raise SpecError("--run", repr(run_id), remedy) from None
-    return text, dict(trial.params)
+def _params(values: Mapping[str, object]) -> list[Param]:
+    return [Param(name, str(value)) for name, value in values.items()]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin on each other's cores make tiny models crawl
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # nor is a server that somebody uses
 os.environ["RAY_ADDRESS"] = "local"  # a cluster that happens to run here is not ours
 
 import pytest

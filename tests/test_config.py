@@ -300,6 +300,32 @@ def test_where_things_are_kept_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_
     assert spec("tracking.uri=http://host").tracking_uri == "http://host"
 
 
+def test_where_things_are_kept_when_the_storage_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    made = spec("storage=s3://bucket/a")
+    assert made.storage == "s3://bucket/a"
+    assert made.key == spec().key
+    assert made.local_folder.parent == tmp_path / "mlprune"
+    assert made.local_folder != spec("storage=s3://bucket/b").local_folder
+    assert made.offload_folder == made.local_folder / "offload"
+    assert spec().local_folder == spec().storage_folder
+    with pytest.raises(SpecError, match=r"tracking.uri: None: sqlite cannot be at s3://bucket/a; name a server"):
+        _ = made.tracking_uri
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://head")
+    assert made.tracking_uri == spec().tracking_uri == "http://head"
+    assert spec("tracking.uri=http://host").tracking_uri == "http://host"
+
+
+@pytest.mark.parametrize("address", ["s3://KEY:ve/ry@bucket/x", "gs://bucket/x?token=very"])
+def test_secrets_in_the_storage_are_refused_and_not_shown(address: str) -> None:
+    told = str(refused(f"storage={address}"))
+    assert "no secrets in specs" in told
+    assert not any(word in told for word in ("KEY", "ry@", "very", "bucket"))
+
+
 def sections(model: Any) -> list[Any]:
     return [
         model,

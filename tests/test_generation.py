@@ -28,6 +28,7 @@ from mlprune.shards.decoding import Session, Step, grouped, waves
 from mlprune.shards.memory import Chunks
 from mlprune.shards.pipeline import LocalPipeline
 from mlprune.shards.worker import Setup, ShardWorker
+from mlprune.storage import Storage
 from mlprune.store import MomentStore
 from tests.tiny_models import config, save
 from tests.work import RANDOM, masks_of, opened, ready
@@ -83,7 +84,7 @@ def expected() -> list[list[int]]:
 @contextmanager
 def pipeline_of(source: ModelSource, folder: Path, shards: int = 1) -> Iterator[LocalPipeline]:
     ends = [4 * n // shards for n in range(shards + 1)]
-    setup = Setup(source, "float32", "cpu", MomentStore(folder, "any", "float32"))
+    setup = Setup(source, "float32", "cpu", MomentStore(Storage(str(folder)), "any", "float32"))
     workers = [ShardWorker(setup, Span(a, b, 4)) for a, b in pairwise(ends)]
     pipeline = LocalPipeline(workers, Chunks(2**20, few=False))
     try:

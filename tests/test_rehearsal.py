@@ -11,7 +11,8 @@ from mlprune.grid import variants_of
 from mlprune.prepare import Prepared, gather, open_fleet, prepare
 from mlprune.specs import spec_from
 from mlprune.store import Result
-from mlprune.sweep import SweepOutcome, run_sweep
+from mlprune.outcome import SweepOutcome
+from mlprune.sweep import run_sweep
 from mlprune.trial import run_dense, run_trial
 from tests.tiny_models import config, save
 from tests.work import needs_libaio, opened

@@ -12,27 +12,31 @@ import mlprune
 PACKAGE = Path(mlprune.__file__).parent
 # a module may import what stands before it, on its own floor or on one below
 LAYOUT = """
-    mlprune errors languages templates variants config specs console
+    mlprune errors languages templates variants config specs console standing
     pruning pruning.moments pruning.masks pruning.sparsegpt pruning.scores pruning.allocation
     data data.corpora data.code data.demonstrations data.calibration data.questions
     models models.quiet models.demo models.source models.hollow models.matrices models.memory
     models.cache models.replay models.residency models.zero
-    store
+    storage store
     shards shards.machine shards.shape shards.masking shards.features shards.decoding shards.gathering
-    shards.likelihood shards.worker shards.memory shards.planner shards.forecast shards.pipeline shards.actors
+    shards.likelihood shards.worker shards.memory shards.planner shards.forecast shards.pipeline
+    shards.cluster shards.actors shards.fleet
     evaluation evaluation.items evaluation.significance evaluation.consistency evaluation.perplexity
     evaluation.harness_model evaluation.harness
-    evaluation.choices evaluation.translation evaluation.suite analysis analysis.pictures
+    evaluation.choices evaluation.translation evaluation.suite analysis analysis.pictures analysis.sweep_pictures
     analysis.features analysis.feature_pictures export
-    grid asked prepare trial tracking tuning sweep winner scale comparison study
-    report report.tables report.sweep report.scale report.comparison report.study cli __main__
+    grid asked prepare trial outbox tracking_server tracking tuning watching outcome sweep winner scale comparison study
+    head parcel remote report report.tables report.ranking report.sweep report.page report.live report.scale report.comparison report.study cli __main__
 """
 FLOORS = LAYOUT.split()
 ORDER = {name if name == "mlprune" else f"mlprune.{name}": place for place, name in enumerate(FLOORS)}
 # a foreign library (the longest name that matches counts) -> the modules that may import it
 DOORS = {
     "datasets": ("mlprune.data.",),
-    "ray": ("mlprune.shards.actors",),
+    "ray.job_submission": ("mlprune.remote",),
+    "ray.autoscaler": ("mlprune.head", "mlprune.shards.cluster"),
+    "ray.exceptions": ("mlprune.remote", "mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet"),
+    "ray": ("mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet"),
     "ray.tune": ("mlprune.tuning",),
     "mlflow": ("mlprune.tracking",),
     "optuna": ("mlprune.tuning",),

@@ -1,22 +1,28 @@
 """What outlives a process: it comes back exactly, or is known to be damaged, or is not there."""
 
+import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from mlprune.errors import StorageError
 from mlprune.pruning.moments import Moments
-from mlprune.store import CorruptMomentsError, MomentStore, Result, ResultStore, write_whole
+from mlprune.storage import Storage
+from mlprune.store import CorruptMomentsError, MomentStore, Result, ResultStore
 from mlprune.variants import Variant
 
 VARIANT = Variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 
 
 def store(root: Path, fingerprint: str = "model", dtype: str = "torch.float32") -> MomentStore:
-    return MomentStore(root, fingerprint, dtype)
+    return MomentStore(Storage(str(root)), fingerprint, dtype)
+
+
+def file_of(root: Path, key: str, layer: int, *model: str) -> Path:
+    return root / store(root, *model).name(key, layer)
 
 
 def moments(seed: int = 0) -> dict[str, Moments]:
@@ -43,6 +49,9 @@ def same(found: dict[str, Moments] | None, expected: dict[str, Moments]) -> bool
 def test_moments_come_back_to_the_bit(layer: int, seed: int, tmp_path: Path) -> None:
     store(tmp_path).save("set", layer, moments(seed))
     assert same(store(tmp_path).load("set", layer), moments(seed))
+    assert store(tmp_path).has("set", layer)
+    assert not store(tmp_path).has("set", layer + 1)
+    assert not store(tmp_path).has("other", layer)
     assert store(tmp_path).load("set", layer + 1) is None
     assert store(tmp_path).load("other", layer) is None
 
@@ -73,21 +82,21 @@ def test_nothing_stored_is_nothing_found(tmp_path: Path) -> None:
 
 def test_the_place_differs_by_model_dtype_calibration_and_layer(tmp_path: Path) -> None:
     files = [
-        store(tmp_path).file("set", 1),
-        store(tmp_path, "other").file("set", 1),
-        store(tmp_path, dtype="torch.bfloat16").file("set", 1),
-        store(tmp_path).file("other", 1),
-        store(tmp_path).file("set", 11),
+        file_of(tmp_path, "set", 1),
+        file_of(tmp_path, "set", 1, "other"),
+        file_of(tmp_path, "set", 1, "model", "torch.bfloat16"),
+        file_of(tmp_path, "other", 1),
+        file_of(tmp_path, "set", 11),
     ]
     assert len(set(files)) == len(files)
-    assert store(tmp_path).file("set", 1) == files[0]
+    assert file_of(tmp_path, "set", 1) == files[0]
     assert all(tmp_path in file.parents for file in files)
 
 
 def saved(folder: Path) -> tuple[Path, bytes, int]:
     """A file of moments, its content, and where its data begin."""
     store(folder).save("set", 0, moments())
-    file = store(folder).file("set", 0)
+    file = file_of(folder, "set", 0)
     content = file.read_bytes()
     return file, content, 8 + int.from_bytes(content[:8], "little")
 
@@ -97,7 +106,7 @@ def refused(folder: Path) -> bool:
     try:
         found = store(folder).load("set", 0)
     except CorruptMomentsError as error:
-        return str(store(folder).file("set", 0)) in str(error)
+        return str(file_of(folder, "set", 0)) in str(error)
     assert same(found, moments())
     return False
 
@@ -167,48 +176,6 @@ def test_metadata_of_another_form_is_noticed(tmp_path: Path) -> None:
     assert refused(tmp_path)
 
 
-# writing
-
-
-def fail(*_: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_a_failed_write_leaves_the_old_content_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "folder" / "file.json"
-    write_whole(file, b"old")
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert list(file.parent.iterdir()) == [file]
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(file.with_name("never"), b"new")
-    assert list(file.parent.iterdir()) == [file]
-
-
-def test_the_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, order = tmp_path / "file", list[str]()
-    sync, replace = os.fsync, Path.replace
-
-    def synced(descriptor: int) -> None:
-        order.append(f"fsync of {os.fstat(descriptor).st_size}")
-        sync(descriptor)
-
-    def replaced(partial: Path, target: Path) -> Path:
-        order.append("replace")
-        return replace(partial, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "replace", replaced)
-    write_whole(file, b"12345")
-    assert order == ["fsync of 5", "replace"]
-    assert file.read_bytes() == b"12345"
-    assert list(tmp_path.iterdir()) == [file]
-
-
 # results
 
 
@@ -216,47 +183,153 @@ def result(key: str = "abc") -> Result:
     return Result(key, VARIANT, {"bits.fr": 1 / 3, "sparsity.actual": 0.5}, "f00d", ("0.mlp.experts.up.3",))
 
 
+def results(folder: Path) -> ResultStore:
+    return ResultStore(Storage(str(folder)))
+
+
+def files(folder: Path) -> tuple[Path, Path]:
+    """Of the one result that is there: its own file, and that of what was answered."""
+    (own,), (items,) = (folder / "results").iterdir(), (folder / "items").iterdir()
+    return own, items
+
+
 def test_results_come_back(tmp_path: Path) -> None:
     dense = Result("dense", None, {"bits.fr": 1e-300})
-    results = ResultStore(tmp_path)
     for made in (result(), dense):
-        results.save(made, f"[{made.key}]")
-        assert ResultStore(tmp_path).load(made.key) == made
-        assert ResultStore(tmp_path).items(made.key) == f"[{made.key}]"
-    assert results.load("nothing") is None
-    assert ResultStore(tmp_path / "not made yet").load("abc") is None
+        results(tmp_path).save(made, f"[{made.key}]")
+        assert results(tmp_path).load(made.key) == made
+        assert results(tmp_path).items(made.key) == f"[{made.key}]"
+    assert results(tmp_path).load("nothing") is None
+    assert results(tmp_path / "not made yet").load("abc") is None
+    assert not (tmp_path / "not made yet").exists()
+
+
+def test_metrics_that_are_no_numbers_come_back(tmp_path: Path) -> None:
+    made = Result("dense", None, {"a": float("nan"), "b": float("inf"), "c": 5e-324, "d": -0.0})
+    results(tmp_path).save(made, "[]")
+    found = results(tmp_path).load("dense")
+    assert found is not None
+    assert repr(found) == repr(made)
 
 
 def test_a_half_written_result_is_none(tmp_path: Path) -> None:
-    results = ResultStore(tmp_path)
-    results.save(result(), "[1]")
-    file = tmp_path / "results" / "abc.json"
+    results(tmp_path).save(result(), "[1]")
+    file, _ = files(tmp_path)
     content = file.read_bytes()
     for length in range(len(content)):
         file.write_bytes(content[:length])
-        assert results.load("abc") is None, length
+        assert results(tmp_path).load("abc") is None, length
     file.write_bytes(content)
-    assert results.load("abc") == result()
+    assert results(tmp_path).load("abc") == result()
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_any_flipped_bit_of_a_result_is_noticed_or_changes_nothing(bit: int, tmp_path: Path) -> None:
+    results(tmp_path).save(result(), "[1]")
+    file, _ = files(tmp_path)
+    content = file.read_bytes()
+    spaces = 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        file.write_bytes(damaged)
+        found = results(tmp_path).load("abc")
+        assert found in (None, result()), place
+        spaces += found is not None
+    assert spaces < 0.1 * len(content)  # between JSON's tokens
+
+
+@pytest.mark.parametrize(("old", "new"), [("0.5", "0.6"), ("wanda", "ria"), ("f00d", "f00e"), ("up.3", "up.4")])
+def test_a_changed_value_of_a_result_is_noticed(old: str, new: str, tmp_path: Path) -> None:
+    results(tmp_path).save(result(), "[1]")
+    file, _ = files(tmp_path)
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    assert results(tmp_path).load("abc") is None
+
+
+def test_a_result_under_another_name_is_none(tmp_path: Path) -> None:
+    results(tmp_path).save(result(), "[1]")
+    file, _ = files(tmp_path)
+    file.rename(file.with_name("other.json"))
+    assert results(tmp_path).load("other") is None
 
 
 def test_a_result_without_what_was_answered_is_none(tmp_path: Path) -> None:
-    results = ResultStore(tmp_path)
-    results.save(result(), "[1]")
-    results.items_file("abc").unlink()
-    assert results.load("abc") is None
+    results(tmp_path).save(result(), "[1]")
+    files(tmp_path)[1].unlink()
+    assert results(tmp_path).load("abc") is None
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "3", "{}", "\xff", '{"variant": {"score": "wanda"}}'])
+def test_a_result_with_more_or_less_answered_is_none(tmp_path: Path) -> None:
+    results(tmp_path).save(result(), "[1]")
+    items = files(tmp_path)[1]
+    for text in ("", "[1", "[1]\n"):
+        items.write_text(text)
+        assert results(tmp_path).load("abc") is None
+    items.write_text("[1]")
+    assert results(tmp_path).load("abc") == result()
+
+
+def test_damaged_answers_are_told_when_they_are_read(tmp_path: Path) -> None:
+    results(tmp_path).save(result(), "[1]")
+    items = files(tmp_path)[1]
+    items.write_text("[2]")  # of the same length
+    assert results(tmp_path).load("abc") == result(), "what was answered is not read here"
+    with pytest.raises(StorageError, match="delete it and run the same command again") as told:
+        results(tmp_path).items("abc")
+    assert str(items) in str(told.value)
+    items.unlink()  # as it says
+    assert results(tmp_path).load("abc") is None
+    with pytest.raises(StorageError, match="damaged or gone"):
+        results(tmp_path).items("abc")
+    results(tmp_path).save(result(), "[1]")
+    assert results(tmp_path).items("abc") == "[1]"
+
+
+@pytest.mark.parametrize("first", ["[1]", "[22]"])
+def test_a_trial_finished_twice_with_other_answers_is_one_of_the_two(first: str, tmp_path: Path) -> None:
+    """Two drivers on machines that round differently; the second has written only what was answered."""
+    one, other = {"[1]": ("[1]", "[22]"), "[22]": ("[22]", "[1]")}[first]
+    results(tmp_path).save(result(), one)
+    (own,) = (tmp_path / "results").iterdir()
+    kept = own.read_bytes()
+    results(tmp_path).save(result(), other)
+    own.write_bytes(kept)
+    assert results(tmp_path).load("abc") == result()
+    assert results(tmp_path).items("abc") == one
+
+
+def test_a_result_that_names_files_outside_is_refused(tmp_path: Path) -> None:
+    """Its checksum is right: somebody made it so."""
+    results(tmp_path / "store").save(result(), "[1]")
+    file, _ = files(tmp_path / "store")
+    values = json.loads(file.read_text())
+    del values["sha256"]
+    values["items"]["sha256"] = "/../../../outside"
+    values["sha256"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(values))
+    (tmp_path / "outside.json").write_text("[1]")
+    with pytest.raises(StorageError, match="inside"):
+        results(tmp_path / "store").load("abc")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "3", "{}", "\xff", '{"variant": {"score": "wanda"}}', "[" * 100_000]
+)
 def test_a_result_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None:
-    ResultStore(tmp_path).save(result(), "[1]")
-    (tmp_path / "results" / "abc.json").write_bytes(text.encode("latin-1"))
-    assert ResultStore(tmp_path).load("abc") is None
+    results(tmp_path).save(result(), "[1]")
+    files(tmp_path)[0].write_bytes(text.encode("latin-1"))
+    assert results(tmp_path).load("abc") is None
 
 
 def test_a_result_of_another_variants_fields_is_none(tmp_path: Path) -> None:
-    ResultStore(tmp_path).save(result(), "[1]")
-    file = tmp_path / "results" / "abc.json"
+    results(tmp_path).save(result(), "[1]")
+    file, _ = files(tmp_path)
     values = json.loads(file.read_text())
+    del values["sha256"]
     values["variant"]["rotation"] = "quarot"  # of a later version: not this trial's
+    values["sha256"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps(values))
-    assert ResultStore(tmp_path).load("abc") is None
+    assert results(tmp_path).load("abc") is None

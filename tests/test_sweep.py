@@ -113,7 +113,7 @@ def test_every_result_is_in_mlflow_under_plain_names(undisturbed: dict[str, Any]
         assert {"bits_per_byte.fr", "perplexity.en", "sparsity.actual", "seconds.mask"} < run.data.metrics.keys()
     client = MlflowClient(undisturbed["tracking_uri"])
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    assert artifacts == {"spec.yaml", "environment.txt", "tiny.png"}
+    assert artifacts == {"spec.yaml", "environment.txt", "tiny.png", "tiny-calibrations.png", "tiny-languages.png"}
     assert parent.info.status == "FINISHED"
 
 
@@ -178,7 +178,7 @@ def test_ranking_is_by_the_objective_and_identical_variants_ran_once(undisturbed
 def test_the_picture_is_a_picture(undisturbed: dict[str, Any]) -> None:
     from PIL import Image
 
-    with Image.open(undisturbed["picture"]) as picture:
+    with Image.open(undisturbed["pictures"][0]) as picture:
         assert picture.format == "PNG"
         assert len(picture.convert("RGB").getcolors(2**24) or []) > 100
 
@@ -212,7 +212,7 @@ def test_killed_is_not_lost(undisturbed: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_a_finished_sweep_is_told_again_without_ray(undisturbed: dict[str, Any]) -> None:
-    folder = Path(undisturbed["picture"]).parent.parent
+    folder = Path(undisturbed["pictures"][0]).parent.parent
     started = time.time()
     again = sweep(folder)
     assert again["ranking"] == undisturbed["ranking"]

@@ -13,9 +13,10 @@ from mlprune.config import DEFAULT_STORAGE
 from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.languages import name_of
+from mlprune.outcome import SweepOutcome
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
 from mlprune.store import Result
-from mlprune.sweep import SweepOutcome, SweepPlan
+from mlprune.sweep import SweepPlan
 
 LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
 TASK_COLUMNS = 4
@@ -36,7 +37,7 @@ def show_plan(plan: SweepPlan) -> None:
         passes.add_row(kind, str(count))
     out.print(passes)
     out.print(memory_table(prepared.plan))
-    out.print(f"disk: {size_text(plan.disk)} in {spec.storage_folder}")
+    out.print(f"disk: {size_text(plan.disk)} in {spec.storage}")
 
 
 def plan_values(plan: SweepPlan) -> dict[str, Any]:
@@ -65,7 +66,9 @@ def show_outcome(outcome: SweepOutcome) -> None:
     )
     if tasks := _tasks(outcome):
         out.print(tasks)
-    out.print(f"\npicture    {outcome.picture}", soft_wrap=True)
+    out.print()
+    for picture in outcome.pictures:
+        out.print(f"picture    {picture}", soft_wrap=True)
     show_tracking(spec)
     for result in best:
         out.print(f"export     {export_command(outcome, result)}", soft_wrap=True)
@@ -80,7 +83,7 @@ def export_command(outcome: SweepOutcome, result: Result) -> str:
     words = [program("mlprune"), "prune", "--run", outcome.runs[result.key]]
     if spec.tracking.uri is not None:
         words += ["--set", f"tracking.uri={spec.tracking.uri}"]
-    if spec.storage_folder != Path(DEFAULT_STORAGE).absolute():
+    if spec.storage != str(Path(DEFAULT_STORAGE).absolute()):
         words += ["--set", f"storage={spec.storage}"]
     return shlex.join([*words, "--output", f"{spec.name}-{variant.sparsity:g}"])
 
@@ -185,7 +188,8 @@ def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
         "failed": dict(outcome.failed),
         "tracking_uri": outcome.spec.tracking_uri,
         "parent_run": outcome.parent_run,
-        "picture": str(outcome.picture),
+        "pictures": [str(picture) for picture in outcome.pictures],
+        "nodes": list(outcome.nodes),
     }
 
 

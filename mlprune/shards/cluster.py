@@ -28,6 +28,7 @@ ENVIRONMENT = {
     # every shard uses all cores (see ShardWorker); threads that wait must not spin on them
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+QUIET_SECONDS = 2  # of a wait, before it is spoken of
 SAY_SECONDS = 30  # between two lines on the same wait, where no terminal shows it
 GRANULE = 10_000  # Ray counts resources in parts of so many
 
@@ -194,9 +195,11 @@ def _first_node(wanted: dict[str, float], wait_minutes: float | None) -> None:
 
 def _wait(done: Callable[[], bool], told: Callable[[], str], minutes: float | None) -> None:
     """Wait until `done`, telling what for. Raises SpecError after `minutes` (None: as long as it takes)."""
+    started = said = time.monotonic()
+    while not done() and time.monotonic() - started < min(QUIET_SECONDS, 60 * (minutes or QUIET_SECONDS)):
+        time.sleep(0.05)  # mostly it is a matter of moments
     if done():
         return
-    started = said = time.monotonic()
     say(f"  {told()}")
     with step(told()):
         while not done():

@@ -1,0 +1,55 @@
+"""The ranking of a sweep as cells of a table, for the terminal and for MLflow's page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlprune.outcome import SweepOutcome
+from mlprune.store import Result
+
+LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
+
+
+def ranking_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
+    """Headers; and rows: the dense model, then trials by rank (`*`: best of its sparsity, `~`: level with it)."""
+    languages = outcome.spec.evaluation.perplexity.languages
+    shown = languages if len(languages) <= LANGUAGE_COLUMNS else ()
+    headers = ["", "score", "sparsity", "calibration", *shown, "mean", *(() if shown else ("worst",))]
+    best = {result.key for result in outcome.best_by_sparsity()}
+    rows = [_row("", outcome.dense, outcome, shown)]
+    for rank, result in enumerate(outcome.ranking, start=1):
+        mark = "*" if result.key in best else "~" if result.key in outcome.level else ""
+        rows.append(_row(f"{rank}{mark}", result, outcome, shown))
+    return headers, rows
+
+
+def _row(rank: str, result: Result, outcome: SweepOutcome, shown: Sequence[str]) -> list[str]:
+    variant, metrics, languages = result.variant, result.metrics, outcome.spec.evaluation.perplexity.languages
+    mean = f"{metrics['bits_per_byte.mean']:.3f}"
+    if variant is not None:
+        change, low, high = (100 * share for share in outcome.changes[result.key])
+        mean += f" ({change:+.0f}%, {low:.0f} to {high:.0f})"
+    worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
+    return [
+        rank,
+        variant.score if variant else "dense model",
+        _shape(result),
+        _calibration(result),
+        *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in shown),
+        mean,
+        *(() if shown else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)),
+    ]
+
+
+def _shape(result: Result) -> str:
+    variant = result.variant
+    if variant is None:
+        return "0"
+    return f"{variant.sparsity:g}" if variant.pattern == "unstructured" else variant.pattern
+
+
+def _calibration(result: Result) -> str:
+    variant = result.variant
+    if variant is None:
+        return "-"
+    return (variant.calibration or "-") + (f" ({', '.join(variant.special)})" if variant.special else "")

@@ -1,0 +1,532 @@
+"""How a sweep is watched: the live table, plain lines, the file that `mlprune status` reads, what bounded it."""
+
+import heapq
+import json
+import os
+import random
+import re
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from rich.cells import cell_len
+from rich.console import Console
+
+from mlprune import console, standing
+from mlprune.cli import main
+from mlprune.report.live import BLOCKS, PlainLines, live_view, render
+from mlprune.standing import ShardState, Standing, TrialState, bounded_by, publish, retract, running, seconds_left
+
+LONG = "contrastive:mix:code=0.2,mono:en=0.3,translation:en-de=0.5/mono:fr 2:4 owl sequential"
+PHASES = ("masking", "evaluating", "again (2nd attempt)")
+
+
+SIZES = ((1, 1), (1, 2), (2, 4), (1, 9), (1, 64), (4, 16), (32, 2), (8, 64))
+
+
+def a_trial(number: int, label: str = "wanda 0.5 mono:fr", replica: int = 0) -> TrialState:
+    return TrialState(f"{label} {number}", PHASES[number % 3], 7.0 * number, number, 40 * (number % 2), replica)
+
+
+def a_shard(replica: int, shard: int, busy: float = 0.5, alive: bool = True) -> ShardState:
+    return ShardState(replica, shard, (10 * shard, 10 * shard + 9), f"10.0.{replica}.{shard}", busy, 100.0, alive)
+
+
+def a_standing(trials: int = 3, replicas: int = 1, shards: int = 2, label: str = "wanda 0.5 mono:fr") -> Standing:
+    return Standing(
+        name="quickstart",
+        phase="trials",
+        started=1000.0,
+        now=1300.0,
+        finished=12,
+        total=40,
+        failed=1,
+        trials=tuple(a_trial(number, label, number % max(replicas, 1)) for number in range(trials)),
+        shards=tuple(a_shard(replica, shard) for replica in range(replicas) for shard in range(shards)),
+        seconds_left=840.0,
+        notes=("MLflow does not answer: 12 things wait",),
+    )
+
+
+def rendered(shown: Standing, width: int) -> list[str]:
+    """Its lines, on a console that would let long lines run on, as the one for errors does."""
+    paper = Console(width=width, record=True, soft_wrap=True, file=StringIO())
+    paper.print(render(shown, width))
+    return paper.export_text().splitlines()
+
+
+# the table
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("label", ["wanda 0.5 mono:fr", LONG])
+@pytest.mark.parametrize(("replicas", "shards"), SIZES)
+@pytest.mark.parametrize("trials", [1, 6, 32])
+def test_a_table_fits_its_terminal(trials: int, replicas: int, shards: int, label: str, width: int) -> None:
+    shown = a_standing(trials, replicas, shards, label)
+    lines = rendered(shown, width)
+    text = "\n".join(lines)
+    assert max(map(cell_len, lines)) <= width
+    assert len(lines) <= 24
+    assert "12 of 40 trials, 1 failed" in text
+    assert f"{trials} under way" in text
+    assert "about 14 min left" in text
+    assert "note: MLflow does not answer: 12 things wait" in text
+    assert f"{100 * replicas:,} tokens/s" in text  # each token passes all shards of its replica
+    assert re.search(r"shards? 50% busy", text)
+    first = next(number for number, line in enumerate(lines, start=1) if line.startswith("trial  "))
+    for trial, row in zip(shown.trials[:6], lines[first:], strict=False):
+        shown_label = row.split("  ")[0]
+        beginning, cut, end = shown_label.partition("...")
+        assert trial.label.startswith(beginning)
+        assert trial.label.endswith(end) if cut else trial.label == shown_label
+        assert len(shown_label) >= min(30, len(trial.label))
+        assert f"  {trial.phase} " in row
+    assert ("more: " in text) == (trials == 32)
+    assert (f"... and {replicas - 4} more replicas: 50%" in text) == (replicas > 4)
+    blocks = [line.split()[-2] for line in lines if re.search(rf"[{BLOCKS}] +50%$", line)]
+    cells = 32 if (replicas, shards, width) == (8, 64, 80) else shards  # two shards a block where room is short
+    assert blocks == [BLOCKS[4] * cells] * (min(replicas, 4) if replicas * shards > 8 else 0)
+    if trials == 32:
+        assert "... and 26 more: 9 masking, 9 evaluating, 8 again (2nd attempt)" in text
+
+
+def test_a_trial_and_its_figures_stand_in_one_row() -> None:
+    lines = rendered(replace(a_standing(2), trials=(TrialState("wanda 0.5 code", "masking", 75, 3, 30, 0),)), 80)
+    row = next(line for line in lines if line.startswith("wanda"))
+    assert re.split(r"\s{2,}", row.strip()) == ["wanda 0.5 code", "masking", "3 of 30", "75 s"]
+    nothing_known = replace(a_standing(2), trials=(TrialState("wanda 0.5 code", "waiting", 3, 0, 0, 0),))
+    row = next(line for line in rendered(nothing_known, 80) if line.startswith("wanda"))
+    assert re.split(r"\s{2,}", row.strip()) == ["wanda 0.5 code", "waiting", "3 s"]
+
+
+def test_a_label_too_long_keeps_both_ends() -> None:
+    row = next(line for line in rendered(a_standing(1, label=LONG), 80) if line.startswith("contrastive"))
+    label = row.partition("  masking")[0]
+    assert re.fullmatch(r"contrastive:\S+\.\.\..+owl sequential 0", label)
+
+
+def test_few_shards_have_a_row_each() -> None:
+    shards = (a_shard(0, 0, busy=0.25), a_shard(0, 1, busy=1.0), replace(a_shard(0, 2), alive=False))
+    lines = rendered(replace(a_standing(), shards=shards), 80)
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines if re.match(r"\d  ", line)]
+    assert [row[:3] for row in rows] == [[str(n), f"{10 * n}-{10 * n + 9}", f"10.0.0.{n}"] for n in range(3)]
+    assert rows[0][-2:] == ["25%", "100"]
+    assert rows[1][-2:] == ["100%", "100"]
+    assert rows[1][3].count("━") == 4 * rows[0][3].count("━") > 0
+    assert rows[2][-1] == "gone"
+    assert "shards 62% busy, 1 shard gone" in " ".join(" ".join(lines).split())  # what is gone is not idle
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_many_shards_are_a_block_each(width: int) -> None:
+    fresh = random.Random()
+    shares = [fresh.uniform(0.1, 0.9) for _ in range(64)]
+    shares[17], shares[40] = 1.0, 0.0
+    shards = [a_shard(0, number, busy=share) for number, share in enumerate(shares)]
+    shards[3] = replace(shards[3], alive=False)
+    lines = rendered(replace(a_standing(), shards=tuple(shards)), width)
+    blocks = [min(int(8 * share), 7) for share in shares]
+    expected = "".join("x" if number == 3 else BLOCKS[block] for number, block in enumerate(blocks))
+    mean = sum(share for number, share in enumerate(shares) if number != 3) / 63
+    assert any(line.split() == [expected, f"{mean:.0%}"] for line in lines)
+    assert "busiest: shard 17 of replica 0 (layers 170-179, 10.0.0.17), 100%" in lines
+    assert "idlest: shard 40 of replica 0 (layers 400-409, 10.0.0.40), 0%" in lines
+    assert "gone: shard 3 of replica 0 (layers 30-39, 10.0.0.3)" in lines
+
+
+def test_nothing_yet_is_shown_too() -> None:
+    early = Standing("quickstart", "loading the model", 1000.0, 1000.0, 0, 40, 0, (), (), None, ())
+    assert rendered(early, 80) == ["quickstart: loading the model, 0 s so far", "0 of 40 trials"]
+    dead = replace(a_standing(), shards=(replace(a_shard(0, 0), alive=False),))
+    assert "tokens/s," not in "\n".join(rendered(dead, 80))
+
+
+def test_notes_wrap_between_words_and_command_nothing() -> None:
+    notes = ("waiting " * 14 + "for\n2 GPUs\x1b[2J", *(f"note number {number}" for number in range(4)))
+    shown = replace(a_standing(), notes=notes)
+    lines = rendered(shown, 80)
+    assert max(map(cell_len, lines)) <= 80
+    assert lines[2].split() == ["note:"] + ["waiting"] * (len(lines[2].split()) - 1)
+    assert re.match(r"waiting .* 2 GPUs", lines[3])
+    assert "... and 2 more notes" in lines
+    assert "\x1b" not in "".join([*lines, *PlainLines().lines(shown)])
+
+
+# plain lines
+
+
+def test_plain_lines_tell_news_at_once_and_else_seldom() -> None:
+    plain = PlainLines()
+    at = replace(a_standing(), notes=(), now=0.0, finished=0, failed=0, seconds_left=None)
+    counts = "3 under way, 100 tokens/s, shards 50% busy"
+
+    def told(**changes: object) -> list[str]:
+        nonlocal at
+        at = replace(at, now=at.now + 1, **changes)  # type: ignore[arg-type]
+        return plain.lines(at)
+
+    assert told() == [f"quickstart, trials: 0 of 40 trials, {counts}"]
+    quiet = [told() for _ in range(65)]  # a second each
+    assert [second for second, lines in enumerate(quiet, start=1) if lines] == [30, 60]
+    assert quiet[29] == [f"0 of 40 trials, {counts}"]
+    assert told(finished=1, seconds_left=840.0) == [f"1 of 40 trials, {counts}, about 14 min left"]
+    assert told(failed=1) == [f"1 of 40 trials, 1 failed, {counts}, about 14 min left"]
+    assert told(trials=at.trials[:2], shards=(a_shard(0, 0, busy=0.9),)) == []  # these change all the time
+    waits = "MLflow does not answer: {} things wait"
+    assert told(notes=(waits.format(1),)) == ["note: MLflow does not answer: 1 things wait"]
+    assert [told(notes=(waits.format(number),)) for number in (2, 13, "1,400", 1)] == [[]] * 4
+    assert told(notes=(waits.format(3), "waiting for 2 GPUs")) == ["note: waiting for 2 GPUs"]
+    assert told(notes=("waiting for 2 GPUs",)) == ["over: MLflow does not answer: 3 things wait"]
+    assert [len(told()) for _ in range(30)] == [0] * 29 + [1]  # from the last line on, whatever it told
+    assert told(phase="ending", notes=())[0] == "over: waiting for 2 GPUs"
+    assert told(phase="done")[0].startswith("quickstart, done: 1 of 40 trials")
+
+
+def test_without_a_terminal_lines_go_to_the_error_stream(capfd: pytest.CaptureFixture[str]) -> None:
+    with live_view() as show:
+        show(a_standing())
+        show(a_standing())
+        with console.step("moving a shard"):
+            pass
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "\x1b" not in err
+    assert [line.split()[0] for line in err.splitlines()] == ["note:", "quickstart,", "moving"]
+
+
+# on a terminal
+
+
+def screen(stream: str, height: int = 24) -> list[str]:
+    """What a terminal shows of the stream: text, line ends, and the few commands that rich gives."""
+    lines, row, column = [""], 0, 0
+    for command, text in re.findall(r"(\x1b\[\??\d*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", stream):
+        if command == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif command == "\r":
+            column = 0
+        elif command == "\x1b[1A":
+            row = max(row - 1, len(lines) - height, 0)  # what has left the screen is out of reach
+        elif command == "\x1b[2K":
+            lines[row] = ""
+        elif not command:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+        else:
+            assert command in ("\x1b[?25l", "\x1b[?25h"), repr(command)
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> StringIO:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = StringIO()
+    errors = Console(file=stream, force_terminal=True, color_system=None, width=80, height=24, soft_wrap=True)
+    monkeypatch.setattr(console, "errors", errors)
+    return stream
+
+
+def test_the_table_stays_below_what_is_said_and_goes_at_the_end(terminal: StringIO) -> None:
+    console.say("before")
+    with live_view() as show:
+        show(a_standing(trials=1))
+        show(a_standing(trials=3))
+        console.say("said")
+        sys.stderr.write("from a library\n")
+        with console.step("moving a shard", "layers") as progress:
+            progress(1, 4)
+            assert "moving" not in terminal.getvalue()  # no second live display
+        show(a_standing(trials=2))
+        seen = screen(terminal.getvalue())
+        assert seen[:3] == ["before", "said", "from a library"]
+        assert seen[3].startswith("  moving a shard")
+        assert seen[4:] == rendered(a_standing(trials=2), 80)
+    assert screen(terminal.getvalue()) == seen[:4]
+    with console.step("and bars are back") as progress:
+        progress(1, 4)
+        assert "and bars" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("height", [5, 24])
+def test_an_interrupted_table_leaves_nothing(terminal: StringIO, height: int) -> None:
+    console.errors.height = height
+
+    def interrupted() -> None:
+        with live_view() as show:
+            show(a_standing(trials=6, shards=8))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert screen(terminal.getvalue(), height) == []
+    assert terminal.getvalue().rindex("\x1b[?25h") > terminal.getvalue().rindex("\x1b[?25l")  # the cursor is back
+
+
+def test_a_dumb_terminal_gets_lines(terminal: StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, color_system=None))
+    with live_view() as show:
+        show(a_standing())
+    assert "quickstart, trials: 12 of 40 trials" in terminal.getvalue()
+
+
+# time left
+
+
+def test_time_left_of_equal_trials_is_exact() -> None:
+    """Against a schedule played out: at any time, by then known durations tell the end."""
+    fresh = random.Random()
+    for _ in range(200):
+        total, at_once, length = fresh.randint(2, 30), fresh.randint(1, 8), fresh.uniform(1, 100)
+        slots = [0.0] * at_once
+        starts = []
+        for _ in range(total):
+            starts.append(heapq.heappop(slots))
+            heapq.heappush(slots, starts[-1] + length)
+        end = max(starts) + length
+        now = fresh.uniform(length, end)
+        finished = sum(start + length <= now for start in starts)
+        taken = [now - start for start in starts if start <= now < start + length]
+        left = seconds_left(finished, total, [length] * finished, at_once, taken)
+        assert left == pytest.approx(end - now, abs=1e-9 * end)
+
+
+def test_time_left_of_unequal_trials() -> None:
+    assert seconds_left(0, 4, [], 2, [5.0]) is None
+    assert seconds_left(1, 4, [5.0], 0, []) is None  # all replicas are gone
+    assert seconds_left(4, 4, [5.0, 1.0, 1.0], 2, []) == 0.0
+    assert seconds_left(2, 3, [10.0, 100.0], 1, [20.0]) == 80.0  # as that which took longer
+    assert seconds_left(2, 3, [10.0, 20.0], 1, [5.0]) == 10.0
+    assert seconds_left(2, 3, [10.0, 20.0], 1, [30.0]) == 0.0  # longer than any: any time now
+    assert seconds_left(2, 6, [10.0, 30.0], 2, [5.0, 25.0]) == 35.0  # slots are free after 5 and 15: 25, 35
+    assert seconds_left(2, 5, [10.0, 30.0], 1, [5.0, 25.0]) == 35.0  # a replica was lost; it fits one slot from 15
+
+
+# what bounded it
+
+
+def test_what_bounded_the_pipeline() -> None:
+    layers = ((0, 9), (10, 14), (15, 20))
+    one = bounded_by([0.5, 0.97, 0.4], 4, 3, layers)
+    assert one.startswith("shard 1 (layers 10-14) has the most to do, or the slowest device: 97% of the time")
+    assert "the other shards 45%" in one
+    two = bounded_by([0.9, 0.95, 0.3], 4, 3)
+    assert two.startswith("shards 0 and 1 have the most to do")
+    assert "the other shards 30%" in two
+    assert bounded_by([0.9] * 60 + [0.1] * 4, 4, 64).startswith("60 shards have the most to do")
+    assert bounded_by([0.85, 0.9, 0.8], 4, 3).startswith("every shard works most of the time (80% to 90%)")
+    assert "more or faster devices" in bounded_by([0.85, 0.9, 0.8], 4, 3)
+    idle = bounded_by([0.3, 0.6, 0.1], 4, 3)  # uneven, but none is what the others wait for all the time
+    assert idle.startswith("no shard works most of the time (10% to 60%): they wait for each other or trials")
+    assert "more trials at once than 4" in idle
+    assert bounded_by([0.93], 2, 1).startswith("the shard works most of the time (93%)")
+    alone = bounded_by([0.2], 1, 1)
+    assert "the driver" in alone
+    assert "wait for each other" not in alone
+
+
+def test_replicas_are_averaged() -> None:
+    """Shard 1 is the busiest in both replicas: what it holds, not where it is."""
+    assert bounded_by([0.4, 0.95, 0.5, 0.99], 4, 2).startswith("shard 1 has the most to do")
+    assert "(70% to 75% on average over replicas)" in bounded_by([0.5, 0.5, 0.9, 1.0], 4, 2)
+    with pytest.raises(AssertionError):
+        bounded_by([0.5] * 3, 4, 2)
+
+
+# other programs' view
+
+TELL = """
+import sys, time
+from mlprune.standing import *
+publish(Standing(sys.argv[1], "trials", float(sys.argv[2]), time.time(), 1, 4, 0,
+    (TrialState("wanda 0.5 mono:fr", "masking", 1.5, 2, 3, 0),),
+    (ShardState(0, 0, (0, 9), "::1", 0.5, 9.5, True),), None, ("a note",)))
+print("told", flush=True)
+sys.stdin.readline()
+retract()
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLPRUNE_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state" / "running"
+
+
+@contextmanager
+def a_driver(name: str, started: float) -> Iterator["subprocess.Popen[str]"]:
+    """A process that tells how its sweep stands, and ends when it is written to."""
+    process = subprocess.Popen([sys.executable, "-c", TELL, name, str(started)], stdin=-1, stdout=-1, text=True)
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "told\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def names() -> list[str]:
+    return [one.standing.name for one in running()]
+
+
+def test_sweeps_are_seen_while_their_processes_live(folder: Path) -> None:
+    assert running() == []
+    with a_driver("second", 2000.0) as second, a_driver("first", 1000.0) as first:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert [one.pid for one in running()] == [first.pid, second.pid]  # the oldest first
+        told = running()[0].standing
+        expected = Standing(
+            *("first", "trials", 1000.0, told.now, 1, 4, 0),
+            (TrialState("wanda 0.5 mono:fr", "masking", 1.5, 2, 3, 0),),
+            (ShardState(0, 0, (0, 9), "::1", 0.5, 9.5, True),),
+            *(None, ("a note",)),
+        )
+        assert told == expected
+        second.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, second.pid, os.WEXITED | os.WNOWAIT)  # dead; its parent has not asked yet
+        assert psutil.Process(second.pid).status() == psutil.STATUS_ZOMBIE
+        assert names() == ["first"]
+        assert len(list(folder.iterdir())) == 1
+        first.communicate("end\n")
+        assert list(folder.iterdir()) == []
+        assert names() == []
+
+
+def test_a_file_of_a_dead_process_goes(folder: Path) -> None:
+    with a_driver("killed", 1000.0) as process:
+        process.kill()
+        process.wait()
+        assert len(list(folder.iterdir())) == 1
+        assert names() == []
+        assert list(folder.iterdir()) == []
+
+
+def test_a_number_given_again_is_told_apart(folder: Path) -> None:
+    publish(a_standing())
+    assert names() == ["quickstart"]
+    file = next(folder.iterdir())
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"born": told["born"] - 60}))
+    assert names() == []
+    assert not file.exists()
+
+
+def test_what_another_machine_wrote_to_a_shared_folder_stays(folder: Path) -> None:
+    publish(a_standing())
+    mine = next(folder.iterdir())
+    theirs = folder / f"{2**22 + 1}@elsewhere.json"
+    theirs.write_text(mine.read_text())
+    assert names() == ["quickstart"]
+    assert theirs.exists()
+
+
+def test_another_versions_sweep_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    publish(a_standing())
+    file = next(folder.iterdir())
+    told = json.loads(file.read_text())
+    for changed in (told["standing"] | {"new": 1}, {"name": "quickstart"}):
+        file.write_text(json.dumps(told | {"standing": changed}))
+        assert running() == []
+        assert f"process {os.getpid()} runs a sweep with another version" in capfd.readouterr().err
+    assert file.exists()
+
+
+def test_a_reader_never_sees_half_a_file() -> None:
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(150):
+            publish(replace(a_standing(32, 8, number % 8 + 1), finished=number))
+        done.set()
+
+    writer = threading.Thread(target=write)
+    publish(a_standing())
+    writer.start()
+    while not done.is_set():
+        assert names() == ["quickstart"]
+    writer.join()
+    retract()
+    assert running() == []
+    retract()  # twice does no harm
+
+
+def test_a_sweep_that_cannot_be_seen_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("MLPRUNE_STATE_DIR", str(tmp_path / "taken"))
+    publish(a_standing())
+    publish(a_standing())
+    retract()
+    assert capfd.readouterr().err.count("mlprune status will not show this sweep") == 1
+
+
+def test_status() -> None:
+    none = CliRunner().invoke(main, ["status"])
+    assert (none.exit_code, none.stdout) == (0, "no sweep runs on this machine\n")
+    empty = CliRunner().invoke(main, ["status", "--json", "-"])
+    assert json.loads(empty.stdout) == {"sweeps": []}
+    publish(replace(a_standing(), now=time.time(), started=time.time() - 300))
+    shown = CliRunner().invoke(main, ["status"])
+    assert shown.exit_code == 0
+    title, counts, *_ = shown.stdout.splitlines()
+    assert title == f"process {os.getpid()}, quickstart: trials, 5 min so far, about 14 min left"
+    assert counts.startswith("12 of 40 trials")
+    assert "told nothing" not in shown.stdout
+    publish(replace(a_standing(), now=time.time() - 600))
+    stuck = CliRunner().invoke(main, ["status"]).stdout
+    assert f"note: process {os.getpid()} has told nothing for 10 min" in stuck
+    values = json.loads(CliRunner().invoke(main, ["status", "--json", "-"]).stdout)
+    assert [(one["pid"], one["name"], len(one["trials"])) for one in values["sweeps"]] == [
+        (os.getpid(), "quickstart", 3)
+    ]
+    refused = CliRunner().invoke(main, ["status", "--set", "name=x"])
+    assert refused.exit_code == 2
+    retract()
+
+
+def test_status_answers_at_once() -> None:
+    """It loads none of what takes seconds."""
+    program = "import sys; from mlprune.cli import main; main(['status'], standalone_mode=0); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, modules = done.stdout.splitlines()
+    assert first == "no sweep runs on this machine"
+    assert not {"torch", "ray", "mlflow", "transformers", "numpy"} & set(modules.split())
+
+
+def test_a_second_of_watching_costs_little() -> None:
+    """One call a second of each must not be felt: well under a tenth of a core, with much to show."""
+    shown = a_standing(32, 8, 64, LONG)
+    paper = Console(width=100, file=StringIO())
+    best = 1.0
+    for _ in range(5):
+        started = time.process_time()
+        paper.print(render(shown, 100))
+        publish(shown)
+        best = min(best, time.process_time() - started)
+    retract()
+    assert best < 0.1
+
+
+def test_words_of_the_file_are_those_of_the_types() -> None:
+    """`running` gives back the very thing, whatever stood in it."""
+    shown = replace(a_standing(3, 2, 3), now=time.time())
+    publish(shown)
+    assert running() == [standing.Running(os.getpid(), shown)]
+    retract()

@@ -1,0 +1,318 @@
+"""What a person sees of a finished sweep: its pictures, and the description of its run in MLflow."""
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlprune.analysis import sweep_pictures
+from mlprune.analysis.pictures import short_names
+from mlprune.analysis.sweep_pictures import (
+    changes_of,
+    colour_limits,
+    draw_heat_map,
+    draw_trade,
+    pareto_front,
+    percent_text,
+    pictures_of,
+    spread,
+)
+from mlprune.grid import variant_of
+from mlprune.outcome import SweepOutcome
+from mlprune.report.page import description, escaped
+from mlprune.report.ranking import ranking_cells
+from mlprune.specs import spec_from
+from mlprune.store import Result
+from mlprune.tracking import TAG_LENGTH
+from mlprune.variants import Variant
+
+CODES = ("en", "fr", "de", "es", "hi", "sw", "zh", "ar", "ru", "tr", "vi", "th", "el", "ur")
+MIX = "mix:mono:hi=0.5,translation:en-sw=0.5"
+
+
+def result(variant: Variant | None, bits: dict[str, float]) -> Result:
+    metrics = {f"bits_per_byte.{code}": value for code, value in bits.items()}
+    told = {"bits_per_byte.mean": sum(bits.values()) / len(bits), "bits_per_byte.worst": max(bits.values())}
+    sparsity = {"sparsity.actual": variant.sparsity if variant else 0.0}
+    return Result(variant.key if variant else "dense", variant, metrics | told | sparsity)
+
+
+def wanda(calibration: str, sparsity: float = 0.5, score: str = "wanda", propagation: str = "dense") -> Variant:
+    return variant_of(calibration, score, sparsity, "unstructured", propagation)
+
+
+def trials(
+    languages: Sequence[str], calibrations: Sequence[str], sparsities: Sequence[float]
+) -> tuple[Result, list[Result]]:
+    """The dense model, and a trial of each calibration at each sparsity, the best mean first."""
+    random.seed(0)
+    dense = result(None, {code: random.uniform(0.7, 1.5) for code in languages})
+    base = {code: dense.metrics[f"bits_per_byte.{code}"] for code in languages}
+    made = [
+        result(wanda(text, sparsity), {c: base[c] * (1 + sparsity * random.random()) for c in languages})
+        for text in calibrations
+        for sparsity in sparsities
+    ]
+    return dense, sorted(made, key=lambda one: one.metrics["bits_per_byte.mean"])
+
+
+def broken(found: Result, value: float) -> Result:
+    return replace(found, metrics={k: value if k.startswith("bits") else v for k, v in found.metrics.items()})
+
+
+def size(file: Path) -> tuple[int, int]:
+    with Image.open(file) as picture:
+        assert picture.format == "PNG"
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 50, "empty"
+        return picture.size
+
+
+# Pareto front
+
+
+def at(mean: float, worst: float, number: int) -> Result:
+    return Result(str(number), None, {"bits_per_byte.mean": mean, "bits_per_byte.worst": worst})
+
+
+def test_pareto_front_is_what_nothing_beats() -> None:
+    draw = random.Random(1)
+    values = [*range(6), math.nan, math.inf]
+    for _ in range(300):
+        points = [(draw.choice(values), draw.choice(values)) for _ in range(draw.randrange(12))]
+        finite = [point for point in points if all(map(math.isfinite, point))]
+
+        def beaten(point: tuple[float, float], others: Sequence[tuple[float, float]] = finite) -> bool:
+            return any(x <= point[0] and y <= point[1] and (x, y) != point for x, y in others)
+
+        expected = sorted(point for point in finite if not beaten(point))
+        front = pareto_front([at(x, y, n) for n, (x, y) in enumerate(points)])
+        found = [(one.metrics["bits_per_byte.mean"], one.metrics["bits_per_byte.worst"]) for one in front]
+        assert found == expected
+        assert len({one.key for one in front}) == len(front)
+
+
+# the heat map
+
+
+def test_heat_map_holds_changes_in_percent_the_best_mean_first() -> None:
+    dense = result(None, {"en": 1.0, "fr": 2.0})
+    worse = result(wanda("mono:en"), {"en": 1.1, "fr": 3.0})
+    better = result(wanda("mono:fr"), {"en": 1.5, "fr": 1.9})
+    gone = broken(result(wanda("code"), {"en": 1.0, "fr": 1.0}), math.nan)
+    keys, change_NC = changes_of(dense, [gone, worse, better], ("en", "fr"))
+    assert keys == [better.key, worse.key, gone.key]
+    expected = [[(3.4 / 3 - 1) * 100, 50, -5], [(4.1 / 3 - 1) * 100, 10, 50], [math.nan] * 3]
+    np.testing.assert_allclose(change_NC, expected, rtol=1e-12)
+
+
+def test_one_huge_value_leaves_the_colours_of_the_others() -> None:
+    usual = np.linspace(10, 30, 21)
+    assert colour_limits(usual) == (10, 30)
+    low, high = colour_limits(np.array([*usual, 1e9, math.nan, math.inf]))
+    assert low == 10
+    assert 30 <= high < 100
+    assert colour_limits(np.array([5.0, 5.5])) == (5.0, 7.0), "what is alike looks alike"
+    assert colour_limits(np.array([math.nan])) == (0.0, 2.0)
+    assert colour_limits(np.array([4.0, 4.0, 4.0, 90.0])) == (4.0, 90.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.04, "+0.0"),
+        (-3.14, "-3.1"),
+        (9.96, "+10"),
+        (147.6, "+148"),
+        (2.4e6, "+2e6"),
+        (3e12, "+3e12"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+    ],
+)
+def test_figures_fit_into_a_cell(value: float, text: str) -> None:
+    assert percent_text(value) == text
+
+
+def test_names_leave_out_what_all_have_in_common() -> None:
+    def names(*variants: Variant) -> list[str]:
+        return list(short_names([result(variant, {"en": 1.0}) for variant in variants]).values())
+
+    assert names(wanda("mono:en"), wanda("mono:fr", 0.3)) == ["mono:en", "mono:fr"]
+    assert names(wanda("mono:en"), wanda("mono:en", score="ria")) == ["wanda", "ria"]
+    magnitude = variant_of(None, "magnitude", 0.5, "unstructured", "dense")
+    sequential = wanda("code", propagation="sequential")
+    assert names(magnitude, wanda("code"), sequential) == ["magnitude", "wanda code", "wanda code sequential"]
+    half = variant_of("code", "wanda", 0.5, "2:4", "dense")
+    assert names(half, wanda("code")) == ["2:4", "wanda"]
+    assert names(wanda("code")) == ["wanda"]
+
+
+# the trade
+
+
+def test_labels_are_apart_and_within() -> None:
+    draw = random.Random(2)
+    for _ in range(200):
+        wanted = sorted((draw.uniform(-0.1, 1.1) for _ in range(draw.randrange(1, 9))), reverse=True)
+        heights = spread(wanted, 0.06)
+        assert all(-1e-9 <= height <= 1 + 1e-9 for height in heights)
+        assert all(a - b >= 0.06 - 1e-9 for a, b in pairwise(heights))
+    assert spread([0.9, 0.5, 0.1], 0.06) == [0.9, 0.5, 0.1], "where there is room nothing moves"
+
+
+def test_labels_go_to_every_sparsity_first() -> None:
+    fronts = {0.3: [at(n, 9 - n, n) for n in range(9)], 0.5: [at(1, 1, 10)], 0.7: [at(3, 2, 20), at(2, 3, 21)]}
+    labelled = [int(one.key) for one in sweep_pictures._most_telling(fronts.values())]
+    assert labelled == [0, 10, 21, 8, 20, 1, 2, 3]
+
+
+# which pictures
+
+
+def test_pictures_of_a_large_sweep(tmp_path: Path) -> None:
+    calibrations = (
+        [f"mono:{code}" for code in CODES[:9]] + [f"translation:en-{code}" for code in CODES[1:11]] + [MIX]
+    )
+    dense, results = trials(CODES, calibrations, [0.5])
+    heat, trade = tmp_path / "new" / "heat.png", tmp_path / "trade.png"
+    draw_heat_map(dense, results, CODES, "large", heat)
+    width, height = size(heat)
+    assert 1200 < width < 2000, "15 columns of figures, not shrunk when it is looked at"
+    assert 800 < height < 1200
+    broke = [broken(results[0], math.nan), broken(results[1], 1e6), *results[2:]]
+    changes = {one.key: (0.2, 0.1, 0.3) for one in broke}
+    draw_trade(dense, broke, "large", trade, changes)
+    assert size(trade) == (1650, 1050)
+
+
+def test_pictures_that_say_nothing_are_not_drawn(tmp_path: Path) -> None:
+    def names(languages: Sequence[str], calibrations: Sequence[str], sparsities: Sequence[float]) -> list[str]:
+        dense, results = trials(languages, calibrations, sparsities)
+        files = pictures_of(dense, results, languages, "t$1_2$: x", tmp_path, "s")
+        assert all(min(size(file)) > 200 for file in files)
+        return [file.name for file in files]
+
+    assert names(["en", "fr"], ["mono:en", "mono:fr"], [0.5]) == ["s.png", "s-calibrations.png", "s-languages.png"]
+    assert names(["en", "fr"], ["mono:en"], [0.3, 0.5]) == ["s.png", "s-languages.png"]
+    assert names(["en", "fr"], ["mono:en"], [0.3]) == ["s.png"]
+    assert names(["en"], ["mono:en", "mono:fr"], [0.3]) == ["s.png"]
+
+
+def test_models_pruned_to_pieces_have_pictures_too(tmp_path: Path) -> None:
+    dense, results = trials(["en", "fr"], ["mono:en", "mono:fr"], [0.5])
+    for value in (math.nan, math.inf):
+        files = pictures_of(dense, [broken(one, value) for one in results], ["en", "fr"], "gone", tmp_path, "s")
+        assert [file.name for file in files] == ["s.png", "s-calibrations.png"]
+
+
+# the description in MLflow
+
+
+def outcome(
+    languages: Sequence[str],
+    calibrations: Sequence[str],
+    sparsities: Sequence[float] = (0.3, 0.5),
+    **changed: object,
+) -> SweepOutcome:
+    spec = spec_from(
+        {
+            "name": "small",
+            "model": {"path": "a_model|*x*"},
+            "search": {"calibration": list(calibrations), "score": ["wanda"], "sparsity": list(sparsities)},
+            "evaluation": {"perplexity": {"languages": list(languages)}},
+        }
+    )
+    dense, results = trials(languages, calibrations, sparsities)
+    made = SweepOutcome(
+        spec=spec,
+        dense=dense,
+        ranking=tuple(results),
+        changes={one.key: (0.1, 0.05, 0.15) for one in results},
+        level=frozenset({results[1].key}),
+        runs={one.key: f"run{one.key}" for one in results},
+        parent_run="parent",
+        pictures=(),
+        experiment="1",
+        failed={},
+        nodes=(),
+    )
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The rows of each table, without the header, as a reader of Markdown cuts them into cells."""
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    return [[[cell.strip() for cell in line[1:-1].split("|")] for line in block[2:]] for block in blocks]
+
+
+def test_description_answers_first_and_shows_the_ranking() -> None:
+    made = outcome(["en", "fr"], ["mono:en", "mono:fr"])
+    text = description(made, "http://host/#/compare-runs?runs=x")
+    best = made.best_by_sparsity()
+    first = text.split("\n\n")[0]
+    assert r"4 trials on **a\_model&#124;\*x\***" in first
+    assert all(f"**{one.variant.label}** (+10%)" in first for one in best if one.variant)
+    assert "English and French" in first
+    assert "(http://host/#/compare-runs?runs=x)" in first
+    of_best, ranking = tables(text)
+    assert [row[0] for row in ranking] == ["", r"1\*", r"2\~", *(row[0] for row in ranking[3:])]
+    assert sum(r"\*" in row[0] for row in ranking) == 2
+    assert of_best == [row for row in ranking if row[0] == "" or row[0].endswith("*")]
+    assert ranking[1][4] == f"{made.ranking[0].metrics['bits_per_byte.en']:.3f}"
+    assert re.search(r"\(\+10%, 5 to 15\)", ranking[1][6])
+    for one in best:
+        assert re.search(rf"mlprune prune \\\n  --run run{one.key} \\\n  --output small-", text)
+
+
+def test_description_has_as_many_rows_as_there_is_room_for() -> None:
+    calibrations = [f"translation:en-{code}" for code in CODES[1:]] + [f"mono:{code}" for code in CODES]
+    made = outcome(["en", "fr"], calibrations)
+    text = description(made)
+    (_, ranking) = tables(text)
+    assert len(ranking) == 31
+    assert "... and 24 more" in text
+    rest = "mono:sw=0.1,mono:th=0.1,translation:en-hi=0.1,translation:en-sw=0.1,translation:en-th=0.1"
+    mixes = [f"mix:code=0.{n},mono:hi=0.{500 - n},{rest}" for n in range(100, 150)]
+    made = outcome(CODES[:5], mixes)
+    text = description(made)
+    (_, ranking) = tables(text)
+    assert 10 < len(ranking) < 31
+    assert f"... and {101 - len(ranking)} more" in text
+    assert len(text) <= TAG_LENGTH
+    link = "http://host/#/compare-runs?runs=" + 5000 * "x"
+    assert description(made, link) == text
+
+
+def test_description_tells_what_failed() -> None:
+    cause = "layer 1: sums | of\nsquares <b>are</b> *not* finite " + 1000 * "x"
+    failed = {f"wanda 0.5 {MIX} {n}": cause for n in range(12)}
+    text = description(outcome(["en", "fr"], ["mono:en", "mono:fr"], failed=failed))
+    assert "16 trials" in text
+    assert "**12 trials failed**" in text
+    assert text.count("layer 1: sums &#124; of squares &lt;b&gt;are&lt;/b&gt; ") == 10
+    assert "... and 2 more" in text
+    assert len(text) <= TAG_LENGTH
+    assert "failed" not in description(outcome(["en", "fr"], ["mono:en", "mono:fr"]))
+
+
+def test_many_languages_are_shown_by_mean_and_worst() -> None:
+    made = outcome(CODES, ["mono:en", "mono:fr"])
+    headers, rows = ranking_cells(made)
+    assert headers == ["", "score", "sparsity", "calibration", "mean", "worst"]
+    code, value = rows[1][-1].split()
+    assert made.ranking[0].metrics[f"bits_per_byte.{code}"] == made.ranking[0].metrics["bits_per_byte.worst"]
+    assert float(value) == pytest.approx(made.ranking[0].metrics["bits_per_byte.worst"], abs=5e-4)
+
+
+def test_what_markdown_would_take_for_its_own_is_escaped() -> None:
+    assert escaped("a|b") == "a&#124;b"
+    assert escaped("a_b*c`d~e[f](g)\\") == r"a\_b\*c\`d\~e\[f\](g)" + "\\\\"
+    assert escaped("<b>&") == "&lt;b&gt;&amp;"
+    assert escaped("wanda 0.5 translation:en-fr") == "wanda 0.5 translation:en-fr"
