@@ -1,7 +1,7 @@
 #!/bin/bash
-# Makes a node ready: installs mlprune from ~/mlprune into the environment given, unless it is there, and puts what
-# mlprune, Ray and MLflow need into every shell's environment. Run it as often as you like.
-#   bash ~/mlprune/cluster/node-setup.sh [FOLDER OF THE ENVIRONMENT, ~/mlprune-env if not said]
+# Makes a node ready: installs mlprune from ~/mlprune into an environment, unless it is there, and puts what mlprune,
+# Ray and MLflow need into every shell's environment. Run it as often as you like.
+#   bash ~/mlprune/cluster/node-setup.sh [FOLDER OF THE ENVIRONMENT; ~/mlprune-env if not said]
 set -eu
 env=${1:-$HOME/mlprune-env}
 
@@ -20,8 +20,8 @@ export OMP_WAIT_POLICY=PASSIVE
 export MLFLOW_TRACKING_URI=http://127.0.0.1:5000
 END
 
-# Twice: at the top, because a start-up file often returns early in shells that are not interactive (`ssh NODE COMMAND`);
-# at the end, so that no other Python that the file puts on PATH (conda, pyenv) comes before ours.
+# Twice: at the top, because a start-up file often returns early where nobody types (`ssh NODE COMMAND`); at the end,
+# so that no other Python that the file puts on PATH (conda, pyenv) comes before ours.
 line='. ~/.mlprune.sh'
 touch ~/.bashrc
 if ! grep -qxF "$line" ~/.bashrc; then

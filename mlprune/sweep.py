@@ -7,6 +7,7 @@ pickles), so its state is scratch.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import random
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from mlprune.analysis.sweep_pictures import pictures_of
 from mlprune.config import SearchSpec, SweepSpec
 from mlprune.console import say, size_text, step, warn
-from mlprune.errors import SweepError
+from mlprune.errors import SpecError, SweepError
 from mlprune.evaluation.items import signatures
 from mlprune.grid import needs_dense, variants_of
 from mlprune.outcome import Interval, SweepOutcome, ranking_of
@@ -26,7 +27,8 @@ from mlprune.shards.fleet import Fleet
 from mlprune.shards.pipeline import Pipeline
 from mlprune.storage import Storage, sweep_lock
 from mlprune.store import Result
-from mlprune.tracking import SweepTracker, check_tracking
+from mlprune.tracking import SweepTracker
+from mlprune.tracking_server import check_tracking, shown
 from mlprune.trial import run_dense, unseen_note
 from mlprune.tuning import Trials, run_trials
 from mlprune.variants import Variant
@@ -130,13 +132,14 @@ def _run(plan: SweepPlan, show: Show, describe: Callable[[SweepOutcome], str]) -
         spec.name,
     )
     tracker.log_sweep(
-        _sweep_params(prepared), {"spec.yaml": spec.anchored().yaml(), "environment.txt": _environment()}
+        _sweep_params(prepared), {"spec.yaml": _without_password(spec).yaml(), "environment.txt": _environment()}
     )
     try:
         ran = _all_trials(plan, tracker, show)
     except BaseException:
         tracker.finish_sweep("KILLED", {}, [])
-        _settle(tracker, patience=10)
+        with contextlib.suppress(SpecError):  # what MLflow refuses is not why the sweep ends
+            _settle(tracker, patience=10)
         raise
     if not ran.results:
         tracker.finish_sweep("FAILED", {}, [])
@@ -156,7 +159,7 @@ def _concluded(prepared: Prepared, ran: Ran, tracker: SweepTracker) -> SweepOutc
     spec = prepared.spec
     ranking = ranking_of(ran.dense, ran.results, spec.search.objective, prepared.results())
     for result in ranking.trials:
-        tracker.log_trial(result.key, result.variant, _change_metrics(ranking.changes[result.key]))
+        tracker.log_trial(result.key, result.variant, _told_at_the_end(result, ranking.changes[result.key]))
     pictures = pictures_of(
         ran.dense,
         ranking.trials,
@@ -182,6 +185,12 @@ def _concluded(prepared: Prepared, ran: Ran, tracker: SweepTracker) -> SweepOutc
     )
 
 
+def _without_password(spec: SweepSpec) -> SweepSpec:
+    """To be read again from any folder, and by anyone."""
+    uri = spec.tracking.uri and shown(spec.tracking.uri)
+    return spec.anchored().model_copy(update={"tracking": spec.tracking.model_copy(update={"uri": uri})})
+
+
 def _settled(tracker: SweepTracker) -> None:
     """Wait for MLflow; raises SweepError when it does not come back. All results are in the storage by then."""
     if not tracker.settle(PATIENCE, lambda count, why: say(f"  {count} things wait for MLflow: {why}")):
@@ -195,9 +204,10 @@ def _settle(tracker: SweepTracker, patience: float) -> bool:
     return settled
 
 
-def _change_metrics(change: Interval) -> dict[str, float]:
+def _told_at_the_end(result: Result, change: Interval) -> dict[str, float]:
+    """For MLflow's charts, which take the first metric by name: the mean under a name before all others."""
     names = ("bits_per_byte.change", "bits_per_byte.change.low", "bits_per_byte.change.high")
-    return dict(zip(names, change, strict=True))
+    return {"bits_per_byte": result.metrics["bits_per_byte.mean"], **dict(zip(names, change, strict=True))}
 
 
 def _sweep_params(prepared: Prepared) -> dict[str, object]:

@@ -217,7 +217,7 @@ class SweepTracker:
             tags = {TRIAL_TAG: key, PARENT_TAG: self.parent_id}
             run = self._find(" and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items()))
             if run is None:
-                name = variant.label if variant else "dense"
+                name = variant.short if variant else "dense"
                 run = self._client.create_run(self.experiment_id, start_time=now, tags=tags, run_name=name)
             run_id = run.info.run_id
             if not run.data.params:

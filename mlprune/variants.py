@@ -61,6 +61,15 @@ class Calibration:
     def languages(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(code for part, _ in self.parts for code in part.languages))
 
+    @property
+    def short(self) -> str:
+        """Its languages: `fr`, `en-fr`, `en-fr+hi`, of unequal parts `en-fr.75+hi.25`. How many tells the kind."""
+        alike = len({weight for _, weight in self.parts}) == 1
+        return "+".join(
+            ("-".join(part.languages) or part.kind) + ("" if alike else _decimal(weight).lstrip("0"))
+            for part, weight in self.parts
+        )
+
     @classmethod
     def parse(cls, text: str, key: str = "calibration") -> "Calibration":
         if not text.startswith("mix:"):
@@ -160,6 +169,14 @@ class Variant:
         shape = f"{self.sparsity:.4g}" if self.pattern == "unstructured" else self.pattern
         parts = [self.score, shape, self.calibration, *self.special]
         return " ".join(filter(None, parts))
+
+    @property
+    def short(self) -> str:
+        """The same for narrow columns, what differs most first: `en-fr 0.5 wanda`."""
+        shape = f"{self.sparsity:.4g}" if self.pattern == "unstructured" else self.pattern
+        read = "/".join(side.short for side in self.sides)
+        special = [word.replace("sequential", "seq") for word in self.special]
+        return " ".join(filter(None, [read, shape, self.score, *special]))
 
     @property
     def special(self) -> tuple[str, ...]:

@@ -183,6 +183,7 @@ SETTINGS = """
 name: other
 model: {path: elsewhere, dtype: bfloat16, revision: v1, trust_remote_code: true, allow_pickle: true}
 pipeline: {shards: 3, residency: zero, offload: nvme, offload_folder: /fast, ranks_per_shard: 2,
+           replicas: 2, wait_minutes: 5,
   worker_memory: 1024}
 calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11, template: "{text}",
   separator: "|", count_padding: true, code: sources}

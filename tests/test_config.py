@@ -45,6 +45,8 @@ def test_every_key_but_search_has_a_default() -> None:
             "offload": None,
             "offload_folder": None,
             "ranks_per_shard": 1,
+            "replicas": 1,
+            "wait_minutes": None,
             "worker_memory": None,
         },
         "calibration": {

@@ -1,5 +1,6 @@
 """What a person sees of a finished sweep: its pictures, and the description of its run in MLflow."""
 
+import json
 import math
 import random
 import re
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -239,7 +241,7 @@ def outcome(
         runs={one.key: f"run{one.key}" for one in results},
         parent_run="parent",
         pictures=(),
-        experiment="1",
+        experiment="7",
         failed={},
         nodes=(),
     )
@@ -254,13 +256,16 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def test_description_answers_first_and_shows_the_ranking() -> None:
     made = outcome(["en", "fr"], ["mono:en", "mono:fr"])
-    text = description(made, "http://host/#/compare-runs?runs=x")
+    text = description(made)
     best = made.best_by_sparsity()
     first = text.split("\n\n")[0]
     assert r"4 trials on **a\_model&#124;\*x\***" in first
     assert all(f"**{one.variant.label}** (+10%)" in first for one in best if one.variant)
     assert "English and French" in first
-    assert "(http://host/#/compare-runs?runs=x)" in first
+    runs = [f"run{one.key}" for one in made.ranking]
+    page = re.search(r"\(#/compare-runs\?runs=(.*)&experiments=(.*)\)", first)
+    assert page
+    assert [json.loads(unquote(part)) for part in page.groups()] == [runs, ["7"]]
     of_best, ranking = tables(text)
     assert [row[0] for row in ranking] == ["", r"1\*", r"2\~", *(row[0] for row in ranking[3:])]
     assert sum(r"\*" in row[0] for row in ranking) == 2
@@ -286,8 +291,7 @@ def test_description_has_as_many_rows_as_there_is_room_for() -> None:
     assert 10 < len(ranking) < 31
     assert f"... and {101 - len(ranking)} more" in text
     assert len(text) <= TAG_LENGTH
-    link = "http://host/#/compare-runs?runs=" + 5000 * "x"
-    assert description(made, link) == text
+    assert text.split("&experiments")[0].count("%22run") == 50, "a link to all would leave no room"
 
 
 def test_description_tells_what_failed() -> None:

@@ -38,7 +38,7 @@ DOORS = {
     "ray.exceptions": ("mlprune.remote", "mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet"),
     "ray": ("mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet"),
     "ray.tune": ("mlprune.tuning",),
-    "mlflow": ("mlprune.tracking",),
+    "mlflow": ("mlprune.tracking_server", "mlprune.tracking"),
     "optuna": ("mlprune.tuning",),
     "deepspeed": ("mlprune.models.zero",),
     "matplotlib": ("mlprune.analysis.",),

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlprune.errors import SpecError
+from mlprune.grid import variant_of, variants_of
 from mlprune.languages import name_of
+from mlprune.specs import spec_from
 from mlprune.variants import Calibration, Demonstration, Pattern, Variant
 
 HALF = Fraction(1, 2)
@@ -198,3 +200,37 @@ def test_the_label_can_be_read() -> None:
     assert replace(VARIANT, propagation="sequential").label == "wanda 0.5 translation:en-fr sequential"
     assert replace(VARIANT, calibration=None, score="magnitude", sparsity=0.3).label == "magnitude 0.3"
     assert replace(VARIANT, pattern="2:4").label == "wanda 2:4 translation:en-fr"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "score", "pattern", "propagation", "allocation", "short"),
+    [
+        ("translation:en-fr", "wanda", "unstructured", "dense", "uniform", "en-fr 0.5 wanda"),
+        ("mono:fr", "wanda", "unstructured", "sequential", "owl", "fr 0.5 wanda owl seq"),
+        ("mono:fr", "wanda", "2:4", "dense", "uniform", "fr 2:4 wanda"),
+        ("code", "wanda", "unstructured", "dense", "uniform", "code 0.5 wanda"),
+        ("mix:mono:hi=0.5,translation:en-fr=0.5", "ria", "unstructured", "dense", "uniform", "hi+en-fr 0.5 ria"),
+        ("mix:mono:hi=0.25,translation:en-fr=0.75", "ria", "unstructured", "dense", "uniform", None),
+        (None, "magnitude", "unstructured", "dense", "uniform", "0.5 magnitude"),
+    ],
+)
+def test_short_names_begin_with_what_differs(
+    calibration: str | None, score: str, pattern: str, propagation: str, allocation: str, short: str | None
+) -> None:
+    variant = variant_of(calibration, score, 0.5, pattern, propagation, allocation)
+    assert variant.short == (short or "hi.25+en-fr.75 0.5 ria")
+
+
+def test_short_names_tell_variants_apart() -> None:
+    calibrations = ["mono:en", "mono:fr", "translation:en-fr", "translation:fr-en", "code"]
+    calibrations += ["mix:mono:en=0.5,mono:fr=0.5", "mix:mono:en=0.4,mono:fr=0.6", "mix:mono:en=0.5,code=0.5"]
+    search = {
+        "calibration": calibrations,
+        "score": ["wanda", "magnitude", "ria", "contrastive:mono:en/code", "contrastive:code/mono:en"],
+        "sparsity": [0.3, 0.5],
+        "pattern": ["unstructured", "2:4"],
+        "propagation": ["dense", "sequential"],
+        "allocation": ["uniform", "owl"],
+    }
+    variants = variants_of(spec_from({"search": search}).search)
+    assert len({variant.short for variant in variants}) == len(variants) > 100

@@ -17,7 +17,7 @@ UI = "http://127.0.0.1:5000"  # where `mlflow ui` is, if it is not told otherwis
 ROWS = 30  # of the ranking at most
 FAILURES = 10
 CAUSE = 300  # characters of one
-LINK = 3000  # characters of a link at most
+COMPARED = 50  # trials in parallel coordinates: their link names each
 PAD = "&emsp;&emsp;"
 MARKS = (
     "`*` the best of its sparsity; `~` not told apart from it. In brackets: against the dense model's mean, "
@@ -29,29 +29,30 @@ def description(outcome: SweepOutcome) -> str:
     """The sweep in short: the best, how to export them, what failed, the ranking.
 
     MLflow shows the first lines until it is asked for more, so the answer comes first. It cuts what is longer than
-    a tag may be, so the ranking has as many rows as there is room for; and a link to the page of parallel
-    coordinates, which names every run, is left out when it would take most of the room.
+    a tag may be, so the ranking has as many rows as there is room for.
     """
-    link = comparison_link(outcome)
-    link = link if link and len(link) <= LINK else None
     for rows in range(min(ROWS, len(outcome.ranking)), 0, -1):
-        text = _description(outcome, link, rows)
+        text = _description(outcome, rows)
         if len(text) <= TAG_LENGTH:
             return text
-    return _description(outcome, link, 0)
+    return _description(outcome, 0)
 
 
 def comparison_link(outcome: SweepOutcome) -> str | None:
-    """The page of MLflow's UI with all trials in parallel coordinates; of a database, as `mlflow ui` serves it."""
+    """The page of MLflow with the best trials in parallel coordinates; of a database, as `mlflow ui` serves it.
+
+    The axes are params that differ, by their names, and three at most: with the dense model all would differ.
+    """
     uri = outcome.spec.tracking_uri
-    runs = [outcome.runs[result.key] for result in (outcome.dense, *outcome.ranking)]
+    runs = [outcome.runs[result.key] for result in outcome.ranking[:COMPARED]]
     return parallel_coordinates_link(uri if uri.startswith("http") else UI, outcome.experiment, runs)
 
 
-def _description(outcome: SweepOutcome, link: str | None, rows: int) -> str:
+def _description(outcome: SweepOutcome, rows: int) -> str:
+    _, _, page = (comparison_link(outcome) or "").partition("#")  # holds behind a tunnel too
     headers, (dense, *trials) = ranking_cells(outcome)
     best = [row for row in trials if row[0].endswith("*")]
-    parts = [_told(outcome) + (f" [Trials in parallel coordinates]({link})" if link else "")]
+    parts = [f"{_told(outcome)} [Trials in parallel coordinates](#{page})"]
     parts += ["**The best of each sparsity**", _table(headers, [dense, *best]), MARKS]
     parts += ["**To export them**", _exports(outcome), *_failures(outcome)]
     parts += ["**Ranking**", _table(headers, [dense, *trials[:rows]])]
@@ -89,9 +90,8 @@ def _exports(outcome: SweepOutcome) -> str:
     commands = []
     for result in outcome.best_by_sparsity():
         _, *words = shlex.split(export_command(outcome, result))  # the program's place is of the sweep's machine
-        commands.append(
-            "mlprune" + "".join((" \\\n  " if w.startswith("--") else " ") + shlex.quote(w) for w in words)
-        )
+        lines = "".join((" \\\n  " if word.startswith("--") else " ") + shlex.quote(word) for word in words)
+        commands.append("mlprune" + lines)
     return "```\n" + "\n\n".join(commands) + "\n```"
 
 

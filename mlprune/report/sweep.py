@@ -14,11 +14,12 @@ from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.languages import name_of
 from mlprune.outcome import SweepOutcome
+from mlprune.report.ranking import ranking_cells
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
 from mlprune.store import Result
 from mlprune.sweep import SweepPlan
+from mlprune.tracking_server import shown
 
-LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
 TASK_COLUMNS = 4
 OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", "agreement")
 
@@ -58,7 +59,7 @@ def show_outcome(outcome: SweepOutcome) -> None:
     """The ranking, and what to do next."""
     spec = outcome.spec
     best = outcome.best_by_sparsity()
-    out.print(_ranking(outcome, {result.key for result in best}))
+    out.print(_ranking(outcome))
     out.print(
         "* the best of its sparsity; ~ not told apart from it. In brackets: against the dense model's mean,\n"
         "and 95% of a paired bootstrap over lines.",
@@ -82,68 +83,22 @@ def export_command(outcome: SweepOutcome, result: Result) -> str:
     assert variant is not None
     words = [program("mlprune"), "prune", "--run", outcome.runs[result.key]]
     if spec.tracking.uri is not None:
-        words += ["--set", f"tracking.uri={spec.tracking.uri}"]
+        words += ["--set", f"tracking.uri={shown(spec.tracking.uri)}"]
     if spec.storage != str(Path(DEFAULT_STORAGE).absolute()):
         words += ["--set", f"storage={spec.storage}"]
     return shlex.join([*words, "--output", f"{spec.name}-{variant.sparsity:g}"])
 
 
-def _ranking(outcome: SweepOutcome, best: set[str]) -> Table:
-    languages = outcome.spec.evaluation.perplexity.languages
-    shown: Sequence[str] = languages if len(languages) <= LANGUAGE_COLUMNS else ()
-    table = new_table(
-        f"{outcome.spec.name}: bits per byte of held-out lines (lower is better)",
-        "",
-        "score",
-        "sparsity",
-        "calibration",
-        *shown,
-        "mean",
-        *(() if shown else ("worst",)),
-    )
+def _ranking(outcome: SweepOutcome) -> Table:
+    headers, rows = ranking_cells(outcome)
+    table = new_table(f"{outcome.spec.name}: bits per byte of held-out lines (lower is better)", *headers)
     for column in (1, 3):
         table.columns[column].justify = "left"
     table.columns[3].overflow = "fold"
     table.padding = (0, 1, 0, 0)  # many columns
-    _add_row(table, "", outcome.dense, outcome, shown)
-    for rank, result in enumerate(outcome.ranking, start=1):
-        mark = "*" if result.key in best else "~" if result.key in outcome.level else ""
-        _add_row(table, f"{rank}{mark}", result, outcome, shown)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0].endswith("*") else None)
     return table
-
-
-def _add_row(table: Table, rank: str, result: Result, outcome: SweepOutcome, shown: Sequence[str]) -> None:
-    variant, metrics, languages = result.variant, result.metrics, outcome.spec.evaluation.perplexity.languages
-    worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
-    last = () if shown else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)
-    mean = f"{metrics['bits_per_byte.mean']:.3f}"
-    if variant is not None:
-        change, low, high = (100 * share for share in outcome.changes[result.key])
-        mean += f" ({change:+.0f}%, {low:.0f} to {high:.0f})"
-    table.add_row(
-        rank,
-        variant.score if variant else "dense model",
-        _shape(result),
-        _calibration(result),
-        *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in shown),
-        mean,
-        *last,
-        style="bold" if rank.endswith("*") else None,
-    )
-
-
-def _shape(result: Result) -> str:
-    variant = result.variant
-    if variant is None:
-        return "0"
-    return f"{variant.sparsity:g}" if variant.pattern == "unstructured" else variant.pattern
-
-
-def _calibration(result: Result) -> str:
-    variant = result.variant
-    if variant is None or variant.calibration is None:
-        return "-"
-    return variant.calibration + (f" ({', '.join(variant.special)})" if variant.special else "")
 
 
 def _tasks(outcome: SweepOutcome) -> Table | None:
@@ -186,7 +141,7 @@ def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
         "ranking": [values(result) for result in outcome.ranking],
         "winner": outcome.runs[outcome.ranking[0].key],
         "failed": dict(outcome.failed),
-        "tracking_uri": outcome.spec.tracking_uri,
+        "tracking_uri": shown(outcome.spec.tracking_uri),
         "parent_run": outcome.parent_run,
         "pictures": [str(picture) for picture in outcome.pictures],
         "nodes": list(outcome.nodes),

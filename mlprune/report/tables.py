@@ -16,6 +16,7 @@ from rich.table import Table
 from mlprune.config import SweepSpec
 from mlprune.console import results as out
 from mlprune.shards.planner import Plan
+from mlprune.tracking_server import shown
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -65,9 +66,9 @@ def time_text(seconds: float) -> str:
 
 def show_tracking(spec: SweepSpec) -> None:
     """Where the runs are, and the command that shows them."""
-    out.print(f"tracking   {spec.tracking_uri}", soft_wrap=True)
+    out.print(f"tracking   {shown(spec.tracking_uri)}", soft_wrap=True)
     if not spec.tracking_uri.startswith("http"):
-        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", spec.tracking_uri])
+        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", shown(spec.tracking_uri)])
         out.print(f"compare    {ui}", soft_wrap=True)
 
 
