@@ -47,6 +47,7 @@ ITEMS = "items.json"  # the artifact that holds what a trial answered
 def shown(uri: str) -> str:
     """The address as it may be told: with *** for a password. Does the same for addresses within a text."""
     hidden = re.sub(r"(://[^\s:/@]*:)\S*@", r"\1***@", uri)
+    hidden = re.sub(r"(?i)(https?://)[^\s:/@?#]+@", r"\1***@", hidden)  # a token alone
     return re.sub(r"([?&]password=)[^&\s]*", r"\1***", hidden)
 
 

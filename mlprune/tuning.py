@@ -130,7 +130,10 @@ def _round(
 ) -> Watcher:
     """One run of Ray Tune over `batch`."""
     from ray import tune
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
+    # Tune would hand a trial the driver's keys as settings of its process, and Ray writes those to its logs
+    ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     search = prepared.spec.search
     objective = f"bits_per_byte.{search.objective}"
     optuna = search.searcher == "optuna"

@@ -16,7 +16,7 @@ from mlprune.grid import variants_of
 from mlprune.prepare import Prepared, gather, make_masks, on_model, prepare
 from mlprune.pruning.scores import score_named
 from mlprune.shards.pipeline import Pipeline, Pruned
-from mlprune.specs import as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune.specs import as_assignments, load_spec, read_values, spec_from, with_assignments
 from mlprune.store import Result
 from mlprune.tracking import recall_trial
 from mlprune.trial import run_dense, unseen_note
@@ -67,7 +67,7 @@ def choose_run(
         raise SpecError("--" + given[0], repr(chosen[given[0]]), "the run says which; leave it out, or --run")
     here = load_spec("quickstart", assignments)  # for the storage and the tracking that were set
     text, params = recall_trial(here.tracking_uri, run_id)
-    values = with_assignments(read_yaml(text), [*as_assignments(settings), *assignments])
+    values = with_assignments(read_values(text, "--run", run_id), [*as_assignments(settings), *assignments])
     search: dict[str, Any] = {name: [params[name]] for name in ("pattern", "propagation", "allocation")}
     two_sided = "/" in params["calibration"]  # of contrastive: both sides belong to the score
     search |= {

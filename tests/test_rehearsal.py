@@ -8,10 +8,10 @@ import pytest
 from mlprune.config import SweepSpec
 from mlprune.errors import ModelError
 from mlprune.grid import variants_of
+from mlprune.outcome import SweepOutcome
 from mlprune.prepare import Prepared, gather, open_fleet, prepare
 from mlprune.specs import spec_from
 from mlprune.store import Result
-from mlprune.outcome import SweepOutcome
 from mlprune.sweep import run_sweep
 from mlprune.trial import run_dense, run_trial
 from tests.tiny_models import config, save

@@ -35,7 +35,12 @@ DOORS = {
     "datasets": ("mlprune.data.",),
     "ray.job_submission": ("mlprune.remote",),
     "ray.autoscaler": ("mlprune.head", "mlprune.shards.cluster"),
-    "ray.exceptions": ("mlprune.remote", "mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet"),
+    "ray.exceptions": (
+        "mlprune.remote",
+        "mlprune.shards.cluster",
+        "mlprune.shards.actors",
+        "mlprune.shards.fleet",
+    ),
     "ray": ("mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet"),
     "ray.tune": ("mlprune.tuning",),
     "mlflow": ("mlprune.tracking_server", "mlprune.tracking"),

@@ -1,5 +1,6 @@
 """Pictures of a sweep: the lines, and what its pictures have in common."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from mlprune.languages import name_of
+from mlprune.storage import write_whole
 from mlprune.store import Result
 
 mpl.use("Agg")
@@ -94,6 +96,7 @@ def grid(count: int, columns: int, panel: tuple[float, float], beside: float) ->
 def write(figure: Figure, title: str, file: Path) -> None:
     """Write the picture as PNG, and let go of it."""
     figure.suptitle(title, fontsize="medium", parse_math=False)  # a model may be called a$b$
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
     plt.close(figure)
+    write_whole(file, png.getvalue())

@@ -235,6 +235,8 @@ def _parsed(line: str, number: int, fault: Fault, example: str) -> dict[str, obj
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise fault(f"line {number} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise fault(f"line {number} cannot be read as JSON: {error}") from error
     if not isinstance(row, dict):
         raise fault(f"line {number} is not an object; write {example}")
     return row
@@ -277,7 +279,8 @@ def read_dataset(where: str, read: Callable[[Any], T], fault: Fault, instead: st
 
 
 def _dataset(where: str, fault: Fault) -> _Columns:
-    dataset = read_dataset(where, lambda found: found, fault, "a folder or file of parallel text")
+    instead = "a folder or file of parallel text"
+    dataset = read_dataset(where, lambda found: found.with_format(None), fault, instead)
     names = dataset.column_names
     columns: dict[str, Callable[[], Sequence[object]]] = {
         name: partial(_dataset_column, dataset, name) for name in names if name != TRANSLATION

@@ -115,6 +115,8 @@ class ModelSource:
             raise self._unreadable(index.name, error) from error
         if not names:
             raise self._error(f"{index.name} names no file: fetch it again")
+        if index.name in SAFE_WEIGHTS and not all(name.endswith(".safetensors") for name in names):
+            raise self._error(f"{index.name} names files that are no safetensors: fetch it again")
         absent = [name for name in names if not (self.folder / name).is_file()]
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -163,6 +165,7 @@ def find_model(
         commit = folder.name
     source = ModelSource(name, folder, trust_remote_code, allow_pickle, commit)
     _check_config(source)
+    _check_attention(source)
     if weights:
         source.weight_files()
     return source
@@ -241,8 +244,19 @@ def _check_config(source: ModelSource) -> None:
         _check_unknown_type(source, raw["model_type"], own_code)
     if own_code and source.trust_remote_code:
         source.config()
+    elif source.config_file.with_name("adapter_config.json").is_file():
+        raise source._error("holds an adapter, for which another model would be loaded: merge it into its model")
     elif type(source.config()) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise source._error(f"a {raw['model_type']} is not a causal language model: name one that is")
+
+
+def _check_attention(source: ModelSource) -> None:
+    """A name with a slash is that of a kernel on the hub: code."""
+    config = source.config()
+    for part in (config, config.get_text_config()):
+        if "/" in str(part._attn_implementation) and not source.trust_remote_code:
+            remedy = f"its attention is code of the hub ({part._attn_implementation}): set "
+            raise source._error(remedy + "model.trust_remote_code=true if you trust it")
 
 
 def _check_unknown_type(source: ModelSource, model_type: object, own_code: bool) -> None:

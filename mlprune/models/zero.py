@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -207,6 +208,7 @@ class _Folder:
     """A folder of one process's own; one that a killed process left is removed by the next that comes."""
 
     def __init__(self, root: Path) -> None:
+        root = root / "mlprune-offload"  # what was left in it is removed, so it holds nobody else's
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root, wait=True):  # nobody takes a folder that is new for one that was left
             for left in root.glob("shard-*"):
@@ -245,12 +247,16 @@ def _deepspeed(device: torch.device) -> Any:
 
 def meeting_place(host: str, size: int) -> tuple[Any, str]:
     """Where the ranks of a shard meet: a store, to be kept alive by who made it, and its address."""
-    store = TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
-    return store, f"{host}:{store.port}"
+    listening = socket.create_server((host, 0))  # given none, the store listens on every interface
+    port = listening.getsockname()[1]
+    store = TCPStore(host, port, size, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    return store, f"{host}:{port}"
 
 
 def _meet(ranks: Ranks, device: torch.device) -> None:
     """Make this process a rank of its group, once; DeepSpeed takes the group that is there."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)  # the ranks are on one node
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.size), LOCAL_RANK="0")
     if not dist.is_initialized():
         store: Any = HashStore()

@@ -9,6 +9,7 @@ from mlprune.console import results as out
 from mlprune.languages import name_of
 from mlprune.report.tables import new_table, show_tracking
 from mlprune.study import Findings
+from mlprune.tracking_server import shown
 
 
 def show_findings(found: Findings) -> None:
@@ -52,5 +53,5 @@ def findings_values(found: Findings) -> dict[str, Any]:
         "masks": shares(total(found.shared)).tolist(),
         "files": [str(found.output / name) for name in found.files],
         "run": found.run,
-        "tracking_uri": found.spec.tracking_uri,
+        "tracking_uri": shown(found.spec.tracking_uri),
     }

@@ -63,7 +63,7 @@ class RankActor:
         if ranks is None:
             address = ""
             if size > 1:
-                self._store, address = meeting_place(ray.util.get_node_ip_address(), size)
+                self._store, address = meeting_place("127.0.0.1", size)
             self._others = [rank_actor(options) for _ in range(1, size)]
             started = [
                 actor.load.remote(setup, span, size, options, Ranks(rank, size, address))
@@ -275,5 +275,5 @@ def cause_of_death(error: BaseException) -> str:
     if re.search(r"node (has )?(died|dead|was terminated)|node .{0,80}(died|terminated|removed|dead)", text):
         return f"{who} is gone with its node"
     if "SIGKILL" in text or "worker process has died" in text:
-        return f"{who} died; if nobody killed it, its memory ran out (dmesg tells) or it crashed (Ray's logs tell)"
+        return f"{who} died; if nobody killed it, it crashed, or its machine's memory ran out (dmesg tells)"
     return f"{who} or what it sent is gone: {text[:300]}"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import secrets
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.utils import get_ray_address_file
+from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.state import state as cluster_state
 from ray._private.utils import read_ray_address
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -35,7 +41,13 @@ GRANULE = 10_000  # Ray counts resources in parts of so many
 
 def running_cluster() -> str | None:
     """The address of the cluster to use: RAY_ADDRESS, or what `ray start` left on this machine; None for none."""
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    left = Path(get_ray_address_file(None))
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and left.exists():
+        if left.stat().st_uid not in (0, os.getuid()):  # in a folder that everybody may write to
+            warn(f"the Ray cluster of another user ({left}) is not used; to use it, set RAY_ADDRESS")
+            return None
+        address = read_ray_address()
     return None if address in (None, "", "local") else address
 
 
@@ -87,18 +99,43 @@ def ray_for(memory: int) -> Iterator[None]:
         return
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _memory=memory,
-    )
-    _quieten()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with _closed_to_others() as folder:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _memory=memory,
+            _temp_dir=folder,
+        )
+        _quieten()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _closed_to_others() -> Iterator[str]:
+    """For a Ray of our own: ports on loopback alone, a fresh token, and a folder that no one else may enter.
+
+    Ray binds to loopback where its address is loopback, and on Linux takes that for one only if it is told that
+    it makes no clusters. It opens its own folder, with its sockets, to everybody: the one around it is ours.
+    """
+    token, clusters = os.environ.get("RAY_AUTH_TOKEN"), ray_constants.ENABLE_RAY_CLUSTER
+    short = os.environ.get("RAY_TMPDIR", "/tmp")  # a socket's path has 107 bytes at most
+    with tempfile.TemporaryDirectory(prefix="mlprune-ray-", dir=short, ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        AuthenticationTokenLoader.instance().reset_cache()
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield f"{folder}/ray"
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = clusters
+            del os.environ["RAY_AUTH_TOKEN"]
+            if token is not None:
+                os.environ["RAY_AUTH_TOKEN"] = token
+            AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _quieten() -> None:
