@@ -12,7 +12,7 @@ sweep: $(VENV)/.installed
 	$(BIN)/mlprune sweep
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def plan_scale(spec: SweepSpec, asked: Asked) -> ScalePlan:
 def machine_of(asked: Asked, dtype: torch.dtype) -> Machine:
     """The machines that were asked for; without any word of them the running cluster, or this machine."""
     if all(value is None for value in (asked.nodes, asked.gpus_per_node, asked.gpu_memory, asked.host_memory)):
-        machine = cluster_machine() or this_machine()
+        machine = cluster_machine(launch=False) or this_machine()
     else:
         machine = _described(asked)
     return replace(

@@ -1,13 +1,17 @@
 """Deaths on demand. Ray runs `install` in each of its worker processes, where shards then die as a test says.
 
 A folder holds, for each method of a shard's worker, files that are taken in order of their names, one a call; the
-content says what that call does: `live`, `die`, or the number of a process that is killed with us.
+content says what that call does: `live`, `die`, the number of a process that is killed with us, or `hold:PATTERN`:
+to stay where it is, on a host whose name matches, until the host is killed or cut off.
 """
 
 import functools
 import json
 import os
+import platform
+import re
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,7 @@ def order(folder: Path, method: str, calls: Sequence[str]) -> None:
 
 def left(folder: Path) -> list[Path]:
     """What was ordered and has not come to pass."""
-    return [file for file in folder.glob("*/*") if file.suffix != ".done"]
+    return [file for file in folder.glob("*/*") if not file.suffix]
 
 
 def install() -> None:
@@ -64,9 +68,14 @@ def _obey(orders: Path) -> None:
     for file in sorted(orders.glob("[0-9][0-9][0-9]")):
         try:
             what = file.read_text()
+            if what.startswith("hold:") and not re.search(what.removeprefix("hold:"), platform.node()):
+                return  # it waits for a call on another host
             file.rename(file.with_suffix(".done"))
         except FileNotFoundError:  # another worker took it
             continue
+        if what.startswith("hold:"):
+            file.with_suffix(".held").write_text(platform.node())
+            time.sleep(600)
         if what != "live":
             if what != "die":
                 os.kill(int(what), signal.SIGKILL)

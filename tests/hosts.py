@@ -251,9 +251,15 @@ class Cluster:
 
     def ray(self, command: str, *words: str) -> str:
         """A command of Ray's on the laptop, as documented: from the project's root."""
+        return self._on_the_laptop("ray", command, *words)
+
+    def mlprune(self, command: str, *words: str) -> str:
+        return self._on_the_laptop("mlprune", command, *words)
+
+    def _on_the_laptop(self, program: str, *words: str) -> str:
         own = {"HOME": str(self.home), "TMPDIR": str(self.home), "RAY_TMPDIR": str(self.home)}
         done = subprocess.run(
-            [str(VENV / "bin" / "ray"), command, *words],
+            [str(VENV / "bin" / program), *words],
             cwd=PROJECT,
             env={**os.environ, **own},
             stdin=subprocess.DEVNULL,

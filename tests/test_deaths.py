@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,10 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
-from mlprune.grid import variants_of
-from mlprune.prepare import gather, open_here, prepare
-from mlprune.specs import load_spec
-from mlprune.trial import run_dense, run_trial
 from tests import faults
+from tests.numbers import Numbers, numbers, plain_numbers
+from tests.servers import Server
 from tests.tiny_models import source
-
-Numbers = Mapping[str, Any]
 
 
 def spec(folder: Path, **changes: Any) -> Path:
@@ -66,37 +64,9 @@ def done(folder: Path, *words: str, code: int = 0, **environment: str) -> Any:
     return json.loads(out.read_text()) if out.exists() else None
 
 
-def numbers(outcome: Mapping[str, Any]) -> Numbers:
-    """All that must not depend on what died, by variant."""
-    told = (outcome["dense"], *outcome["ranking"])
-    return {
-        json.dumps(one["variant"]): (one["masks"], {k: v for k, v in one["metrics"].items() if _lasting(k)})
-        for one in told
-    }
-
-
-def _lasting(metric: str) -> bool:
-    return not metric.startswith("seconds")
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
-    """The same sweep without Ray, in this process."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    asked = load_spec(str(spec(folder)))
-    variants = variants_of(asked.search)
-    prepared = prepare(asked, variants)
-    with open_here(prepared) as pipeline:
-        results = [run_dense(prepared, pipeline)[0]]
-        gather(prepared, pipeline, variants)
-        results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
-    return {
-        json.dumps(vars(one.variant) if one.variant else None): (
-            one.digest,
-            {k: v for k, v in one.metrics.items() if _lasting(k)},
-        )
-        for one in results
-    }
+    return plain_numbers(spec(tmp_path_factory.mktemp("undisturbed")))
 
 
 def check_runs(outcome: Mapping[str, Any], statuses: set[str]) -> None:
@@ -110,7 +80,7 @@ def check_runs(outcome: Mapping[str, Any], statuses: set[str]) -> None:
     assert {run.info.status for run in found} == statuses
 
 
-def test_workers_die_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> None:
+def test_workers_and_the_tracking_server_die_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> None:
     for method, calls in {
         "likelihood": ["live", "die", *["live"] * 6, "die"],  # the dense model's second chunk; a trial's
         "save_moments": ["die"],
@@ -118,11 +88,34 @@ def test_workers_die_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> None
         "prune_through": ["live", "live", "die"],
     }.items():
         faults.order(tmp_path / "faults", method, calls)
-    outcome = done(tmp_path, "sweep", str(spec(tmp_path)))
-    assert faults.left(tmp_path / "faults") == [], (tmp_path / "log.txt").read_text()
+    (tmp_path / "mlflow").mkdir()
+    server = Server(tmp_path / "mlflow")
+    try:
+        server.wait()
+        with ThreadPoolExecutor() as pool:
+            words = ["sweep", str(spec(tmp_path)), "--set", f"tracking.uri={server.uri}"]
+            sweep = pool.submit(done, tmp_path, *words)
+            _await(tmp_path / "faults" / "save_moments" / "000.done", sweep)
+            server.kill()
+            _await(tmp_path / "faults" / "prune_through" / "002.done", sweep)
+            server.start()
+            outcome = sweep.result()
+        check_runs(outcome, {"FINISHED"})
+    finally:
+        server.kill()
+    log = (tmp_path / "log.txt").read_text()
+    assert faults.left(tmp_path / "faults") == [], log
+    assert "note: MLflow: " in log
     assert numbers(outcome) == undisturbed
     assert outcome["failed"] == {}
-    check_runs(outcome, {"FINISHED"})
+
+
+def _await(file: Path, sweep: Future[Any]) -> None:
+    deadline = time.monotonic() + 200
+    while not file.exists():
+        assert not sweep.done(), sweep.result()
+        assert time.monotonic() < deadline, file
+        time.sleep(0.05)
 
 
 def test_one_that_kills_its_workers_fails_alone(undisturbed: Numbers, tmp_path: Path) -> None:

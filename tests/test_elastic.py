@@ -1,4 +1,4 @@
-"""A cluster whose nodes are launched when they are asked for: real Ray and its real autoscaler, nodes on this machine."""
+"""A cluster whose nodes are launched when they are asked for, by Ray's real autoscaler; all on this machine."""
 
 import json
 import os
@@ -13,15 +13,16 @@ import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import AutoscalingCluster
 
-from tests.ports import free_port
-from tests.test_sweep import numbers, spec, sweep
+from tests.numbers import numbers, plain_numbers
+from tests.servers import free_port
+from tests.test_sweep import spec, sweep
 
 WORKERS = {"worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
 
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """The address of a head without CPUs; two nodes of one CPU may be launched. No `ray stop`: it ends every Ray."""
+    """The address of a head without CPUs; two nodes of one CPU may be launched."""
     folder, port = tempfile.mkdtemp(prefix="el"), free_port()  # Ray's sockets want short paths
     config = Path(folder) / "cluster.json"
     config.write_text(json.dumps(AutoscalingCluster({"CPU": 0}, dict(WORKERS), autoscaler_v2=True)._config))
@@ -48,12 +49,10 @@ def address() -> Iterator[str]:
 
 def test_from_no_node_to_two_replicas(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"score": ["magnitude"], "calibration": [], "propagation": ["dense"]}
-    (tmp_path / "plain").mkdir()
-    expected = sweep(tmp_path / "plain", **few)
+    expected = plain_numbers(spec(tmp_path, **few))
     monkeypatch.setenv("RAY_ADDRESS", address)
     found = sweep(tmp_path, "--set", "pipeline.replicas=2", **few)
-    assert numbers(found) == numbers(expected)
+    assert numbers(found) == expected
     log = (tmp_path / "log.txt").read_text()
     assert "waiting for a first node with 1 CPU" in log
     assert "loading the model 2 times into 1 shard(s)" in log
-    assert spec is not None

@@ -2,26 +2,28 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import grpc  # type: ignore[import-untyped]
 import pytest
 
+from tests import faults
 from tests.hosts import DASHBOARD, MLFLOW, PROJECT, VENV, Cluster, Hosts, cluster, links, needs_hosts
-from tests.test_sweep import numbers, spec
+from tests.numbers import numbers, plain_numbers
+from tests.test_sweep import spec
 
 pytestmark = needs_hosts
 
 NODES = 3
-ALONE = NODES  # a host in the same network that is no node of the cluster
 # one of each service that Ray listens for
 CALLS = [
     "ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
@@ -36,7 +38,7 @@ REFUSALS = ({"401"}, {"403"}, {"UNAUTHENTICATED"})
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Hosts(NODES + 1, tmp_path_factory.mktemp("hosts")) as hosts:
+    with Hosts(NODES, tmp_path_factory.mktemp("hosts")) as hosts:
         yield cluster(hosts, NODES)
 
 
@@ -131,27 +133,50 @@ def test_the_dashboard_and_mlflow_are_on_the_heads_loopback_alone(made: Cluster)
     assert made.ask(f"{DASHBOARD}/api/v0/nodes")[0] == 403
 
 
-def swept(hosts: Hosts, number: int, file: Path, command: str) -> dict[str, Any]:
-    out = file.with_suffix(".json")
-    done = hosts.run(number, f"HF_HUB_OFFLINE=1 {command} {file} --json {out}", timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    values: dict[str, Any] = json.loads(out.read_text())
-    return values
-
-
-def test_a_sweep_across_nodes_gives_one_machines_numbers(made: Cluster, tmp_path: Path) -> None:
-    for name in ("across", "alone"):
-        (tmp_path / name).mkdir()
-    search = {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [0.5]}
-    files = [spec(tmp_path / name, **search) for name in ("across", "alone")]
-    with ThreadPoolExecutor() as pool:
-        running = pool.submit(swept, made.hosts, 0, files[0], "mlprune sweep --set pipeline.shards=3")
-        alone = swept(made.hosts, ALONE, files[1], f"{VENV}/bin/mlprune sweep")
-        across = running.result()
+def test_a_sweep_sent_from_a_laptop_gives_one_machines_numbers(made: Cluster, tmp_path: Path) -> None:
+    file, out = spec(tmp_path, calibration=["mono:en"], score=["wanda"], sparsity=[0.5]), tmp_path / "out.json"
+    sent = ["sweep", str(file), "--cluster", str(made.file), "--set", "pipeline.shards=3", "--json", str(out)]
+    told = made.mlprune(*sent)
+    across = json.loads(out.read_text())
     assert len(across["ranking"]) == 2, "dense and sequential"
-    assert numbers(across) == numbers(alone)
+    assert numbers(across) == plain_numbers(file)
     assert sorted(across["nodes"]) == made.addresses, "one shard a node"
     assert across["tracking_uri"] == MLFLOW
+    assert re.search(r"http://127.0.0.1:\d+", told), "MLflow's address"
+    again = made.mlprune("sweep", "--attach", "--cluster", str(made.file))
+    assert "tiny: bits per byte of held-out lines" in told
+    assert "tiny: bits per byte of held-out lines" in again
+    assert "no sweep runs" in made.mlprune("status", "--cluster", str(made.file))
+
+
+def held(orders: Path, call: int) -> int:
+    """The number of the host whose worker stays where it is, once it does."""
+    file, deadline = orders / f"{call:03d}.held", time.monotonic() + 120
+    while not file.exists() or not file.read_text():
+        assert time.monotonic() < deadline, sorted(orders.iterdir())
+        time.sleep(0.1)
+    return int(file.read_text()[-1])
+
+
+def test_a_node_dies_and_another_is_cut_off_while_trials_run(made: Cluster, tmp_path: Path) -> None:
+    """Each time a worker is amid a trial, not on the head. Two shards on three nodes, one to spare."""
+    file, out, orders = spec(tmp_path, propagation=["dense"]), tmp_path / "out.json", tmp_path / "faults" / "mask"
+    faults.order(tmp_path / "faults", "mask", ["live", "live", "live", "hold:n[12]$", "live", "hold:n[12]$"])
+    given = " ".join(f"{k}={shlex.quote(v)}" for k, v in faults.environment(tmp_path / "faults").items())
+    command = f"{given} HF_HUB_OFFLINE=1 mlprune sweep {file} --set pipeline.shards=2 --json {out}"
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(made.hosts.run, 0, command, 400)
+        made.hosts.kill_raylet(held(orders, 3))
+        cut = held(orders, 5)
+        made.hosts.cut(cut)
+        try:
+            done = running.result()
+        finally:
+            made.hosts.join(cut)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("is gone with its node") >= 2, done.stderr
+    assert numbers(json.loads(out.read_text())) == plain_numbers(file)
+    made.wait_for(NODES)
 
 
 def test_the_mlflow_server_is_started_again_but_not_twice(made: Cluster) -> None:

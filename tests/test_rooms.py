@@ -25,11 +25,14 @@ LAYOUT = """
     evaluation.harness_model evaluation.harness
     evaluation.choices evaluation.translation evaluation.suite analysis analysis.pictures analysis.sweep_pictures
     analysis.features analysis.feature_pictures export
-    grid asked prepare trial outbox tracking_server tracking tuning watching outcome sweep winner scale comparison study
-    head parcel remote report report.tables report.ranking report.sweep report.page report.live report.scale report.comparison report.study cli __main__
+    grid asked prepare trial outbox tracking_server tracking tuning watching outcome sweep winner
+    scale comparison study
+    head parcel remote report report.tables report.ranking report.sweep report.page report.live
+    report.scale report.comparison report.study cli __main__
 """
 FLOORS = LAYOUT.split()
 ORDER = {name if name == "mlprune" else f"mlprune.{name}": place for place, name in enumerate(FLOORS)}
+RAY = ("mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet")
 # a foreign library (the longest name that matches counts) -> the modules that may import it
 DOORS = {
     "datasets": ("mlprune.data.",),

@@ -28,6 +28,7 @@ import pytest
 
 from mlprune.errors import StorageError
 from mlprune.storage import Storage, check_storage, sweep_lock, write_whole
+from tests.servers import free_port
 
 SPAWN = multiprocessing.get_context("spawn")
 REMOTE = ("memory", "s3", "gs")
@@ -54,12 +55,6 @@ def s3() -> Iterator[str]:
         yield f"http://{host}:{port}"
         forget("s3")
     server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def cancelled(request: Any, response: Any, storage: Any, *_: Any, **__: Any) -> None:

@@ -21,6 +21,7 @@ from mlprune.evaluation.items import from_json
 from mlprune.specs import spec_from
 from mlprune.sweep import chosen_variants
 from mlprune.trial import scores_of
+from tests.numbers import numbers
 from tests.tiny import tokenizer
 from tests.tiny_models import source
 
@@ -67,17 +68,6 @@ def sweep(folder: Path, *args: str, **search: Any) -> dict[str, Any]:
     assert process.wait(300) == 0, (folder / "log.txt").read_text()
     values: dict[str, Any] = json.loads(out.read_text())
     return values
-
-
-def numbers(outcome: dict[str, Any]) -> dict[str, Any]:
-    """All that must not depend on when and where a trial ran, by variant."""
-    return {
-        json.dumps(result["variant"]): (
-            result["masks"],
-            {name: value for name, value in result["metrics"].items() if not name.startswith("seconds")},
-        )
-        for result in (outcome["dense"], *outcome["ranking"])
-    }
 
 
 def runs(outcome: dict[str, Any]) -> Sequence[Any]:

@@ -1,11 +1,9 @@
 """What a sweep logs, over real MLflow: a database, and a server that dies, hangs, and loses its answers."""
 
 import http.client
-import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -39,57 +37,9 @@ from mlprune.tracking import (
     shown,
 )
 from mlprune.variants import Variant
+from tests.servers import Server, free_port
 
 WANDA = Variant("mono:en", "wanda", 0.5, "unstructured", "dense")
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
-class Server:
-    """An `mlflow server` over an sqlite file, in its own process group; it can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        folder = self.folder
-        words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        places = [
-            "--backend-store-uri",
-            f"sqlite:///{folder}/m.db",
-            "--artifacts-destination",
-            str(folder / "files"),
-        ]
-        with (folder / "log.txt").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, *words, *places],
-                cwd=folder,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                return check_tracking(self.uri)
-            except SpecError:
-                assert time.monotonic() < deadline, (self.folder / "log.txt").read_text()
-                time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -157,16 +157,20 @@ def usable_nodes() -> list[dict[str, Any]]:
     return []
 
 
-def cluster_machine(wait_minutes: float | None = None) -> Machine | None:
+def cluster_machine(wait_minutes: float | None = None, launch: bool = True) -> Machine | None:
     """The nodes of the Ray cluster that runs, as their own tools report them; None if none runs.
 
     Of nodes that differ, the least of each. Where an autoscaler may launch nodes and none is there yet, one is
-    asked for and waited for: what a node has is known when it is there.
+    asked for and waited for, because what a node has is known when it is there; unless `launch` is False, when
+    SpecError asks for the machine's description.
     """
     if not connect():
         return None
     launchable, wanted = _launchable()
     if wanted and not _has(usable_nodes(), wanted):
+        if not launch:
+            remedy = "the cluster launches its nodes when a sweep wants them: say how many, and what one has"
+            raise SpecError("--nodes", "nothing", remedy)
         _first_node(wanted, wait_minutes)
     nodes = usable_nodes()
     machine = _least([_seen(node) for node in nodes])

@@ -39,11 +39,8 @@ class Replica:
     def pipeline(self) -> RayPipeline:
         return RayPipeline(self._actors, self._plan.spans, self._plan.chunks, self._plan.trials)
 
-    def start(self, wait_minutes: float | None) -> None:
-        """Start the shards that are not there, and have the others forget what trials left.
-
-        Raises WorkerLostError when a worker dies while it loads.
-        """
+    def start(self, wait_minutes: float | None) -> list[Any]:
+        """Start the shards that are not there: promises that they have loaded, to be awaited."""
         self._place.wait(wait_minutes)
         self._order = self._order or self._place.order()
         loading = []
@@ -52,8 +49,7 @@ class Replica:
                 span, ranks = self._plan.spans[shard], self._plan.holding.ranks
                 self._actors[shard], loaded = start_shard(self._setup, span, ranks, self._place, bundle)
                 loading.append(loaded)
-        await_shards(loading)
-        self.pipeline.everywhere("forget_trials")
+        return loading
 
     def whole(self) -> bool:
         return all(map(_alive, self._actors))
@@ -100,12 +96,16 @@ class Fleet:
         return [replica.pipeline for replica in self._replicas]
 
     def mend(self) -> None:
-        """Start what is not there. Raises SweepError when workers die again and again while they load."""
+        """Start the shards that are not there, and have those beside them forget what trials left.
+
+        Raises SweepError when workers die again and again while they load.
+        """
         for deaths in range(1, MOST_DEATHS + 1):
             try:
-                for replica in self._replicas:
-                    if not replica.whole():
-                        replica.start(self._wait_minutes)
+                broken = [replica for replica in self._replicas if not replica.whole()]
+                await_shards([loading for one in broken for loading in one.start(self._wait_minutes)])
+                for replica in broken:
+                    replica.pipeline.everywhere("forget_trials")
                 return
             except WorkerLostError as lost:
                 if deaths == MOST_DEATHS:
