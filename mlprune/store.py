@@ -66,7 +66,7 @@ class MomentStore:
         try:
             tensors, metadata = safetensors.torch.load(content), _metadata(content)
             tokens = json.loads(metadata["tokens"])
-            found = {name: Moments(tokens[name], tensor) for name, tensor in tensors.items()}
+            found = {name: Moments(tokens[name], tensors[name]) for name in sorted(tensors)}
             intact = metadata["sha256"] == _checksum(tensors, tokens)
         except (SafetensorError, *DAMAGED) as error:
             raise CorruptMomentsError(f"{self._storage}/{name}") from error

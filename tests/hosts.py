@@ -257,11 +257,12 @@ class Cluster:
         return self._on_the_laptop("mlprune", command, *words)
 
     def _on_the_laptop(self, program: str, *words: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         own = {"HOME": str(self.home), "TMPDIR": str(self.home), "RAY_TMPDIR": str(self.home)}
         done = subprocess.run(
             [str(VENV / "bin" / program), *words],
             cwd=PROJECT,
-            env={**os.environ, **own},
+            env={**environment, **own},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

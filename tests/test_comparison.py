@@ -74,7 +74,7 @@ def test_the_report_card(tracker: SweepTracker) -> None:
         "xwinograd acc fr": "worse *",
     }
     assert max(len(line) for line in told.stdout.splitlines()) <= 100
-    assert told.stdout.startswith(f"a  wanda 0.3 mono:en  {a}\nb  wanda 0.5 mono:en  {b}\n")
+    assert told.stdout.startswith(f"a  en 0.3 wanda  {a}\nb  en 0.5 wanda  {b}\n")
 
 
 def test_the_same_as_json(tracker: SweepTracker) -> None:

@@ -109,7 +109,42 @@ def test_causes_are_named_in_a_line(error: Exception, told: str) -> None:
     assert "\n" not in cause_of_death(error)
 
 
-# over real Ray
+# over real Ray: first what wants CPUs that the fleet would have
+
+
+def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: None, tmp_path: Path) -> None:
+    prepared = ready(tmp_path, shards=2)
+    assert prepared.fingerprint, "made here, while the model is"
+    object.__setattr__(prepared.source, "folder", tmp_path / "gone")
+    with pytest.raises(ModelError, match="put it on a shared disk, or there on every node"), open_fleet(prepared):
+        pass
+
+
+def test_a_cluster_that_is_too_small_says_what_is_missing(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place.ask(2, {"CPU": 1, "GPU": 1, "memory": float(GIB)})
+    try:
+        with pytest.raises(SpecError, match=r"pipeline.wait_minutes: 0.01: waiting for places of 2 shard\(s\), "):
+            place.wait(0.01)
+    finally:
+        place.remove()
+    assert "1 CPU, 1 GPU, 1 GiB each; free: " in capsys.readouterr().err
+    assert resources_text({"CPU": 0.5, "memory": 2.5 * GIB}) == "0.5 CPU, 2.5 GiB"
+
+
+def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cluster, "usable_nodes", lambda: [{"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 8.0}}]
+    )
+    two = Machine(nodes=2, gpus=2, gpu_memory=GIB, host_memory=GIB, host_to_device=1, flops=1)
+    assert bundle_for(two, workers=4, ranks=1, memory=7) == {"CPU": 1, "memory": 7, "GPU": 1}
+    assert bundle_for(two, workers=6, ranks=1, memory=7)["GPU"] == 0.5, "three workers on two GPUs: two share one"
+    assert bundle_for(two, workers=4, ranks=2, memory=7) == {"CPU": 2, "memory": 14, "GPU": 2}
+    none = Machine(nodes=2, gpus=0, gpu_memory=0, host_memory=GIB, host_to_device=1, flops=0)
+    assert bundle_for(none, workers=12, ranks=1, memory=7) == {"CPU": 0.6666, "memory": 7}
 
 
 @pytest.fixture(scope="module")
@@ -207,38 +242,3 @@ def test_no_more_trials_than_planned_enter_a_replica_and_none_a_broken_fleet(fle
         pass
     assert lost.value.drained
     fleet.mend()
-
-
-def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: None, tmp_path: Path) -> None:
-    prepared = ready(tmp_path, shards=2)
-    assert prepared.fingerprint, "made here, while the model is"
-    object.__setattr__(prepared.source, "folder", tmp_path / "gone")
-    with pytest.raises(ModelError, match="put it on a shared disk, or there on every node"), open_fleet(prepared):
-        pass
-
-
-def test_a_cluster_that_is_too_small_says_what_is_missing(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = Place.ask(2, {"CPU": 1, "GPU": 1, "memory": float(GIB)})
-    try:
-        with pytest.raises(SpecError, match=r"pipeline.wait_minutes: 0.01: waiting for places of 2 shard\(s\), "):
-            place.wait(0.01)
-    finally:
-        place.remove()
-    assert "1 CPU, 1 GPU, 1 GiB each; free: " in capsys.readouterr().err
-    assert resources_text({"CPU": 0.5, "memory": 2.5 * GIB}) == "0.5 CPU, 2.5 GiB"
-
-
-def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        cluster, "usable_nodes", lambda: [{"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 8.0}}]
-    )
-    two = Machine(nodes=2, gpus=2, gpu_memory=GIB, host_memory=GIB, host_to_device=1, flops=1)
-    assert bundle_for(two, workers=4, ranks=1, memory=7) == {"CPU": 1, "memory": 7, "GPU": 1}
-    assert bundle_for(two, workers=6, ranks=1, memory=7)["GPU"] == 0.5, "three workers on two GPUs: two share one"
-    assert bundle_for(two, workers=4, ranks=2, memory=7) == {"CPU": 2, "memory": 14, "GPU": 2}
-    none = Machine(nodes=2, gpus=0, gpu_memory=0, host_memory=GIB, host_to_device=1, flops=0)
-    assert bundle_for(none, workers=12, ranks=1, memory=7) == {"CPU": 0.6666, "memory": 7}

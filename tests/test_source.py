@@ -283,7 +283,7 @@ def hub_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
 def test_hub_model_is_fetched_without_code_or_pickles(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = hub_of(tiny, monkeypatch)
     source = find_model("some/model", revision="v1", allow_pickle=True)
-    assert source == ModelSource("some/model", tiny, trust_remote_code=False, allow_pickle=True)
+    assert source == ModelSource("some/model", tiny, trust_remote_code=False, allow_pickle=True, commit=tiny.name)
     (call,) = calls  # there are safetensors: pickles are not asked for even where they are allowed
     assert (call["name"], call["revision"]) == ("some/model", "v1")
     assert not {"*.py", "*.bin", "pytorch_model*.bin"} & set(call["allow_patterns"])

@@ -248,7 +248,7 @@ def test_a_database_holds_what_was_logged(undisturbed: dict[str, Any]) -> None:
     statuses = {key: told[0] for key, told in undisturbed.items()}
     assert statuses == {"": "FAILED", "dense": "FINISHED", "a": "FINISHED", "b": "FAILED", "c": "KILLED"}
     _, name, params, tags, points, texts = undisturbed["a"]
-    assert (name, params["score"], tags["mlprune.masks"]) == (WANDA.label, "wanda", "d1")
+    assert (name, params["score"], tags["mlprune.masks"]) == (WANDA.short, "wanda", "d1")
     assert (points, texts) == ({"bits": ["(0, 2.5)", "(4, 2.0)"]}, {"items.json": "[2]"})
     assert undisturbed["b"][3]["mlprune.cause"] == "it died"
     _, _, params, tags, points, texts = undisturbed[""]

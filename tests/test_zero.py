@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
+from mlprune.errors import WorkerLostError
 from mlprune.evaluation.suite import Suite
 from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import ALONE, Ranks
 from mlprune.models.source import ModelSource
 from mlprune.models.zero import ALIGNMENT, Layout, Offload, Zero, _Folder, meeting_place
-from mlprune.prepare import Prepared, make_masks
+from mlprune.prepare import Prepared, make_masks, open_fleet
 from mlprune.shards.memory import Chunks
 from mlprune.shards.pipeline import Pipeline, in_order
 from tests.test_pipeline import Outcome, outcome
@@ -260,16 +261,19 @@ def assert_alike(found: Outcome, expected: Outcome) -> None:
 
 @needs_gpus
 @pytest.mark.usefixtures("ray_cluster")
-def test_ranks_compute_what_one_does_and_when_one_dies_nobody_hangs(resident: Any, tmp_path: Path) -> None:
+def test_ranks_compute_what_one_does_and_one_that_dies_is_replaced(resident: Any, tmp_path: Path) -> None:
     prepared = offloaded(tmp_path, "cpu", shards=2, ranks_per_shard=2)
     batch = prepared.sets["mono:hi"].batches[0]
-    with opened(prepared, over_ray=True) as pipeline:
+    with open_fleet(prepared) as fleet:
+        pipeline = fleet.pipelines[0]
         assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
         for batches in ([batch, None], [batch, batch]):  # the second rank dies of nothing, and then is dead
             promise = pipeline.call(0, "forward", batches, None)
             assert ray.wait([promise.own], timeout=120)[0], "it hangs"
-            with pytest.raises(ray.exceptions.RayError):
+            with pytest.raises(WorkerLostError):
                 pipeline.get(promise)
+        fleet.mend()
+        assert_alike(outcome(prepared, fleet.pipelines[0]), resident("llama", "float32")[0])
 
 
 @needs_libaio

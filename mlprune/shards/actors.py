@@ -54,7 +54,7 @@ class RankActor:
     def __init__(self) -> None:
         self._others: list[Any] = []
         self._busy, self._since, self._trials = 0.0, 0.0, set[str]()
-        self._lock = threading.Lock()
+        self._lock, self._broken = threading.Lock(), False
         self._worker: ShardWorker | None = None
 
     def load(self, setup: Setup, span: Span, size: int, options: dict[str, Any], ranks: Ranks | None) -> None:
@@ -75,6 +75,9 @@ class RankActor:
 
     @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
     def usage(self) -> Usage:
+        """Answers at once, whatever the worker is at; WorkerLostError when its ranks broke off."""
+        if self._broken:
+            raise WorkerLostError("a rank of the shard broke off")
         with self._lock:
             now = time.monotonic()
             busy = self._busy + (now - self._since if self._since else 0.0)
@@ -126,7 +129,8 @@ class RankActor:
             raise WorkerLostError(f"a rank of the shard broke off: {type(error).__name__}: {error}") from error
 
     def _break_off(self) -> None:
-        """What went wrong here leaves the other ranks waiting for it: none of them stays."""
+        """What went wrong here leaves the other ranks waiting for it: none stays, and the shard is lost."""
+        self._broken = True
         for actor in self._others:
             ray.kill(actor)
         assert self._worker is not None

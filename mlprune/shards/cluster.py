@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import tempfile
 import time
 import warnings
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
-from ray._private.state import state as cluster_state
 from ray._private.utils import read_ray_address
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -27,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SpecError
 from mlprune.shards.machine import Machine, gpus_here, machine_with
+from mlprune.specs import read_yaml
 
 # what every worker's process is to have in its environment
 ENVIRONMENT = {
@@ -36,6 +39,9 @@ ENVIRONMENT = {
 }
 QUIET_SECONDS = 2  # of a wait, before it is spoken of
 SAY_SECONDS = 30  # between two lines on the same wait, where no terminal shows it
+KNOCK_SECONDS = 10
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+MOST_NODES = 64  # where nobody says how many there may be
 GRANULE = 10_000  # Ray counts resources in parts of so many
 
 
@@ -68,6 +74,7 @@ def connect() -> bool:
         return True
     os.environ.update(ENVIRONMENT)
     try:
+        _knock(address)
         ray.init(
             address=address,
             runtime_env={"env_vars": ENVIRONMENT},
@@ -77,7 +84,7 @@ def connect() -> bool:
     except AuthenticationError:
         remedy = "it asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
         raise SpecError("RAY_ADDRESS", address, remedy) from None
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except (OSError, RayError, RuntimeError, ValueError) as error:
         if os.environ.get("RAY_ADDRESS"):
             remedy = f"no Ray cluster answers there: {' '.join(str(error).split())[:160]}"
             raise SpecError("RAY_ADDRESS", address, remedy) from None
@@ -86,6 +93,13 @@ def connect() -> bool:
         return False
     _quieten()
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody listens at `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "//" not in host:
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 @contextmanager
@@ -172,6 +186,8 @@ def cluster_machine(wait_minutes: float | None = None, launch: bool = True) -> M
             remedy = "the cluster launches its nodes when a sweep wants them: say how many, and what one has"
             raise SpecError("--nodes", "nothing", remedy)
         _first_node(wanted, wait_minutes)
+    told = "waiting for a node of the cluster that has GPUs or CPUs"
+    _wait(lambda: bool(usable_nodes()), lambda: told, wait_minutes)
     nodes = usable_nodes()
     machine = _least([_seen(node) for node in nodes])
     if wanted and launchable > len(nodes):
@@ -209,14 +225,29 @@ def _least(seen: Sequence[Machine]) -> Machine:
 
 
 def _launchable() -> tuple[int, dict[str, float]]:
-    """How many nodes an autoscaler may have at most of the kind that suits shards, and a node's GPUs or CPUs."""
-    config = cluster_state.get_cluster_config()
-    groups = [] if config is None else [g for g in config.node_group_configs if g.max_count > 0]
+    """How many nodes an autoscaler may have at most of the kind that suits shards, and a node's GPUs or CPUs.
+
+    Ray itself does not tell. `ray up` leaves its file on the head; of an autoscaler that works by another, as on
+    Kubernetes, all that is known is that it is there.
+    """
+    try:
+        made_by = read_yaml(BOOTSTRAP.expanduser().read_text())
+    except (OSError, yaml.YAMLError):
+        return (MOST_NODES, {"CPU": 1.0}) if _autoscales() else (0, {})
+    if made_by["provider"]["type"] == "local":  # all of its nodes are there, or on their way
+        return 0, {}
+    kinds = made_by["available_node_types"].values()
     for kind in ("GPU", "CPU"):
-        of_kind = [g for g in groups if g.resources.get(kind, 0) > 0]
-        if of_kind:
-            return sum(g.max_count for g in of_kind), {kind: 1.0}
+        counts = [node.get("max_workers", 0) for node in kinds if node.get("resources", {}).get(kind, 0) > 0]
+        if sum(counts):
+            return min(sum(counts), made_by["max_workers"]), {kind: 1.0}
     return 0, {}
+
+
+def _autoscales() -> bool:
+    """Whether an autoscaler has told the cluster of itself (Ray's second one does)."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return status.stats.autoscaler_version not in (None, "0")
 
 
 def _has(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> bool:

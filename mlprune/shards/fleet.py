@@ -46,6 +46,8 @@ class Replica:
         loading = []
         for shard, bundle in enumerate(self._order):
             if not _alive(self._actors[shard]):
+                if self._actors[shard] is not None:
+                    ray.kill(self._actors[shard])  # it may live, with ranks that do not, and hold its bundle
                 span, ranks = self._plan.spans[shard], self._plan.holding.ranks
                 self._actors[shard], loaded = start_shard(self._setup, span, ranks, self._place, bundle)
                 loading.append(loaded)
