@@ -141,7 +141,9 @@ def test_the_driver_dies_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> 
         found = {file.name: file.stat().st_mtime_ns for file in results.glob("*.json")}
         assert before.items() <= found.items(), "a finished trial ran again"
         before = found
+    moments = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").rglob("*.safetensors")}
     outcome = done(tmp_path, "sweep", str(spec(tmp_path)))
+    assert {file: file.stat().st_mtime_ns for file in moments} == moments, "a stored pass was repeated"
     after = {file.name: file.stat().st_mtime_ns for file in results.glob("*.json")}
     assert before.items() <= after.items()
     assert numbers(outcome) == undisturbed
