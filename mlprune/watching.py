@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlprune.console import say
 from mlprune.shards.actors import Usage
@@ -16,6 +17,7 @@ from mlprune.tracking import SweepTracker
 from mlprune.tuning import Trials
 
 LOOK_SECONDS = 1.0
+WINDOW_SECONDS = 30.0  # over which rates are averaged: tokens are counted when a chunk begins
 LOG_SECONDS = 15.0  # between two points of a metric in MLflow
 TRIALS = "pruning and evaluating"
 
@@ -24,13 +26,33 @@ Show = Callable[[Standing], None]
 
 @dataclass
 class _Shard:
-    """What was seen of a shard: at the last look, and since the trials began."""
+    """What was seen of a shard: lately, and since the trials began."""
 
-    last: Usage | None = None
-    busy: float = 0.0  # share of the time between the last two looks
-    tokens: float = 0.0  # a second
+    seen: deque[Usage] = field(default_factory=deque)  # the looks of the last WINDOW_SECONDS
     alive: bool = True
     worked: float = 0.0  # seconds since the trials began
+
+    def add(self, usage: Usage | None) -> float:
+        """Take in a look, None where nobody answered; the seconds that it worked since the last one."""
+        self.alive = usage is not None
+        last = self.seen[-1] if self.seen else None
+        if usage is None or (last and (usage.at <= last.at or usage.busy < last.busy or usage.node != last.node)):
+            self.seen.clear()  # not there, or another worker than at the last look
+            last = None
+        if usage is None:
+            return 0.0
+        self.seen.append(usage)
+        while usage.at - self.seen[0].at > WINDOW_SECONDS:
+            self.seen.popleft()
+        return usage.busy - last.busy if last else 0.0
+
+    def rates(self) -> tuple[float, float]:
+        """Over the window: the share of the time that it worked, and tokens a second."""
+        if len(self.seen) < 2:
+            return 0.0, 0.0
+        first, last = self.seen[0], self.seen[-1]
+        passed = last.at - first.at
+        return min(1.0, (last.busy - first.busy) / passed), (last.tokens - first.tokens) / passed
 
 
 class Watch:
@@ -74,15 +96,9 @@ class Watch:
     def _look(self) -> None:
         for replica, pipeline in enumerate(self._fleet.pipelines):
             for number, usage in enumerate(pipeline.look(LOOK_SECONDS)):
-                shard = self._shards.setdefault((replica, number), _Shard())
-                last, shard.alive = shard.last, usage is not None
-                shard.last = usage or shard.last
-                if usage is None or last is None or usage.at <= last.at or usage.busy < last.busy:
-                    shard.busy = shard.tokens = 0.0  # not there, or another worker than at the last look
-                    continue
-                worked, passed = usage.busy - last.busy, usage.at - last.at
-                shard.busy, shard.tokens = min(1.0, worked / passed), (usage.tokens - last.tokens) / passed
-                shard.worked += worked if self._phase == TRIALS else 0.0
+                worked = self._shards.setdefault((replica, number), _Shard()).add(usage)
+                if self._phase == TRIALS:
+                    self._shards[replica, number].worked += worked
 
     def standing(self) -> Standing:
         now = time.monotonic()
@@ -96,9 +112,8 @@ class Watch:
                 replica,
                 number,
                 (spans[number].first, spans[number].end - 1),
-                shard.last.node if shard.last else "?",
-                shard.busy,
-                shard.tokens,
+                shard.seen[-1].node if shard.seen else "?",
+                *shard.rates(),
                 shard.alive,
             )
             for (replica, number), shard in sorted(self._shards.items())
@@ -132,8 +147,8 @@ class Watch:
         seen = list(self._shards.values())
         last = max(number for _, number in self._shards)  # every token passes all shards: one counts them
         return {
-            "live.tokens_per_second": sum(shard.tokens for (_, n), shard in self._shards.items() if n == last),
-            "live.shards_busy": sum(shard.busy for shard in seen) / len(seen),
+            "live.tokens_per_second": sum(s.rates()[1] for (_, n), s in self._shards.items() if n == last),
+            "live.shards_busy": sum(shard.rates()[0] for shard in seen) / len(seen),
             "live.trials_finished": float(len(self._trials.results)),
         }
 

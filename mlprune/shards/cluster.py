@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.utils import read_ray_address
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -29,7 +27,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SpecError
 from mlprune.shards.machine import Machine, gpus_here, machine_with
-from mlprune.specs import read_yaml
 
 # what every worker's process is to have in its environment
 ENVIRONMENT = {
@@ -230,6 +227,10 @@ def _launchable() -> tuple[int, dict[str, float]]:
     Ray itself does not tell. `ray up` leaves its file on the head; of an autoscaler that works by another, as on
     Kubernetes, all that is known is that it is there.
     """
+    import yaml  # not at the top: workers import this module, and each would hold it
+
+    from mlprune.specs import read_yaml
+
     try:
         made_by = read_yaml(BOOTSTRAP.expanduser().read_text())
     except (OSError, yaml.YAMLError):
@@ -246,6 +247,8 @@ def _launchable() -> tuple[int, dict[str, float]]:
 
 def _autoscales() -> bool:
     """Whether an autoscaler has told the cluster of itself (Ray's second one does)."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
     return status.stats.autoscaler_version not in (None, "0")
 
