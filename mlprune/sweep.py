@@ -159,7 +159,7 @@ def _concluded(prepared: Prepared, ran: Ran, tracker: SweepTracker) -> SweepOutc
     spec = prepared.spec
     ranking = ranking_of(ran.dense, ran.results, spec.search.objective, prepared.results())
     for result in ranking.trials:
-        tracker.log_trial(result.key, result.variant, _told_at_the_end(result, ranking.changes[result.key]))
+        tracker.log_trial(result.key, result.variant, _change_metrics(ranking.changes[result.key]))
     pictures = pictures_of(
         ran.dense,
         ranking.trials,
@@ -204,10 +204,9 @@ def _settle(tracker: SweepTracker, patience: float) -> bool:
     return settled
 
 
-def _told_at_the_end(result: Result, change: Interval) -> dict[str, float]:
-    """For MLflow's charts, which take the first metric by name: the mean under a name before all others."""
+def _change_metrics(change: Interval) -> dict[str, float]:
     names = ("bits_per_byte.change", "bits_per_byte.change.low", "bits_per_byte.change.high")
-    return {"bits_per_byte": result.metrics["bits_per_byte.mean"], **dict(zip(names, change, strict=True))}
+    return dict(zip(names, change, strict=True))
 
 
 def _sweep_params(prepared: Prepared) -> dict[str, object]:

@@ -35,7 +35,6 @@ from mlprune.variants import Variant
 if TYPE_CHECKING:
     from mlprune.tracking import SweepTracker
 
-METRICS = "metrics"  # of a report: ours, beside what Ray Tune adds
 LOST_ALONE = 2  # so often lost, a trial goes alone
 
 
@@ -198,7 +197,7 @@ def tune_trial(
                 gather(prepared, pipeline, [variant])  # of a mended worker; else they are there
                 result, items = run_trial(prepared, pipeline, variant, _under_way(prepared))
             store.save(result, items)
-        tune.report({METRICS: dict(result.metrics), objective: result.metrics[objective]})
+        tune.report({objective: result.metrics[objective]})
     except WorkerLostError as lost:
         tune.report({"drained" if lost.drained else "lost": str(lost), **worst})
     except Exception as error:  # whatever it is, it ends this trial and not the others; the sweep reports it
@@ -207,12 +206,12 @@ def tune_trial(
 
 
 def _under_way(prepared: Prepared) -> Callable[[Mapping[str, float]], None]:
-    """Reports what is known before a trial ends; to Optuna nothing, which wants its objective in every report."""
+    """Reports that masks are made; to Optuna nothing, which wants its objective in every report."""
     from ray import tune
 
     if prepared.spec.search.searcher == "optuna":
         return lambda metrics: None
-    return lambda metrics: tune.report({METRICS: dict(metrics)})
+    return lambda metrics: tune.report({"masked": True})
 
 
 class Watcher:
@@ -241,11 +240,9 @@ class Watcher:
         elif "cause" in told:
             self._trials.failed[variant] = told["cause"]
             self._tracker.fail_trial(key, variant, told["traceback"])
-        else:
-            self._tracker.log_trial(key, variant, told[METRICS])
-            if known := self._trials.under_way.get(trial.trial_id):
-                now = time.monotonic()
-                self._trials.under_way[trial.trial_id] = UnderWay(known.label, known.began, "evaluating", now)
+        elif known := self._trials.under_way.get(trial.trial_id):  # its metrics are logged whole, at its end
+            now = time.monotonic()
+            self._trials.under_way[trial.trial_id] = UnderWay(known.label, known.began, "evaluating", now)
 
     def ended(self, trial: Any) -> None:
         key, _ = self._key_and_variant(trial)

@@ -11,7 +11,7 @@ import ray
 from click.testing import CliRunner
 
 from mlprune.cli import main
-from mlprune.report.tables import time_text
+from mlprune.console import time_text
 from mlprune.scale import Asked, ScalePlan, plan_scale
 from mlprune.shards.cluster import cluster_machine
 from mlprune.shards.forecast import DISK_BYTES_PER_SECOND, EFFICIENCY, MASKED_PER_SECOND

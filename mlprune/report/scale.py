@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from mlprune.console import results as out
-from mlprune.console import size_text
-from mlprune.report.tables import memory_table, new_table, shard_values, time_text
+from mlprune.console import size_text, time_text
+from mlprune.report.tables import memory_table, new_table, shard_values
 from mlprune.scale import ScalePlan
 
 

@@ -57,13 +57,6 @@ def shard_values(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def time_text(seconds: float) -> str:
-    """Seconds as a person reads them: `3 min`, `2.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def show_tracking(spec: SweepSpec) -> None:
     """Where the runs are, and the command that shows them."""
     out.print(f"tracking   {shown(spec.tracking_uri)}", soft_wrap=True)
