@@ -98,7 +98,7 @@ class Fleet:
         return [replica.pipeline for replica in self._replicas]
 
     def mend(self) -> None:
-        """Start the shards that are not there, and have those beside them forget what trials left.
+        """Start the shards that are not there, and have all forget what trials left. No trial may be under way.
 
         Raises SweepError when workers die again and again while they load.
         """
@@ -106,7 +106,7 @@ class Fleet:
             try:
                 broken = [replica for replica in self._replicas if not replica.whole()]
                 await_shards([loading for one in broken for loading in one.start(self._wait_minutes)])
-                for replica in broken:
+                for replica in self._replicas:
                     replica.pipeline.everywhere("forget_trials")
                 return
             except WorkerLostError as lost:
