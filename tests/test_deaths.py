@@ -167,3 +167,12 @@ def test_export_outlives_a_worker_and_leaves_nothing_of_a_dead_driver(tmp_path: 
     done(tmp_path, *asked, "--set", "pipeline.shards=1", "--output", "killed")
     one, other = (tmp_path / name / "model.safetensors" for name in ("mended", "killed"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_worker_killed_for_memory_is_told_as_such(tmp_path: Path) -> None:
+    """Ray's own monitor, told that two percent of the machine's memory are too much."""
+    greedy = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "100"}
+    assert done(tmp_path, "sweep", str(spec(tmp_path)), code=1, **greedy) is None
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last.startswith("mlprune: workers died 3 times while they loaded: a shard's worker was killed because")
+    assert "its node ran low on memory" in last
