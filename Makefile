@@ -12,7 +12,7 @@ sweep: $(VENV)/.installed
 	$(BIN)/mlprune sweep
 
 test: check
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

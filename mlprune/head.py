@@ -115,12 +115,8 @@ class Tunnel:
     """
 
     def __init__(self, head: Head, ports: Sequence[int]) -> None:
-        self._head = head
+        self._head, self._there = head, ports
         self.ports = [_free_port(port) for port in ports]
-        pairs = zip(self.ports, ports, strict=True)
-        forwards = [f"-L127.0.0.1:{here}:127.0.0.1:{there}" for here, there in pairs]
-        self._command = ["sh", "-c", FATE, "sh", head.ssh[0], "-N", *forwards, *head.ssh[1:]]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self._start()
 
     def open(self) -> None:
@@ -130,6 +126,11 @@ class Tunnel:
             if self._child.poll() is not None or time.monotonic() > deadline:
                 self._errors.seek(0)
                 cause = last_line(self._errors.read().decode(errors="replace")) or "no connection"
+                if "local forwarding" in cause and time.monotonic() < deadline:  # somebody has just taken a port
+                    self.close()
+                    self.ports = [_free_port(0) for _ in self._there]
+                    self._start()
+                    continue
                 up = about(self._head.file, "ray up {}")
                 remedy = f"no ssh to its head {self._head.address} ({cause}); if it is not up, run: {up}"
                 raise SpecError("--cluster", repr(self._head.file), remedy)
@@ -139,7 +140,6 @@ class Tunnel:
         """Start ssh anew if it has ended; whether it then leads there is for the next call to see."""
         if self._child.poll() is not None:
             self.close()
-            self._errors = tempfile.TemporaryFile()  # noqa: SIM115
             self._start()
 
     def close(self) -> None:
@@ -149,9 +149,12 @@ class Tunnel:
         self._errors.close()
 
     def _start(self) -> None:
+        pairs = zip(self.ports, self._there, strict=True)
+        forwards = [f"-L127.0.0.1:{here}:127.0.0.1:{there}" for here, there in pairs]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         # a session of its own: a Ctrl-C is for us, and ssh must not ask the terminal
         self._child = subprocess.Popen(
-            self._command,
+            ["sh", "-c", FATE, "sh", self._head.ssh[0], "-N", *forwards, *self._head.ssh[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,

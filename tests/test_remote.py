@@ -477,3 +477,29 @@ def test_a_tunnel_that_ended_is_mended(tmp_path: Path) -> None:
         time.sleep(0.05)
     tunnel.close()
     assert starts.read_text().count("started") == 2
+
+
+STOLEN = """#!{python}
+import pathlib, socket, sys, time
+starts = pathlib.Path({starts!r})
+with starts.open("a") as log:
+    log.write("started\\n")
+if starts.read_text().count("started") == 1:
+    sys.exit("bind [127.0.0.1]:8265: Address already in use\\nCould not request local forwarding.")
+forward = next(word for word in sys.argv if word.startswith("-L127.0.0.1:"))
+place = socket.create_server(("127.0.0.1", int(forward.split(":")[1])))
+time.sleep(60)
+"""
+
+
+def test_a_port_that_is_taken_meanwhile_is_replaced(tmp_path: Path) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text(STOLEN.format(python=sys.executable, starts=str(tmp_path / "starts")))
+    ssh.chmod(0o755)
+    tunnel = Tunnel(Head("x.yaml", "head", (str(ssh),), ()), (8265,))
+    try:
+        tunnel.open()
+        socket.create_connection(("127.0.0.1", tunnel.ports[0]), 1).close()
+    finally:
+        tunnel.close()
+    assert (tmp_path / "starts").read_text().count("started") == 2
