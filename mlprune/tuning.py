@@ -26,8 +26,8 @@ from mlprune.errors import WorkerLostError
 from mlprune.grid import variant_of
 from mlprune.prepare import Prepared, gather
 from mlprune.shards.actors import RayPipeline, admitted
-from mlprune.shards.cluster import slots
 from mlprune.shards.fleet import MOST_DEATHS, Fleet
+from mlprune.shards.places import slots
 from mlprune.store import Result
 from mlprune.trial import run_trial
 from mlprune.variants import Variant

@@ -14,13 +14,13 @@ from mlprune.config import PipelineSpec
 from mlprune.errors import ModelError, SpecError, SweepError, WorkerLostError
 from mlprune.grid import variant_of
 from mlprune.prepare import gather, make_masks, open_fleet, open_here
-from mlprune.shards import cluster
 from mlprune.shards.actors import RayPipeline, admitted, cause_of_death
-from mlprune.shards.cluster import Place, bundle_for, resources_text
+from mlprune.shards.cluster import resources_text
 from mlprune.shards.fleet import MOST_DEATHS, Fleet
 from mlprune.shards.machine import Machine, share_of
 from mlprune.shards.memory import Work
 from mlprune.shards.pipeline import Pruned
+from mlprune.shards.places import Place, bundle_for
 from mlprune.shards.planner import make_plan
 from mlprune.tuning import LOST_ALONE, Deaths
 from tests.work import WANDA, masks_of, ready
@@ -136,9 +136,7 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
 def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        cluster, "usable_nodes", lambda: [{"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 8.0}}]
-    )
+    monkeypatch.setattr(places, "usable_nodes", lambda: [{"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 8.0}}])
     two = Machine(nodes=2, gpus=2, gpu_memory=GIB, host_memory=GIB, host_to_device=1, flops=1)
     assert bundle_for(two, workers=4, ranks=1, memory=7) == {"CPU": 1, "memory": 7, "GPU": 1}
     assert bundle_for(two, workers=6, ranks=1, memory=7)["GPU"] == 0.5, "three workers on two GPUs: two share one"

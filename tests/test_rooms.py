@@ -20,7 +20,7 @@ LAYOUT = """
     storage store
     shards shards.machine shards.shape shards.masking shards.features shards.decoding shards.gathering
     shards.likelihood shards.worker shards.memory shards.planner shards.forecast shards.pipeline
-    shards.cluster shards.actors shards.fleet
+    shards.cluster shards.places shards.actors shards.fleet
     evaluation evaluation.items evaluation.significance evaluation.consistency evaluation.perplexity
     evaluation.harness_model evaluation.harness
     evaluation.choices evaluation.translation evaluation.suite analysis analysis.pictures analysis.sweep_pictures
@@ -32,19 +32,14 @@ LAYOUT = """
 """
 FLOORS = LAYOUT.split()
 ORDER = {name if name == "mlprune" else f"mlprune.{name}": place for place, name in enumerate(FLOORS)}
-RAY = ("mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet")
+RAY = ("mlprune.shards.cluster", "mlprune.shards.places", "mlprune.shards.actors", "mlprune.shards.fleet")
 # a foreign library (the longest name that matches counts) -> the modules that may import it
 DOORS = {
     "datasets": ("mlprune.data.",),
     "ray.job_submission": ("mlprune.remote",),
     "ray.autoscaler": ("mlprune.head", "mlprune.shards.cluster"),
-    "ray.exceptions": (
-        "mlprune.remote",
-        "mlprune.shards.cluster",
-        "mlprune.shards.actors",
-        "mlprune.shards.fleet",
-    ),
-    "ray": ("mlprune.shards.cluster", "mlprune.shards.actors", "mlprune.shards.fleet"),
+    "ray.exceptions": ("mlprune.remote", *RAY),
+    "ray": RAY,
     "ray.tune": ("mlprune.tuning",),
     "mlflow": ("mlprune.tracking_server", "mlprune.tracking"),
     "optuna": ("mlprune.tuning",),

@@ -24,9 +24,9 @@ from mlprune.errors import MlpruneError, WorkerLostError
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Ranks
 from mlprune.models.zero import meeting_place
-from mlprune.shards.cluster import Place
 from mlprune.shards.memory import Chunks
 from mlprune.shards.pipeline import Pipeline
+from mlprune.shards.places import Place
 from mlprune.shards.worker import Setup, ShardWorker
 
 CLOSING_SECONDS = 10

@@ -1,4 +1,4 @@
-"""The Ray that shards run on: the cluster that runs here, or one of our own; its nodes, and places on them."""
+"""The Ray that shards run on: the cluster that runs here, or one of our own; and its nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from ray._private import worker as ray_worker
 from ray._private.utils import read_ray_address
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SpecError
@@ -39,7 +38,6 @@ SAY_SECONDS = 30  # between two lines on the same wait, where no terminal shows 
 KNOCK_SECONDS = 10
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 MOST_NODES = 64  # where nobody says how many there may be
-GRANULE = 10_000  # Ray counts resources in parts of so many
 
 
 def running_cluster() -> str | None:
@@ -184,7 +182,7 @@ def cluster_machine(wait_minutes: float | None = None, launch: bool = True) -> M
             raise SpecError("--nodes", "nothing", remedy)
         _first_node(wanted, wait_minutes)
     told = "waiting for a node of the cluster that has GPUs or CPUs"
-    _wait(lambda: bool(usable_nodes()), lambda: told, wait_minutes)
+    wait_until(lambda: bool(usable_nodes()), lambda: told, wait_minutes)
     nodes = usable_nodes()
     machine = _least([_seen(node) for node in nodes])
     if wanted and launchable > len(nodes):
@@ -263,12 +261,12 @@ def _first_node(wanted: dict[str, float], wait_minutes: float | None) -> None:
     request_resources(bundles=[wanted])
     try:
         told = f"waiting for a first node with {resources_text(wanted)}"
-        _wait(lambda: _has(usable_nodes(), wanted), lambda: told, wait_minutes)
+        wait_until(lambda: _has(usable_nodes(), wanted), lambda: told, wait_minutes)
     finally:
         request_resources(bundles=[])
 
 
-def _wait(done: Callable[[], bool], told: Callable[[], str], minutes: float | None) -> None:
+def wait_until(done: Callable[[], bool], told: Callable[[], str], minutes: float | None) -> None:
     """Wait until `done`, telling what for. Raises SpecError after `minutes` (None: as long as it takes)."""
     started = said = time.monotonic()
     while not done() and time.monotonic() - started < min(QUIET_SECONDS, 60 * (minutes or QUIET_SECONDS)):
@@ -291,69 +289,3 @@ def resources_text(resources: Mapping[str, float]) -> str:
     """As a person reads it: `2 GPU, 1 CPU, 12 GiB`."""
     parts = [f"{amount:.4g} {kind}" for kind, amount in resources.items() if kind != "memory" and amount]
     return ", ".join([*parts, *([size_text(resources["memory"])] if resources.get("memory") else [])])
-
-
-# places
-
-
-@dataclass(frozen=True)
-class Place:
-    """Bundles of resources that are alike, one a shard, each of them on one node."""
-
-    group: PlacementGroup
-    bundle: Mapping[str, float]
-    shards: int
-
-    @classmethod
-    def ask(cls, shards: int, bundle: Mapping[str, float]) -> Place:
-        """Reserve a bundle a shard, on as many nodes as there are; Ray, or its autoscaler, goes to work on it."""
-        return cls(placement_group([dict(bundle)] * shards, strategy="SPREAD"), bundle, shards)
-
-    def wait(self, minutes: float | None) -> None:
-        """Return when all bundles have their nodes; tell what is missing. Raises SpecError after `minutes`."""
-        _wait(self._there, self._missing, minutes)
-
-    def _there(self) -> bool:
-        return bool(placement_group_table(self.group)["state"] == "CREATED")
-
-    def _missing(self) -> str:
-        free = {kind: ray.available_resources().get(kind, 0) for kind in self.bundle}
-        each = resources_text(self.bundle)
-        return (
-            f"waiting for places of {self.shards} shard(s), {each} each; free: {resources_text(free) or 'nothing'}"
-        )
-
-    def nodes(self) -> list[str]:
-        """The node of each bundle."""
-        found = placement_group_table(self.group)["bundles_to_node_id"]
-        return [found[number] for number in range(self.shards)]
-
-    def order(self) -> list[int]:
-        """The bundle of each shard: neighbours in the pipeline on one node, as far as that goes."""
-        nodes = self.nodes()
-        return sorted(range(self.shards), key=lambda bundle: (nodes[bundle], bundle))
-
-    def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
-
-    def remove(self) -> None:
-        remove_placement_group(self.group)
-
-
-def bundle_for(machine: Machine, workers: int, ranks: int, memory: int) -> dict[str, float]:
-    """What a shard of `ranks` ranks asks for, of `workers` ranks in all; `memory`: bytes of its node's, a rank."""
-    on_node = -(-workers // machine.nodes)
-    cpus = min((node["Resources"].get("CPU", 0) for node in usable_nodes()), default=0)
-    asked = {"CPU": ranks * _floor(min(1.0, cpus / on_node)), "memory": float(ranks * memory)}
-    if machine.gpus:
-        asked["GPU"] = ranks * _floor(1 / -(-on_node // machine.gpus))  # workers that share one share it evenly
-    return {kind: amount for kind, amount in asked.items() if amount}
-
-
-def _floor(amount: float) -> float:
-    return int(amount * GRANULE) / GRANULE
-
-
-def slots(count: int) -> dict[str, float]:
-    """What each of `count` things that are to be on this node at once asks Ray for, beside CPUs."""
-    return {f"node:{ray.util.get_node_ip_address()}": _floor(1 / count)}

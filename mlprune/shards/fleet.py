@@ -18,8 +18,9 @@ from mlprune.console import step, warn
 from mlprune.errors import MlpruneError, SweepError, WorkerLostError
 from mlprune.models.hollow import Span
 from mlprune.shards.actors import RayPipeline, await_shards, start_shard
-from mlprune.shards.cluster import Place, bundle_for, ray_for
+from mlprune.shards.cluster import ray_for
 from mlprune.shards.machine import Machine
+from mlprune.shards.places import Place, bundle_for
 from mlprune.shards.planner import Plan
 from mlprune.shards.worker import Setup
 
