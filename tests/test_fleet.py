@@ -14,6 +14,7 @@ from mlprune.config import PipelineSpec
 from mlprune.errors import ModelError, SpecError, SweepError, WorkerLostError
 from mlprune.grid import variant_of
 from mlprune.prepare import gather, make_masks, open_fleet, open_here
+from mlprune.shards import places
 from mlprune.shards.actors import RayPipeline, admitted, cause_of_death
 from mlprune.shards.cluster import resources_text
 from mlprune.shards.fleet import MOST_DEATHS, Fleet
