@@ -104,7 +104,8 @@ def plain_metrics(folder: str, languages: tuple[str, ...], lines: int) -> dict[s
         metrics[f"perplexity.{code}"] = math.exp(nll / tokens)
         metrics[f"bits_per_byte.{code}"] = nll / math.log(2) / size
         all_bits.append(metrics[f"bits_per_byte.{code}"])
-    return metrics | {"bits_per_byte.mean": sum(all_bits) / len(all_bits), "bits_per_byte.worst": max(all_bits)}
+    mean = sum(all_bits) / len(all_bits)
+    return metrics | {"bits_per_byte": mean, "bits_per_byte.mean": mean, "bits_per_byte.worst": max(all_bits)}
 
 
 def weights_of(folder: str) -> dict[str, Tensor]:

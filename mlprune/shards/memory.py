@@ -22,7 +22,7 @@ CHUNK_BYTES = 256 * 2**20
 # Chunks a shard of a pass: more keep more shards busy, but each makes the masked layers anew.
 DENSE_CHUNKS, MASKED_CHUNKS = 4, 2
 # Measured: an interpreter with torch, transformers and Ray; DeepSpeed beside them. Not measured: a CUDA context.
-PROCESS_BYTES, DEEPSPEED_BYTES = 440 * 2**20, 90 * 2**20
+PROCESS_BYTES, DEEPSPEED_BYTES = 400 * 2**20, 90 * 2**20
 GPU_PROCESS_BYTES = 2**30
 
 
