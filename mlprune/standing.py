@@ -34,11 +34,8 @@ class TrialState:
     """A trial under way, in its present phase."""
 
     label: str
-    phase: str  # "masking", "evaluating", "calibrating", "waiting", "again (2nd attempt)"
+    phase: str  # "masking" or "evaluating"
     seconds: float  # since the phase began
-    done: int  # of `total` steps of the phase
-    total: int  # 0: not known
-    replica: int
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Watch:
             finished=len(trials.results),
             total=trials.total,
             failed=len(trials.failed),
-            trials=tuple(TrialState(t.label, t.phase, now - t.since, 0, 0, 0) for t in under_way),
+            trials=tuple(TrialState(t.label, t.phase, now - t.since) for t in under_way),
             shards=shards,
             seconds_left=seconds_left(trials.over, trials.total, trials.seconds, self._at_once, ran),
             notes=tuple(notes),

@@ -35,8 +35,8 @@ PHASES = ("masking", "evaluating", "again (2nd attempt)")
 SIZES = ((1, 1), (1, 2), (2, 4), (1, 9), (1, 64), (4, 16), (32, 2), (8, 64))
 
 
-def a_trial(number: int, label: str = "wanda 0.5 mono:fr", replica: int = 0) -> TrialState:
-    return TrialState(f"{label} {number}", PHASES[number % 3], 7.0 * number, number, 40 * (number % 2), replica)
+def a_trial(number: int, label: str = "wanda 0.5 mono:fr") -> TrialState:
+    return TrialState(f"{label} {number}", PHASES[number % 3], 7.0 * number)
 
 
 def a_shard(replica: int, shard: int, busy: float = 0.5, alive: bool = True) -> ShardState:
@@ -52,7 +52,7 @@ def a_standing(trials: int = 3, replicas: int = 1, shards: int = 2, label: str =
         finished=12,
         total=40,
         failed=1,
-        trials=tuple(a_trial(number, label, number % max(replicas, 1)) for number in range(trials)),
+        trials=tuple(a_trial(number, label) for number in range(trials)),
         shards=tuple(a_shard(replica, shard) for replica in range(replicas) for shard in range(shards)),
         seconds_left=840.0,
         notes=("MLflow does not answer: 12 things wait",),
@@ -88,9 +88,11 @@ def test_a_table_fits_its_terminal(trials: int, replicas: int, shards: int, labe
     first = next(number for number, line in enumerate(lines, start=1) if line.startswith("trial  "))
     for trial, row in zip(shown.trials[:6], lines[first:], strict=False):
         shown_label = row.split("  ")[0]
-        beginning, cut, end = shown_label.partition("...")
-        assert trial.label.startswith(beginning)
-        assert trial.label.endswith(end) if cut else trial.label == shown_label
+        cuts = [found.start() for found in re.finditer(r"(?=\.\.\.)", shown_label)]  # a label has dots of its own
+        kept = any(
+            trial.label.startswith(shown_label[:n]) and trial.label.endswith(shown_label[n + 3 :]) for n in cuts
+        )
+        assert kept if cuts else trial.label == shown_label
         assert len(shown_label) >= min(30, len(trial.label))
         assert f"  {trial.phase} " in row
     assert ("more: " in text) == (trials == 32)
@@ -103,12 +105,9 @@ def test_a_table_fits_its_terminal(trials: int, replicas: int, shards: int, labe
 
 
 def test_a_trial_and_its_figures_stand_in_one_row() -> None:
-    lines = rendered(replace(a_standing(2), trials=(TrialState("wanda 0.5 code", "masking", 75, 3, 30, 0),)), 80)
+    lines = rendered(replace(a_standing(2), trials=(TrialState("wanda 0.5 code", "masking", 75),)), 80)
     row = next(line for line in lines if line.startswith("wanda"))
-    assert re.split(r"\s{2,}", row.strip()) == ["wanda 0.5 code", "masking", "3 of 30", "75 s"]
-    nothing_known = replace(a_standing(2), trials=(TrialState("wanda 0.5 code", "waiting", 3, 0, 0, 0),))
-    row = next(line for line in rendered(nothing_known, 80) if line.startswith("wanda"))
-    assert re.split(r"\s{2,}", row.strip()) == ["wanda 0.5 code", "waiting", "3 s"]
+    assert re.split(r"\s{2,}", row.strip()) == ["wanda 0.5 code", "masking", "75 s"]
 
 
 def test_a_label_too_long_keeps_both_ends() -> None:
@@ -354,7 +353,7 @@ TELL = """
 import sys, time
 from mlprune.standing import *
 publish(Standing(sys.argv[1], "trials", float(sys.argv[2]), time.time(), 1, 4, 0,
-    (TrialState("wanda 0.5 mono:fr", "masking", 1.5, 2, 3, 0),),
+    (TrialState("wanda 0.5 mono:fr", "masking", 1.5),),
     (ShardState(0, 0, (0, 9), "::1", 0.5, 9.5, True),), None, ("a note",)))
 print("told", flush=True)
 sys.stdin.readline()
@@ -393,7 +392,7 @@ def test_sweeps_are_seen_while_their_processes_live(folder: Path) -> None:
         told = running()[0].standing
         expected = Standing(
             *("first", "trials", 1000.0, told.now, 1, 4, 0),
-            (TrialState("wanda 0.5 mono:fr", "masking", 1.5, 2, 3, 0),),
+            (TrialState("wanda 0.5 mono:fr", "masking", 1.5),),
             (ShardState(0, 0, (0, 9), "::1", 0.5, 9.5, True),),
             *(None, ("a note",)),
         )

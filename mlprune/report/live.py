@@ -22,7 +22,7 @@ from rich.text import Text
 
 from mlprune import console
 from mlprune.console import time_text
-from mlprune.standing import Running, ShardState, Standing, TrialState, silence
+from mlprune.standing import Running, ShardState, Standing, silence
 
 # of each kind, so that all stands in a terminal of 24 lines
 MOST = {"trials": 6, "shards": 8, "replicas": 4, "notes": 3, "gone": 2}
@@ -90,22 +90,12 @@ def _mean_busy(shards: Sequence[ShardState]) -> float:
 
 def _trials(standing: Standing, width: int) -> RenderableType:
     shown, more = standing.trials[: MOST["trials"]], standing.trials[MOST["trials"] :]
-    several = len(_by_replica(standing.shards)) > 1
-    rows: list[Row] = []
-    for trial in shown:
-        where = [str(trial.replica)] * several
-        rows.append((trial.label, *where, _shortened(trial.phase, 24), _done(trial), time_text(trial.seconds)))
-    table = _table(["trial", *["replica"] * several, "phase", ">done", ">time"], rows, width)
+    rows: list[Row] = [(trial.label, _shortened(trial.phase, 24), time_text(trial.seconds)) for trial in shown]
+    table = _table(["trial", "phase", ">time"], rows, width)
     if not more:
         return table
     phases = ", ".join(f"{count} {phase}" for phase, count in Counter(trial.phase for trial in more).most_common())
     return Group(table, Text(_shortened(f"... and {len(more)} more: {phases}", width), style="dim"))
-
-
-def _done(trial: TrialState) -> str:
-    if trial.total:
-        return f"{trial.done} of {trial.total}"
-    return str(trial.done) if trial.done else ""
 
 
 def _each_shard(shards: Sequence[ShardState], width: int) -> Table:
