@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mlprune.grid import variant_of
 from mlprune.models.demo import demo_folder
-from mlprune.prepare import Prepared, gather, make_masks, open_here, prepare
-from mlprune.specs import spec_from
+from mlprune.spec.loading import spec_from
+from mlprune.sweep.grid import variant_of
+from mlprune.sweep.prepare import Prepared, gather, make_masks, open_here, prepare
 
 WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 WAYS = {

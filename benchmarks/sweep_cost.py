@@ -28,13 +28,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mlprune.grid import variants_of
 from mlprune.models.matrices import matrices
-from mlprune.prepare import Prepared, gather, make_masks, open_here, prepare
 from mlprune.pruning.masks import dropped_per_row, keep_mask
 from mlprune.shards.pipeline import Pipeline
-from mlprune.specs import load_spec
-from mlprune.variants import Pattern, Variant
+from mlprune.spec.loading import load_spec
+from mlprune.spec.variants import Pattern, Variant
+from mlprune.sweep.grid import variants_of
+from mlprune.sweep.prepare import Prepared, gather, make_masks, open_here, prepare
 
 SETTINGS = [
     "calibration.samples=32",

@@ -19,8 +19,8 @@ import click
 from mlprune.errors import MlpruneError, SpecError, StorageError, UserError
 
 if TYPE_CHECKING:
-    from mlprune.config import SweepSpec
-    from mlprune.parcel import Parcel
+    from mlprune.remote.job_package import Parcel
+    from mlprune.spec.schema import SweepSpec
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -92,7 +92,7 @@ def _write_json(file: str, value: Any) -> None:
 
 def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) -> SweepSpec:
     """The spec of that name, with the options that were given and then every --set."""
-    from mlprune.specs import as_assignments, load_spec
+    from mlprune.spec.loading import as_assignments, load_spec
 
     return load_spec(name, [*as_assignments(settings), *assignments])
 
@@ -113,7 +113,7 @@ def sweep(
 ) -> Any:
     """Run the sweep SPEC: a file, or the name of one that comes with mlprune."""
     if cluster is not None:
-        from mlprune.head import check_cluster_file
+        from mlprune.remote.ssh import check_cluster_file
 
         check_cluster_file(cluster)
     if attach:
@@ -123,15 +123,15 @@ def sweep(
     spec = spec or "quickstart"
     checked = _spec(spec, assignments, {"calibration.corpus": corpus})
     if cluster is not None:
-        from mlprune.parcel import parcel
-        from mlprune.specs import as_assignments
+        from mlprune.remote.job_package import parcel
+        from mlprune.spec.loading import as_assignments
 
         options = [*as_assignments({"calibration.corpus": corpus}), *assignments]
         return _watch(cluster, parcel(spec, checked, options, dry_run))
     from mlprune.report import sweep as report
     from mlprune.report.live import live_view
     from mlprune.report.page import description
-    from mlprune.sweep import plan_sweep, run_sweep
+    from mlprune.sweep.sweep import plan_sweep, run_sweep
 
     if dry_run:
         plan = plan_sweep(checked)
@@ -145,7 +145,7 @@ def sweep(
 
 def _watch(file: str, parcel: Parcel | None) -> Any:
     """Send a sweep to the cluster of that file, or find the one there; watch it, and return its result."""
-    from mlprune import remote
+    from mlprune.remote import jobs as remote
 
     context = click.get_current_context()
     cluster = context.with_resource(remote.connect(file))
@@ -182,7 +182,7 @@ def prune(
 
     Without --propagation a layer's inputs come from the pruned layers before it (sequential).
     """
-    from mlprune import winner
+    from mlprune.commands import prune as winner
 
     settings = {"model.path": model, "calibration.corpus": corpus}
     if run_id is not None:
@@ -204,7 +204,7 @@ def compare(runs: tuple[str, str], assignments: tuple[str, ...]) -> Any:
 
     For each task and language the difference, its 95% interval, and whether it is more than chance.
     """
-    from mlprune.comparison import compare_runs
+    from mlprune.commands.compare import compare_runs
     from mlprune.report import comparison as report
 
     found = compare_runs(_spec("quickstart", assignments, {}), runs)
@@ -230,8 +230,8 @@ def plan(model: str | None, spec: str, corpus: str | None, assignments: tuple[st
     checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
     for name in ("gpu_memory", "host_memory", "host_to_device"):
         machines[name] = _size(name, machines[name])
-    from mlprune.report import scale as report
-    from mlprune.scale import Asked, plan_scale
+    from mlprune.commands.plan import Asked, plan_scale
+    from mlprune.report import plan as report
 
     planned = plan_scale(checked, Asked(**machines))
     report.show_scale(planned)
@@ -263,8 +263,8 @@ def evaluate(
         "evaluation.perplexity.languages": listed,
     }
     checked = _spec(spec, assignments, settings)
+    from mlprune.commands.prune import evaluate_checkpoint
     from mlprune.report import sweep as report
-    from mlprune.winner import evaluate_checkpoint
 
     metrics = evaluate_checkpoint(checked)
     report.show_metrics(model, checked.evaluation.perplexity.languages, metrics)
@@ -296,9 +296,9 @@ def analyze(
     top channels are whose bottom ones, and how much of Wanda's mask two calibrations share.
     """
     checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
-    from mlprune.report import study as report
-    from mlprune.study import Question
-    from mlprune.study import analyze as study
+    from mlprune.commands.analyze import Question
+    from mlprune.commands.analyze import analyze as study
+    from mlprune.report import analysis as report
 
     listed = tuple(dict.fromkeys(code.strip() for code in languages.split(",")))
     found = study(checked, Question(listed, **asked), output)
@@ -313,11 +313,11 @@ def status(cluster: str | None, assignments: tuple[str, ...]) -> Any:
     if assignments:
         raise SpecError("--set", repr(assignments[0]), "status reads no spec; leave it out")
     if cluster is not None:
-        from mlprune import remote
+        from mlprune.remote import jobs as remote
 
         return remote.status(cluster)
     from mlprune.report import live as report
-    from mlprune.standing import running
+    from mlprune.sweep.status import running
 
     found = running()
     report.show_running(found)

@@ -11,7 +11,7 @@ os.environ["RAY_ADDRESS"] = "local"  # a cluster that happens to run here is not
 
 import pytest
 
-from mlprune.shards.cluster import ray_for
+from mlprune.runtime.ray_cluster import ray_for
 
 
 @pytest.fixture(scope="session")

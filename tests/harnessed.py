@@ -11,12 +11,12 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from mlprune.commands.prune import prune
 from mlprune.evaluation.harness import _as_the_harness_runs
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
-from mlprune.prepare import make_masks
 from mlprune.shards.pipeline import Pipeline
-from mlprune.winner import prune
+from mlprune.sweep.prepare import make_masks
 from tests.tiny import sample
 from tests.tiny_models import config, save
 from tests.work import RANDOM, opened, ready

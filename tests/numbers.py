@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlprune.grid import variants_of
-from mlprune.prepare import gather, open_here, prepare
-from mlprune.specs import load_spec
-from mlprune.trial import run_dense, run_trial
+from mlprune.spec.loading import load_spec
+from mlprune.sweep.grid import variants_of
+from mlprune.sweep.prepare import gather, open_here, prepare
+from mlprune.sweep.trial import run_dense, run_trial
 
 Numbers = Mapping[str, tuple[str, Mapping[str, float]]]  # a variant -> the digest of its masks, and metrics
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from mlprune.errors import SpecError
-from mlprune.tracking_server import check_tracking
+from mlprune.tracking.mlflow_client import check_tracking
 
 
 def free_port() -> int:

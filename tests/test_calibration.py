@@ -21,7 +21,7 @@ from mlprune.data.calibration import (
 )
 from mlprune.data.corpora import Corpus, held_out
 from mlprune.errors import CorpusError, ModelError
-from mlprune.variants import Demonstration
+from mlprune.spec.variants import Demonstration
 from tests.tiny import SAMPLE, sample, tokenizer
 
 TRANSLATION = Demonstration.parse("translation:en-fr")

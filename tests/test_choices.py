@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlprune.config import ReviewsSpec, XnliSpec
 from mlprune.errors import CorpusError, ModelError, SpecError, UserError
 from mlprune.evaluation.choices import Choices, reviews, xnli
 from mlprune.evaluation.items import chosen
 from mlprune.models.quiet import quiet_transformers
-from mlprune.templates import check_template
+from mlprune.spec.schema import ReviewsSpec, XnliSpec
+from mlprune.spec.templates import check_template
 from tests.tiny import tokenizer
 from tests.tiny_models import source
 from tests.work import opened, ready

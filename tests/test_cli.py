@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlprune
-import mlprune.export
-import mlprune.sweep
+import mlprune.commands.checkpoint
+import mlprune.sweep.sweep
 from mlprune.cli import main
-from mlprune.config import SweepSpec
 from mlprune.data.corpora import held_out, open_corpus
-from mlprune.grid import variants_of
 from mlprune.models.source import find_model
-from mlprune.specs import load_spec, read_yaml
-from mlprune.tracking import SweepTracker
-from mlprune.variants import Variant
+from mlprune.spec.loading import load_spec, read_yaml
+from mlprune.spec.schema import SweepSpec
+from mlprune.spec.variants import Variant
+from mlprune.sweep.grid import variants_of
+from mlprune.tracking.tracker import SweepTracker
 from tests import tiny_models
 from tests.tiny import SAMPLE, tokenizer
 
@@ -264,7 +264,7 @@ def test_manifest_says_how_to_make_it_again(model: str) -> None:
 def test_large_checkpoint_is_several_files(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = ("prune", model, "--spec", "tiny.yaml", "--score", "magnitude", "--pattern", "2:4", "--output")
     run(*one, "whole")
-    monkeypatch.setattr(mlprune.export, "FILE_BYTES", 60_000)
+    monkeypatch.setattr(mlprune.commands.checkpoint, "FILE_BYTES", 60_000)
     run(*one, "parts")
     index = strict_json(Path("parts/model.safetensors.index.json").read_text())
     files = {path.name for path in Path("parts").glob("*.safetensors")}

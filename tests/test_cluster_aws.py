@@ -27,7 +27,7 @@ from ray.autoscaler._private import commands
 from ray.autoscaler._private.providers import _get_node_provider
 from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_LAUNCH_CONFIG, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
-from mlprune.specs import read_yaml
+from mlprune.spec.loading import read_yaml
 from tests.clusters import AWS, BUILD, CLUSTER, FILES, README, ROOT, shell_lines, to_launch
 
 REGION, WORKERS = "us-west-2", ("gpu-spot", "gpu-on-demand")

@@ -22,7 +22,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import validate_config
 
 from mlprune.cli import main
-from mlprune.specs import read_yaml, spec_from
+from mlprune.spec.loading import read_yaml, spec_from
 from tests.clusters import BUILD, CLUSTER_YAML, DOCKERFILE, FILES, JOB_YAML, README, ROOT, shell_lines, to_launch
 
 # Ray's keys, of KubeRay 1.6: docs.ray.io, "KubeRay CRD API reference"; kuberay/ray-operator/apis/ray/v1/*_types.go

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from mlprune import store
 from mlprune.cli import main
 from mlprune.evaluation.items import Items, metrics_of, to_json
-from mlprune.specs import load_spec
-from mlprune.tracking import SweepTracker
-from mlprune.variants import Variant
+from mlprune.spec.loading import load_spec
+from mlprune.spec.variants import Variant
+from mlprune.storage import results as store
+from mlprune.tracking.tracker import SweepTracker
 
 LINES = tuple(str(n) for n in range(200))
 

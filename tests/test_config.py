@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mlprune import specs
-from mlprune.config import SweepSpec
 from mlprune.errors import SpecError
-from mlprune.specs import as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune.spec import loading as specs
+from mlprune.spec.loading import as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune.spec.schema import SweepSpec
 
 BASE = {"search": {"score": ["wanda"], "sparsity": [0.5], "calibration": ["mono:en"]}}
 

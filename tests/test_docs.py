@@ -11,10 +11,10 @@ from click import Command, Context
 from pydantic import BaseModel
 
 from mlprune.cli import main
-from mlprune.config import DEFAULT_STORAGE, SweepSpec
-from mlprune.grid import variants_of
 from mlprune.models.hollow import FAMILIES
-from mlprune.specs import load_spec, spec_from, sweeps_folder
+from mlprune.spec.loading import load_spec, spec_from, sweeps_folder
+from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
+from mlprune.sweep.grid import variants_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -30,13 +30,13 @@ from mlprune.analysis.features import (
     total,
 )
 from mlprune.data.calibration import Batch, CalibrationSet
-from mlprune.grid import variant_of
 from mlprune.models.residency import Ranks
-from mlprune.prepare import Prepared, gather
 from mlprune.pruning.masks import PackedMask
 from mlprune.shards.features import both_drop, kind_of, prompt_norms
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import ShardWorker
+from mlprune.sweep.grid import variant_of
+from mlprune.sweep.prepare import Prepared, gather
 from tests.tiny_models import source
 from tests.work import WANDA, opened, ready
 

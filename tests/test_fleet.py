@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import ray
 
-from mlprune.config import PipelineSpec
 from mlprune.errors import ModelError, SpecError, SweepError, WorkerLostError
-from mlprune.grid import variant_of
-from mlprune.prepare import gather, make_masks, open_fleet, open_here
-from mlprune.shards import places
-from mlprune.shards.actors import RayPipeline, admitted, cause_of_death
-from mlprune.shards.cluster import resources_text
-from mlprune.shards.fleet import MOST_DEATHS, Fleet
-from mlprune.shards.machine import Machine, share_of
-from mlprune.shards.memory import Work
+from mlprune.planning.machine import Machine, share_of
+from mlprune.planning.memory import Work
+from mlprune.planning.planner import make_plan
+from mlprune.runtime import placement as places
+from mlprune.runtime.actors import RayPipeline, admitted, cause_of_death
+from mlprune.runtime.placement import Place, bundle_for
+from mlprune.runtime.ray_cluster import resources_text
+from mlprune.runtime.replicas import MOST_DEATHS, Fleet
 from mlprune.shards.pipeline import Pruned
-from mlprune.shards.places import Place, bundle_for
-from mlprune.shards.planner import make_plan
-from mlprune.tuning import LOST_ALONE, Deaths
+from mlprune.spec.schema import PipelineSpec
+from mlprune.sweep.grid import variant_of
+from mlprune.sweep.prepare import gather, make_masks, open_fleet, open_here
+from mlprune.sweep.tune_runner import LOST_ALONE, Deaths
 from tests.work import WANDA, masks_of, ready
 
 A, B, C = (variant_of("mono:en", "wanda", sparsity, "unstructured", "dense") for sparsity in (0.1, 0.2, 0.3))

@@ -22,14 +22,14 @@ from mlprune.models.hollow import FAMILIES, Span
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.replay import ReplayModel
 from mlprune.models.source import ModelSource
-from mlprune.prepare import make_masks
+from mlprune.planning.memory import Chunks
 from mlprune.shards import decoding
 from mlprune.shards.decoding import Session, Step, grouped, waves
-from mlprune.shards.memory import Chunks
 from mlprune.shards.pipeline import LocalPipeline
 from mlprune.shards.worker import Setup, ShardWorker
-from mlprune.storage import Storage
-from mlprune.store import MomentStore
+from mlprune.storage.files import Storage
+from mlprune.storage.results import MomentStore
+from mlprune.sweep.prepare import make_masks
 from tests.tiny_models import config, save
 from tests.work import RANDOM, masks_of, opened, ready
 

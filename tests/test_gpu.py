@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlprune.prepare import Prepared, gather, make_masks
 from mlprune.shards.worker import Setup
+from mlprune.sweep.prepare import Prepared, gather, make_masks
 from tests.test_pipeline import outcome
 from tests.tiny_models import source
 from tests.work import VARIANTS, WANDA, opened, ready

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from mlprune.errors import SpecError
-from mlprune.grid import needs_dense, variant_of, variants_of
 from mlprune.pruning.scores import SCORES
-from mlprune.specs import spec_from
-from mlprune.variants import Demonstration, Scoring, Variant
+from mlprune.spec.loading import spec_from
+from mlprune.spec.variants import Demonstration, Scoring, Variant
+from mlprune.sweep.grid import needs_dense, variant_of, variants_of
 
 
 def search(**keys: Any) -> Any:

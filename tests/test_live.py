@@ -23,10 +23,20 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 from rich.console import Console
 
-from mlprune import console, standing
+from mlprune import console
 from mlprune.cli import main
 from mlprune.report.live import BLOCKS, PlainLines, live_view, render
-from mlprune.standing import ShardState, Standing, TrialState, bounded_by, publish, retract, running, seconds_left
+from mlprune.sweep import status as standing
+from mlprune.sweep.status import (
+    ShardState,
+    Standing,
+    TrialState,
+    bounded_by,
+    publish,
+    retract,
+    running,
+    seconds_left,
+)
 
 LONG = "contrastive:mix:code=0.2,mono:en=0.3,translation:en-de=0.5/mono:fr 2:4 owl sequential"
 PHASES = ("masking", "evaluating", "again (2nd attempt)")
@@ -351,7 +361,7 @@ def test_replicas_are_averaged() -> None:
 
 TELL = """
 import sys, time
-from mlprune.standing import *
+from mlprune.sweep.status import *
 publish(Standing(sys.argv[1], "trials", float(sys.argv[2]), time.time(), 1, 4, 0,
     (TrialState("wanda 0.5 mono:fr", "masking", 1.5),),
     (ShardState(0, 0, (0, 9), "::1", 0.5, 9.5, True),), None, ("a note",)))

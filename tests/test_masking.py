@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mlprune.commands.prune import prune
 from mlprune.errors import ModelError
-from mlprune.grid import variant_of
-from mlprune.prepare import gather, make_masks
 from mlprune.pruning import sparsegpt
 from mlprune.pruning.moments import Moments
-from mlprune.variants import Variant
-from mlprune.winner import prune
+from mlprune.spec.variants import Variant
+from mlprune.sweep.grid import variant_of
+from mlprune.sweep.prepare import gather, make_masks
 from tests.tiny_models import source
 from tests.work import CONTRASTIVE, OWL, SPARSEGPT, masks_of, opened, ready
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlprune.pruning import masks
 from mlprune.pruning.masks import PackedMask, PackedWeights, dropped_per_row, keep_all_but, keep_mask
-from mlprune.variants import Pattern
+from mlprune.spec.variants import Pattern
 
 SPARSITIES = (0.0, 0.1, 0.29, 0.3, 0.5, 0.57, 0.7, 0.99)
 PATTERNS = ("2:4", "4:8", "1:4", "3:5", "1:2")

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlprune.cli import main
-from mlprune.specs import load_spec
+from mlprune.spec.loading import load_spec
 from tests.tiny_models import config, save
 
 FAMILIES = {

@@ -26,14 +26,14 @@ from mlprune.analysis.sweep_pictures import (
     pictures_of,
     spread,
 )
-from mlprune.grid import variant_of
-from mlprune.outcome import SweepOutcome
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import ranking_cells
-from mlprune.specs import spec_from
-from mlprune.store import Result
-from mlprune.tracking import TAG_LENGTH
-from mlprune.variants import Variant
+from mlprune.spec.loading import spec_from
+from mlprune.spec.variants import Variant
+from mlprune.storage.results import Result
+from mlprune.sweep.grid import variant_of
+from mlprune.sweep.ranking import SweepOutcome
+from mlprune.tracking.tracker import TAG_LENGTH
 
 CODES = ("en", "fr", "de", "es", "hi", "sw", "zh", "ar", "ru", "tr", "vi", "th", "el", "ur")
 MIX = "mix:mono:hi=0.5,translation:en-sw=0.5"

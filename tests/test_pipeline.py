@@ -14,13 +14,12 @@ from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
 from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import Resident
-from mlprune.prepare import Prepared, gather, make_masks
-from mlprune.shards.likelihood import LOGIT_TOKENS
-from mlprune.shards.memory import DENSE_CHUNKS, Chunks
+from mlprune.planning.memory import DENSE_CHUNKS, LOGIT_TOKENS, Chunks
 from mlprune.shards.pipeline import Pipeline, Pruned
 from mlprune.shards.worker import ShardWorker
-from mlprune.trial import run_trial
-from mlprune.variants import Variant
+from mlprune.spec.variants import Variant
+from mlprune.sweep.prepare import Prepared, gather, make_masks
+from mlprune.sweep.trial import run_trial
 from tests.tiny_models import config, save, source
 from tests.work import MIXED_SEQUENTIAL, SEQUENTIAL, VARIANTS, WANDA, opened, ready
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from mlprune.prepare import gather, make_masks
-from mlprune.variants import Variant
+from mlprune.spec.variants import Variant
+from mlprune.sweep.prepare import gather, make_masks
 from tests.tiny_models import source
 from tests.work import MIXED, MIXED_SEQUENTIAL, SEQUENTIAL, SPARSE_2_4, WANDA, masks_of, opened, ready
 

@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlprune.config import PipelineSpec
 from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
-from mlprune.shards import planner
-from mlprune.shards.machine import Machine
-from mlprune.shards.memory import Chunks, Holding, Work, WorkerMemory, worker_memory
-from mlprune.shards.planner import Plan, cut
-from mlprune.shards.shape import ModelShape, model_shape
-from mlprune.specs import spec_from, with_assignments
+from mlprune.planning import planner
+from mlprune.planning.machine import Machine
+from mlprune.planning.memory import Chunks, Holding, Work, WorkerMemory, worker_memory
+from mlprune.planning.model_size import ModelShape, model_shape
+from mlprune.planning.planner import Plan, cut
+from mlprune.spec.loading import spec_from, with_assignments
+from mlprune.spec.schema import PipelineSpec
 from tests.tiny_models import config
 
 GIB, BIG = 2**30, 2**50

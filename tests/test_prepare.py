@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from mlprune.config import ModelSpec
-from mlprune.grid import variant_of, variants_of
 from mlprune.models.source import ModelSource
-from mlprune.prepare import Prepared, prepare
-from mlprune.specs import spec_from
-from mlprune.variants import Variant
+from mlprune.spec.loading import spec_from
+from mlprune.spec.schema import ModelSpec
+from mlprune.spec.variants import Variant
+from mlprune.sweep.grid import variant_of, variants_of
+from mlprune.sweep.prepare import Prepared, prepare
 from tests.tiny_models import config, save, source
 from tests.work import MIXED, RANDOM, WANDA, ready
 

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from mlprune.config import SweepSpec
 from mlprune.errors import ModelError
-from mlprune.grid import variants_of
-from mlprune.outcome import SweepOutcome
-from mlprune.prepare import Prepared, gather, open_fleet, prepare
-from mlprune.specs import spec_from
-from mlprune.store import Result
-from mlprune.sweep import run_sweep
-from mlprune.trial import run_dense, run_trial
+from mlprune.spec.loading import spec_from
+from mlprune.spec.schema import SweepSpec
+from mlprune.storage.results import Result
+from mlprune.sweep.grid import variants_of
+from mlprune.sweep.prepare import Prepared, gather, open_fleet, prepare
+from mlprune.sweep.ranking import SweepOutcome
+from mlprune.sweep.sweep import run_sweep
+from mlprune.sweep.trial import run_dense, run_trial
 from tests.tiny_models import config, save
 from tests.work import needs_libaio, opened
 

@@ -25,12 +25,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import mlprune
-from mlprune import parcel as parcels
-from mlprune import remote
 from mlprune.cli import main
-from mlprune.head import Head, Tunnel, find_head
-from mlprune.parcel import Parcel
-from mlprune.specs import load_spec
+from mlprune.remote import job_package as parcels
+from mlprune.remote import jobs as remote
+from mlprune.remote.job_package import Parcel
+from mlprune.remote.ssh import Head, Tunnel, find_head
+from mlprune.spec.loading import load_spec
 
 # Ray's launcher leaves the files that it reads to the garbage collector, and its client has an old habit
 pytestmark = [
@@ -436,7 +436,7 @@ def test_how_ssh_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 TUNNEL = """
 import sys, time
-from mlprune.head import Head, Tunnel
+from mlprune.remote.ssh import Head, Tunnel
 tunnel = Tunnel(Head("x.yaml", "head", (sys.argv[1],), ()), (8265,))
 print("up", flush=True)
 time.sleep(60)

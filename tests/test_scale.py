@@ -11,11 +11,11 @@ import ray
 from click.testing import CliRunner
 
 from mlprune.cli import main
+from mlprune.commands.plan import Asked, ScalePlan, plan_scale
 from mlprune.console import time_text
-from mlprune.scale import Asked, ScalePlan, plan_scale
-from mlprune.shards.cluster import cluster_machine
-from mlprune.shards.forecast import DISK_BYTES_PER_SECOND, EFFICIENCY, MASKED_PER_SECOND
-from mlprune.specs import load_spec
+from mlprune.planning.forecast import DISK_BYTES_PER_SECOND, EFFICIENCY, MASKED_PER_SECOND
+from mlprune.runtime.ray_cluster import cluster_machine
+from mlprune.spec.loading import load_spec
 from tests.tiny_models import config
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,7 @@ from mlprune.pruning.scores import (
     wanda_alpha,
 )
 from mlprune.pruning.sparsegpt import sparsegpt
-from mlprune.variants import Pattern
+from mlprune.spec.variants import Pattern
 
 WEIGHT_OI = torch.tensor([[1.0, -2.0, 0.5], [-3.0, 0.0, 4.0]])
 INPUT_TI = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, -1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])  # norms 5, 0, 2

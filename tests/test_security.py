@@ -25,16 +25,16 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from safetensors.torch import load_file
 
 from mlprune import console
+from mlprune.commands.prune import choose_run
 from mlprune.data.corpora import open_corpus
 from mlprune.errors import CorpusError, ModelError, SpecError
 from mlprune.models.hollow import Part, Span, load_hollow
 from mlprune.models.source import find_model
 from mlprune.models.zero import _Folder, meeting_place
 from mlprune.report.tables import show_tracking
-from mlprune.shards.cluster import running_cluster
-from mlprune.specs import load_spec, read_yaml, spec_from
-from mlprune.templates import check_template
-from mlprune.winner import choose_run
+from mlprune.runtime.ray_cluster import running_cluster
+from mlprune.spec.loading import load_spec, read_yaml, spec_from
+from mlprune.spec.templates import check_template
 from tests.test_sweep import spec as tiny_spec
 from tests.tiny_models import source
 

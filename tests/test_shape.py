@@ -20,11 +20,11 @@ from mlprune.models.hollow import FAMILIES, check_family
 from mlprune.models.matrices import matrices
 from mlprune.models.replay import ReplayModel
 from mlprune.models.zero import Layout
-from mlprune.shards import machine
-from mlprune.shards.memory import Chunks, Holding, Work, worker_memory
-from mlprune.shards.planner import cut
-from mlprune.shards.shape import ModelShape, check_pattern, model_shape
-from mlprune.variants import Pattern
+from mlprune.planning import machine
+from mlprune.planning.memory import Chunks, Holding, Work, worker_memory
+from mlprune.planning.model_size import ModelShape, check_pattern, model_shape
+from mlprune.planning.planner import cut
+from mlprune.spec.variants import Pattern
 from tests.tiny_models import config, source
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ from mlprune.pruning.masks import keep_mask
 from mlprune.pruning.moments import Moments
 from mlprune.pruning.scores import wanda
 from mlprune.pruning.sparsegpt import SingularHessianError, sparsegpt
-from mlprune.variants import Pattern
+from mlprune.spec.variants import Pattern
 
 UNSTRUCTURED = Pattern()
 NAN, INF = float("nan"), float("inf")

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from mlprune.errors import StorageError
-from mlprune.storage import Storage, check_storage, sweep_lock, write_whole
+from mlprune.storage.files import Storage, check_storage, sweep_lock, write_whole
 from tests.servers import free_port
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -83,7 +83,7 @@ def gs() -> Iterator[str]:
 
 def files(protocol: str) -> Any:
     """The file system that a Storage uses."""
-    from mlprune import storage
+    from mlprune.storage import files as storage
 
     return storage._files(f"{protocol}://bucket")
 
@@ -380,7 +380,7 @@ def test_the_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: p
 FULL_DISK = """
 import os
 from mlprune.errors import StorageError
-from mlprune.storage import Storage
+from mlprune.storage.files import Storage
 
 storage = Storage(os.getcwd() + "/disk")
 storage.write_whole("a", b"a" * 300_000)
@@ -415,7 +415,7 @@ def test_a_full_disk_is_told_and_keeps_what_is_there(tmp_path: Path) -> None:
 
 KILL_WRITERS = """
 import os, random, signal, sys, time
-from mlprune.storage import Storage
+from mlprune.storage.files import Storage
 
 os.fsync = lambda descriptor: None  # killed, not cut off from power: the time is better spent on writing
 storage, content = Storage(sys.argv[1]), [turn.to_bytes(8, "little") * 2**19 for turn in range(1, 5)]
@@ -472,7 +472,7 @@ def drive(storages: Sequence[Storage], driver: int) -> None:
     import torch
 
     from mlprune.pruning.moments import Moments
-    from mlprune.store import MomentStore, Result, ResultStore
+    from mlprune.storage.results import MomentStore, Result, ResultStore
 
     for turn, storage in itertools.product(range(TURNS), storages):
         moments, results = MomentStore(storage, "model", "float32"), ResultStore(storage)
@@ -488,7 +488,7 @@ def drive(storages: Sequence[Storage], driver: int) -> None:
 
 
 def start_driving(storages: Sequence[Storage], started: Event, driver: int) -> None:
-    import mlprune.store  # noqa: F401
+    import mlprune.storage.results  # noqa: F401
 
     started.set()
     drive(storages, driver)
@@ -496,7 +496,7 @@ def start_driving(storages: Sequence[Storage], started: Event, driver: int) -> N
 
 def test_two_sweeps_share_a_store(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Two processes, this one and another."""
-    from mlprune.store import MomentStore, ResultStore
+    from mlprune.storage.results import MomentStore, ResultStore
 
     storages = [opened(kind, tmp_path, request) for kind in SHARED]
     started = SPAWN.Event()
@@ -520,7 +520,7 @@ def test_two_sweeps_share_a_store(tmp_path: Path, request: pytest.FixtureRequest
 
 HOLD = """
 import sys
-from mlprune.storage import Storage, sweep_lock
+from mlprune.storage.files import Storage, sweep_lock
 
 with sweep_lock(Storage(sys.argv[1]), "abc"):
     print("held", flush=True)

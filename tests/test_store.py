@@ -10,9 +10,9 @@ import torch
 
 from mlprune.errors import StorageError
 from mlprune.pruning.moments import Moments
-from mlprune.storage import Storage
-from mlprune.store import CorruptMomentsError, MomentStore, Result, ResultStore
-from mlprune.variants import Variant
+from mlprune.spec.variants import Variant
+from mlprune.storage.files import Storage
+from mlprune.storage.results import CorruptMomentsError, MomentStore, Result, ResultStore
 
 VARIANT = Variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 

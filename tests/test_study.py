@@ -12,11 +12,11 @@ from mlflow.tracking import MlflowClient
 
 from mlprune.analysis.features import ENDS, is_at, overlaps, shares
 from mlprune.cli import main
-from mlprune.prepare import gather, open_here, prepare
+from mlprune.commands.analyze import Question
 from mlprune.pruning.masks import PackedMask
 from mlprune.shards.worker import ShardWorker
-from mlprune.specs import load_spec
-from mlprune.study import Question
+from mlprune.spec.loading import load_spec
+from mlprune.sweep.prepare import gather, open_here, prepare
 from tests import tiny_models
 
 SPEC = """
@@ -194,7 +194,7 @@ def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
 def test_mistake_is_answered_before_weights(
     words: str, start: str, remedy: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlprune.prepare.ShardWorker", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr("mlprune.sweep.prepare.ShardWorker", lambda *_: pytest.fail("weights are loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     given = words.replace("PLACE", str(tmp_path)).split()

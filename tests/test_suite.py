@@ -8,8 +8,8 @@ import pytest
 
 from mlprune.evaluation.items import Items
 from mlprune.evaluation.suite import Suite
-from mlprune.prepare import Prepared, make_masks
 from mlprune.shards.pipeline import LocalPipeline
+from mlprune.sweep.prepare import Prepared, make_masks
 from tests.work import RANDOM, opened, ready
 
 EVALUATION: dict[str, Any] = {

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from mlprune.cli import main
 from mlprune.evaluation.items import from_json
-from mlprune.specs import spec_from
-from mlprune.sweep import chosen_variants
-from mlprune.trial import scores_of
+from mlprune.spec.loading import spec_from
+from mlprune.sweep.sweep import chosen_variants
+from mlprune.sweep.trial import scores_of
 from tests.numbers import numbers
 from tests.tiny import tokenizer
 from tests.tiny_models import source

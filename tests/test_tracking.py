@@ -25,9 +25,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from mlprune.errors import SpecError
-from mlprune.outbox import AwayError, Outbox
-from mlprune.store import Result
-from mlprune.tracking import (
+from mlprune.spec.variants import Variant
+from mlprune.storage.results import Result
+from mlprune.tracking.delivery import AwayError, Outbox
+from mlprune.tracking.tracker import (
     SweepTracker,
     check_tracking,
     client_of,
@@ -36,7 +37,6 @@ from mlprune.tracking import (
     recall_items,
     shown,
 )
-from mlprune.variants import Variant
 from tests.servers import Server, free_port
 
 WANDA = Variant("mono:en", "wanda", 0.5, "unstructured", "dense")
@@ -443,8 +443,8 @@ def test_a_locked_database_is_waited_for(opened: Opened, database: str, tmp_path
 PROGRAM = """
 import sys
 from pathlib import Path
-from mlprune.store import Result
-from mlprune.tracking import SweepTracker
+from mlprune.storage.results import Result
+from mlprune.tracking.tracker import SweepTracker
 folder, key, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 tracker = SweepTracker(f"sqlite:///{folder}/m.db", "ours", folder / "files", key, key)
 print("open", flush=True)
@@ -588,7 +588,7 @@ def test_the_page_that_compares_runs() -> None:
 
 
 def test_an_outbox_pauses_longer_and_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlprune.outbox.LONGEST_PAUSE", 0.3)
+    monkeypatch.setattr("mlprune.tracking.delivery.LONGEST_PAUSE", 0.3)
     times: list[float] = []
 
     def thing() -> None:

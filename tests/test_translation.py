@@ -11,13 +11,13 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from mlprune.config import TranslationSpec
 from mlprune.data.corpora import Corpus, held_out
 from mlprune.data.demonstrations import sample_lines
 from mlprune.errors import CorpusError, ModelError, UserError
 from mlprune.evaluation.items import metrics_of
 from mlprune.evaluation.translation import Translation, translation
 from mlprune.models.quiet import quiet_transformers
+from mlprune.spec.schema import TranslationSpec
 from tests.tiny import sample, tokenizer
 from tests.tiny_models import source
 from tests.work import opened, ready

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlprune.errors import SpecError
-from mlprune.grid import variant_of, variants_of
-from mlprune.languages import name_of
-from mlprune.specs import spec_from
-from mlprune.variants import Calibration, Demonstration, Pattern, Variant
+from mlprune.spec.languages import name_of
+from mlprune.spec.loading import spec_from
+from mlprune.spec.variants import Calibration, Demonstration, Pattern, Variant
+from mlprune.sweep.grid import variant_of, variants_of
 
 HALF = Fraction(1, 2)
 VARIANT = Variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
@@ -186,7 +186,7 @@ def test_the_key_follows_every_field() -> None:
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
-    code = f"from mlprune.variants import Variant; print({VARIANT!r}.key)"
+    code = f"from mlprune.spec.variants import Variant; print({VARIANT!r}.key)"
     for seed in ("0", "1", "4242"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlprune.shards.actors import Usage
-from mlprune.watching import WINDOW_SECONDS, _Shard
+from mlprune.runtime.actors import Usage
+from mlprune.sweep.monitor import WINDOW_SECONDS, _Shard
 
 
 def test_rates_are_of_the_last_looks_alone() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlprune import export
+from mlprune.commands import checkpoint as export
+from mlprune.commands.prune import evaluate_checkpoint, prune
 from mlprune.errors import StorageError
 from mlprune.models.quiet import quiet_transformers
-from mlprune.prepare import gather, make_masks
-from mlprune.trial import scores_of
-from mlprune.variants import Variant
-from mlprune.winner import evaluate_checkpoint, prune
+from mlprune.spec.variants import Variant
+from mlprune.sweep.prepare import gather, make_masks
+from mlprune.sweep.trial import scores_of
 from tests.tiny_models import config, save, source
 from tests.work import CONTRASTIVE, MIXED, OWL, RANDOM, SEQUENTIAL, SPARSE_2_4, SPARSEGPT, WANDA, opened, ready
 

@@ -27,9 +27,9 @@ from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import ALONE, Ranks
 from mlprune.models.source import ModelSource
 from mlprune.models.zero import ALIGNMENT, Layout, Offload, Zero, _Folder, meeting_place
-from mlprune.prepare import Prepared, make_masks, open_fleet
-from mlprune.shards.memory import Chunks
+from mlprune.planning.memory import Chunks
 from mlprune.shards.pipeline import Pipeline, in_order
+from mlprune.sweep.prepare import Prepared, make_masks, open_fleet
 from tests.test_pipeline import Outcome, outcome
 from tests.tiny_models import source
 from tests.work import SEQUENTIAL, SPARSE_2_4, WANDA, masks_of, needs_libaio, opened, ready

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from mlprune.grid import variant_of
 from mlprune.models.source import ModelSource
-from mlprune.prepare import Prepared, open_fleet, open_here, prepare
 from mlprune.shards.pipeline import Pipeline
-from mlprune.specs import spec_from
-from mlprune.variants import Variant
+from mlprune.spec.loading import spec_from
+from mlprune.spec.variants import Variant
+from mlprune.sweep.grid import variant_of
+from mlprune.sweep.prepare import Prepared, open_fleet, open_here, prepare
 from tests.tiny_models import source
 
 needs_libaio = pytest.mark.skipif(

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from mlprune.analysis.features import TOP_CHANNELS, SharedCounts, by_chance, kinds_of, shares, top_channels, total
-from mlprune.languages import name_of
+from mlprune.spec.languages import name_of
 
 mpl.use("Agg")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from mlprune.languages import name_of
-from mlprune.storage import write_whole
-from mlprune.store import Result
+from mlprune.spec.languages import name_of
+from mlprune.storage.files import write_whole
+from mlprune.storage.results import Result
 
 mpl.use("Agg")
 

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from mlprune.analysis.pictures import BEYOND, MARKERS, draw_sweep, grid, short_names, write
-from mlprune.store import Result
+from mlprune.storage.results import Result
 
 Interval = tuple[float, float, float]  # a value, and the low and high end of 95%
 

@@ -23,7 +23,7 @@ from mlprune.data.code import CodeFiles
 from mlprune.data.corpora import KEY, Corpus, held_out
 from mlprune.data.demonstrations import prompt, sample_files, sample_lines
 from mlprune.errors import CorpusError, ModelError
-from mlprune.variants import Demonstration
+from mlprune.spec.variants import Demonstration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from mlprune.data.code import CodeFiles
 from mlprune.data.corpora import Corpus, calibration_lines
 from mlprune.errors import CorpusError
-from mlprune.languages import name_of
-from mlprune.variants import Demonstration
+from mlprune.spec.languages import name_of
+from mlprune.spec.variants import Demonstration
 
 
 def prompt(

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mlprune.config import ReviewsSpec, XnliSpec
 from mlprune.data.calibration import RowSet, context_id, pad_id, row_set
 from mlprune.data.questions import INFERENCE, SENTIMENT, Form, Question, open_questions
 from mlprune.errors import CorpusError, SpecError
 from mlprune.evaluation.items import Items
-from mlprune.templates import check_template
+from mlprune.spec.schema import ReviewsSpec, XnliSpec
+from mlprune.spec.templates import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

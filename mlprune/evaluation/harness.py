@@ -38,9 +38,9 @@ from mlprune.data.calibration import pad_id
 from mlprune.errors import SpecError
 from mlprune.evaluation.harness_model import Encoder, Requests
 from mlprune.evaluation.items import Items
-from mlprune.languages import name_of
 from mlprune.shards.decoding import kept_at_once
 from mlprune.shards.pipeline import Pipeline, Progress
+from mlprune.spec.languages import name_of
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

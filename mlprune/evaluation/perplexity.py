@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlprune.config import PerplexitySpec
 from mlprune.data.calibration import EvaluationSet, evaluation_set
 from mlprune.data.corpora import Corpus
 from mlprune.evaluation.items import Items
+from mlprune.spec.schema import PerplexitySpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

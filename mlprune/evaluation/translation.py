@@ -19,16 +19,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlprune.config import TranslationSpec
 from mlprune.data.calibration import end_of_line
 from mlprune.data.corpora import Corpus, calibration_lines, held_out
 from mlprune.data.demonstrations import prompt
 from mlprune.errors import CorpusError
 from mlprune.evaluation.items import Items
-from mlprune.languages import name_of
 from mlprune.shards.decoding import grouped, kept_at_once
 from mlprune.shards.pipeline import Pipeline, Progress
-from mlprune.variants import Demonstration
+from mlprune.spec.languages import name_of
+from mlprune.spec.schema import TranslationSpec
+from mlprune.spec.variants import Demonstration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlprune.variants import Pattern
+from mlprune.spec.variants import Pattern
 
 
 def dropped_per_row(width: int, sparsity: float) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mlprune.errors import SpecError
 from mlprune.pruning.moments import Moments
 from mlprune.pruning.sparsegpt import sparsegpt
-from mlprune.variants import Pattern
+from mlprune.spec.variants import Pattern
 
 # rows that are sorted at a time: sorting takes five times the memory of what is sorted
 SORTED_ROWS = 1024

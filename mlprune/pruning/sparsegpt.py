@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mlprune.pruning.masks import dropped_per_row, keep_all_but, keep_mask
 from mlprune.pruning.moments import Moments
-from mlprune.variants import Pattern
+from mlprune.spec.variants import Pattern
 
 BLOCK = 128
 DAMPING = 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlprune.comparison import Comparison
+from mlprune.commands.compare import Comparison
 from mlprune.console import results as out
 from mlprune.evaluation.significance import family_of
 from mlprune.report.tables import new_table

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from mlprune import console
 from mlprune.console import time_text
-from mlprune.standing import Running, ShardState, Standing, silence
+from mlprune.sweep.status import Running, ShardState, Standing, silence
 
 # of each kind, so that all stands in a terminal of 24 lines
 MOST = {"trials": 6, "shards": 8, "replicas": 4, "notes": 3, "gone": 2}

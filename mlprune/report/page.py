@@ -6,12 +6,12 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from mlprune.languages import name_of
-from mlprune.outcome import SweepOutcome
 from mlprune.report.ranking import ranking_cells
 from mlprune.report.sweep import export_command
-from mlprune.tracking import TAG_LENGTH
-from mlprune.tracking_server import parallel_coordinates_link
+from mlprune.spec.languages import name_of
+from mlprune.sweep.ranking import SweepOutcome
+from mlprune.tracking.mlflow_client import parallel_coordinates_link
+from mlprune.tracking.tracker import TAG_LENGTH
 
 UI = "http://127.0.0.1:5000"  # where `mlflow ui` is, if it is not told otherwise
 ROWS = 30  # of the ranking at most

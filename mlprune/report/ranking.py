@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlprune.outcome import SweepOutcome
-from mlprune.store import Result
+from mlprune.storage.results import Result
+from mlprune.sweep.ranking import SweepOutcome
 
 LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from rich.table import Table
 
-from mlprune.config import DEFAULT_STORAGE
 from mlprune.console import results as out
 from mlprune.console import size_text
-from mlprune.languages import name_of
-from mlprune.outcome import SweepOutcome
 from mlprune.report.ranking import ranking_cells
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
-from mlprune.store import Result
-from mlprune.sweep import SweepPlan
-from mlprune.tracking_server import shown
+from mlprune.spec.languages import name_of
+from mlprune.spec.schema import DEFAULT_STORAGE
+from mlprune.storage.results import Result
+from mlprune.sweep.ranking import SweepOutcome
+from mlprune.sweep.sweep import SweepPlan
+from mlprune.tracking.mlflow_client import shown
 
 TASK_COLUMNS = 4
 OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", "agreement")

@@ -13,10 +13,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from mlprune.config import SweepSpec
 from mlprune.console import results as out
-from mlprune.shards.planner import Plan
-from mlprune.tracking_server import shown
+from mlprune.planning.planner import Plan
+from mlprune.spec.schema import SweepSpec
+from mlprune.tracking.mlflow_client import shown
 
 
 def new_table(title: str, *columns: str) -> Table:

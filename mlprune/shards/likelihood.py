@@ -12,9 +12,6 @@ from torch.nn.functional import cross_entropy
 from mlprune.data.calibration import Batch
 from mlprune.models.replay import ReplayModel
 
-# logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte
-LOGIT_TOKENS = 512
-
 
 def row_likelihood(model: ReplayModel, batch: Batch, state_BTH: Tensor, logit_tokens: int, greedy: bool) -> Tensor:
     """Of each row's scored tokens the negative log-likelihood in nats, float64 [B], on the CPU.

@@ -18,7 +18,7 @@ from mlprune.pruning.masks import PackedMask, PackedWeights, keep_mask
 from mlprune.pruning.moments import Moments, mixed
 from mlprune.pruning.scores import SCORES, Score, Solver, score_named
 from mlprune.pruning.sparsegpt import SingularHessianError
-from mlprune.variants import Pattern, Variant
+from mlprune.spec.variants import Pattern, Variant
 
 Side = tuple[tuple[str, Fraction], ...]  # of a calibration: key of each set, and its weight
 UNSEEN = cast(Score, SCORES["magnitude"])  # what is left to a solver of an expert that no token reached

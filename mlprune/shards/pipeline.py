@@ -22,10 +22,10 @@ from torch import Tensor
 from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet, RowSet
 from mlprune.errors import WorkerLostError
 from mlprune.models.hollow import Span
+from mlprune.planning.memory import Chunks
 from mlprune.shards.decoding import Ended, Step, grouped, waves
 from mlprune.shards.features import SharedDrops
 from mlprune.shards.masking import LayerMasks, Recipe
-from mlprune.shards.memory import Chunks
 from mlprune.shards.worker import ShardWorker
 
 Progress = Callable[[int, int], None]  # done, of how many

@@ -20,15 +20,16 @@ from mlprune.models.replay import Call, ReplayModel, load_layer
 from mlprune.models.residency import ALONE, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
 from mlprune.models.zero import Offload, Zero
+from mlprune.planning.machine import own_cores
+from mlprune.planning.memory import LOGIT_TOKENS
 from mlprune.pruning.masks import PackedMask, PackedWeights
 from mlprune.pruning.moments import Moments
 from mlprune.shards.decoding import Session, Step
 from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
 from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
-from mlprune.shards.likelihood import LOGIT_TOKENS, row_likelihood
-from mlprune.shards.machine import own_cores
+from mlprune.shards.likelihood import row_likelihood
 from mlprune.shards.masking import Gathered, LayerMasks, Recipe, masks_of_layer, outliers_of_layer
-from mlprune.store import MomentStore
+from mlprune.storage.results import MomentStore
 
 
 @dataclass(frozen=True)

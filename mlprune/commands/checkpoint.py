@@ -1,0 +1,135 @@
+"""A variant as an ordinary Hugging Face checkpoint, written layer by layer, with a manifest of how it came to be.
+
+Masks are applied as zeros in place: `from_pretrained` needs nothing of ours. The folder appears whole or not at
+all: it is written beside its place and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from mlprune.console import size_text
+from mlprune.errors import StorageError
+from mlprune.models.hollow import meta_model
+from mlprune.models.quiet import quiet_transformers
+from mlprune.models.source import ModelSource
+from mlprune.storage.files import check_place
+
+FILE_BYTES = 2 * 2**30  # of one weights file; a layer is never split
+NAME_BYTES = 255  # of a folder, on every common file system
+MARGIN_BYTES = 64 * 2**20  # tokenizer, configuration and what a file system takes for itself
+
+
+def check_output(output: Path, weight_bytes: int) -> None:
+    """Raise StorageError unless a checkpoint of `weight_bytes` can be written to the new folder `output`."""
+    if len(os.fsencode(output.name)) > NAME_BYTES:
+        raise StorageError("--output", repr(str(output)), "the name is too long; name another folder")
+    check_place(output.parent, "--output", output)
+    if os.path.lexists(output):
+        raise StorageError("--output", repr(str(output)), "exists already; name a new folder")
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free, need = shutil.disk_usage(place).free, weight_bytes + MARGIN_BYTES
+    if free < need:
+        remedy = f"the checkpoint takes {size_text(need)} and {size_text(free)} are free; make room"
+        raise StorageError("--output", repr(str(output)), remedy)
+
+
+def write_checkpoint(
+    source: ModelSource,
+    dtype: torch.dtype,
+    weights: Iterable[dict[str, Tensor]],
+    manifest: dict[str, Any],
+    output: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write `weights` (pieces, names as in the loaded model) with tokenizer, configuration and `mlprune.json`."""
+    with _appearing_whole(output) as folder:
+        written = _Weights(folder)
+        for number, piece in enumerate(_as_saved(source, weights), start=1):
+            written.add(piece)
+            progress(number)
+        written.finish()
+        config = source.config()
+        config.dtype = dtype
+        with quiet_transformers():
+            config.save_pretrained(folder)
+            source.tokenizer().save_pretrained(folder)
+        if (generation := source.folder / "generation_config.json").exists():
+            shutil.copy(generation, folder)
+        (folder / "mlprune.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _appearing_whole(output: Path) -> Iterator[Path]:
+    output = output.absolute()
+    partial = output.with_name(f".mlprune-{uuid.uuid4().hex}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(output)
+    except OSError as error:
+        raise StorageError("--output", repr(str(output)), f"could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _as_saved(source: ModelSource, pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Each piece with the names and shapes that checkpoints of the family have on disk (experts apart, say)."""
+    model = meta_model(source.config())
+    seen: set[str] = set()
+    for piece in pieces:
+        new = {name: tensor for name, tensor in piece.items() if name not in seen}
+        seen |= new.keys()
+        yield revert_weight_conversion(model, new) if new else {}
+
+
+class _Weights:
+    """Weight files of bounded size, and their index; names are final once their number is known."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []  # tensor names, a list a file
+        self._bytes = 0
+
+    def add(self, piece: dict[str, Tensor]) -> None:
+        size = sum(tensor.nbytes for tensor in piece.values())
+        if self._held and size + sum(tensor.nbytes for tensor in self._held.values()) > FILE_BYTES:
+            self._flush()
+        self._held |= piece
+        self._bytes += size
+
+    def _flush(self) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in self._held.items()}
+        save_file(tensors, self._folder / f"part-{len(self._files)}", {"format": "pt"})
+        self._files.append(list(tensors))
+        self._held = {}
+
+    def finish(self) -> None:
+        self._flush()
+        count = len(self._files)
+        names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
+        for number, name in enumerate(names):
+            part = self._folder / f"part-{number}"
+            part.chmod(0o644)
+            part.rename(self._folder / name)
+        if count > 1:
+            where = {tensor: name for name, held in zip(names, self._files, strict=True) for tensor in held}
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(where.items()))}
+            (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -1,0 +1,157 @@
+"""`mlprune plan`: how a model would be held on machines, how long a spec would take there, and what would help.
+
+From the configuration alone: no weight, tokenizer or corpus is read, so tokens are estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from mlprune.console import size_text
+from mlprune.errors import ModelError, SpecError
+from mlprune.models.source import find_model
+from mlprune.planning.forecast import Phase, forecast
+from mlprune.planning.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
+from mlprune.planning.memory import Work
+from mlprune.planning.model_size import ModelShape, model_shape
+from mlprune.planning.planner import Plan, make_plan, of_a_node
+from mlprune.pruning.scores import Solver, score_named
+from mlprune.runtime.ray_cluster import cluster_machine
+from mlprune.spec.schema import PipelineSpec, SweepSpec
+from mlprune.sweep.grid import variants_of
+
+TOKENS_OF_A_LINE = 64  # of news text; a language that the tokenizer hardly knows takes several times as many
+MOST_NODES = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The machines as options give them; None: not given."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    gpu_memory: int | None = None
+    host_memory: int | None = None
+    host_to_device: float | None = None
+    flops: float | None = None
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """A model on machines. `plan` None: it does not fit, for the reason `why_not`."""
+
+    name: str
+    shape: ModelShape
+    work: Work
+    machine: Machine
+    plan: Plan | None
+    why_not: str
+    phases: tuple[Phase, ...]
+    changes: tuple[str, ...]  # what would make it fit, or fit better
+
+
+def plan_scale(spec: SweepSpec, asked: Asked) -> ScalePlan:
+    """Plan the spec on the machines. Raises UserError for what is wrong with either."""
+    source = find_model(
+        spec.model.path,
+        revision=spec.model.revision,
+        trust_remote_code=spec.model.trust_remote_code,
+        weights=False,
+    )
+    shape = model_shape(source.config(), source.dtype(spec.model.dtype), source.name)
+    machine = machine_of(asked, shape.dtype)
+    work = estimated_work(spec, shape)
+    try:
+        plan, why_not = make_plan(shape, work, machine, spec.pipeline, source.name), ""
+    except ModelError as error:
+        plan, why_not = None, error.remedy
+    phases = tuple(forecast(shape, work, plan, machine)) if plan else ()
+    settled = plan is not None and plan.holding.offload is None
+    changes = () if settled else tuple(_changes(shape, work, machine, spec.pipeline, plan))
+    return ScalePlan(source.name, shape, work, machine, plan, why_not, phases, changes)
+
+
+def machine_of(asked: Asked, dtype: torch.dtype) -> Machine:
+    """The machines that were asked for; without any word of them the running cluster, or this machine."""
+    if all(value is None for value in (asked.nodes, asked.gpus_per_node, asked.gpu_memory, asked.host_memory)):
+        machine = cluster_machine(launch=False) or this_machine()
+    else:
+        machine = _described(asked)
+    return replace(
+        machine,
+        host_to_device=asked.host_to_device or machine.host_to_device,
+        flops=asked.flops or machine.flops or measured_flops(dtype),
+    )
+
+
+def _described(asked: Asked) -> Machine:
+    gpus = asked.gpus_per_node or 0
+    if gpus and asked.gpu_memory is None:
+        raise SpecError("--gpu-memory", "nothing", "say how much a GPU has, as --gpu-memory 80GiB")
+    if asked.host_memory is None:
+        raise SpecError("--host-memory", "nothing", "say how much a node has, as --host-memory 1TiB")
+    return Machine(
+        nodes=asked.nodes or 1,
+        gpus=gpus,
+        gpu_memory=asked.gpu_memory or 0,
+        host_memory=asked.host_memory,
+        host_to_device=HOST_TO_DEVICE,
+        flops=UNKNOWN_GPU_FLOPS if gpus else 0.0,
+    )
+
+
+def estimated_work(spec: SweepSpec, shape: ModelShape) -> Work:
+    """What the spec asks for, each prompt as long as it may be."""
+    variants = variants_of(spec.search)
+    parts = {part for variant in variants for part in variant.demonstrations}
+    prompt = min(spec.calibration.max_tokens, shape.positions or spec.calibration.max_tokens)
+    sequential = [len(variant.demonstrations) for variant in variants if variant.propagation == "sequential"]
+    lines = spec.evaluation.perplexity.lines * len(spec.evaluation.perplexity.languages)
+    return Work(
+        calibration=(spec.calibration.samples * prompt,) * len(parts),
+        evaluation=lines * TOKENS_OF_A_LINE,
+        longest=max(prompt, TOKENS_OF_A_LINE),
+        variants=len(variants),
+        sequential=len(sequential),
+        sequential_tokens=max(sequential, default=0) * spec.calibration.samples * prompt,
+        solved=sum(isinstance(score_named(variant.score), Solver) for variant in variants),
+    )
+
+
+def _changes(
+    shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec, plan: Plan | None
+) -> Iterator[str]:
+    """What would make the model fit, or, where its weights have to move, stay."""
+    free = asked.model_copy(update={"residency": "auto", "offload": None})
+    if plan is None and (other := _fits(shape, work, machine, free)):
+        yield f"pipeline.residency=auto: {other.holding}"
+    for nodes in _doubled(machine.nodes):
+        more = replace(machine, nodes=nodes)
+        if (other := _fits(shape, work, more, free)) and not other.holding.offload:
+            yield f"{nodes} nodes: {other.holding}, {len(other.spans)} shards"
+            break
+    for place, kind in (("cpu", "host memory"), ("nvme", "disk")):
+        roomy = replace(machine, host_memory=2**60, disk=None)
+        wanted = asked.model_copy(update={"residency": "zero", "offload": place})
+        if plan is None and machine.gpus and (other := _fits(shape, work, roomy, wanted)):
+            host = of_a_node([part.host for part in other.memory], machine, other.holding.ranks)
+            disk = of_a_node([part.disk for part in other.memory], machine, other.holding.ranks)
+            tail = f" and {size_text(disk)} of disk" if disk else ""
+            yield f"{size_text(host)} of host memory a node{tail}: zero/{place} ({kind})"
+    if plan is None and shape.dtype == torch.float32:
+        yield "model.dtype=bfloat16: half of the weights' memory"
+
+
+def _doubled(nodes: int) -> Iterator[int]:
+    while (nodes := nodes * 2) <= MOST_NODES:
+        yield nodes
+
+
+def _fits(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec) -> Plan | None:
+    try:
+        return make_plan(shape, work, machine, asked, "")
+    except (ModelError, SpecError):
+        return None

@@ -1,0 +1,117 @@
+"""What the planner knows of a model, from its configuration alone: the model is built without weights.
+
+Sizes are bytes, where not said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from mlprune.errors import SpecError
+from mlprune.models.hollow import check_family, decoder_layers, layer_count, meta_model
+from mlprune.models.matrices import has_experts, matrices
+from mlprune.models.zero import Layout
+from mlprune.spec.variants import Pattern
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model in a dtype, and the input widths that an n:m pattern must divide."""
+
+    layers: tuple[int, ...]  # bytes of each decoder layer
+    ends: tuple[int, int]  # bytes of the embedding, on the first shard, and of the head, on the last
+    tied: bool  # whether the two are the same weights
+    total: int  # bytes of the whole model, tied weights once
+    pruned: tuple[int, ...]  # weights in the matrices of each layer
+    active: int  # weights that one token meets, the head among them; of a mixture, those of its few experts
+    packed: int  # elements of the largest layer, packed for ZeRO
+    largest_matrix: int  # weights
+    widths: Mapping[str, int]  # matrix -> input channels
+    layer_widths: tuple[int, ...]  # their sum, a layer
+    hidden: int  # hidden width
+    intermediate: int  # the widest input of a matrix
+    heads: int
+    kept: int  # numbers that a layer keeps of a token: its keys and values
+    vocabulary: int
+    positions: int | None  # tokens that the model takes at most
+    has_experts: bool
+    dtype: torch.dtype
+
+    @property
+    def pruned_total(self) -> int:
+        """Weights in all matrices."""
+        return sum(self.pruned)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self.hidden * self.dtype.itemsize
+
+
+def model_shape(config: PretrainedConfig, dtype: torch.dtype, name: str) -> ModelShape:
+    """Measure the model of `config` in `dtype`. Raises ModelError for a family that cannot be sharded."""
+    check_family(config, name)
+    model = meta_model(config).to(dtype)
+    _, layers = decoder_layers(model, layer_count(config))
+    text = config.get_text_config()
+    widths: dict[str, int] = {}
+    layer_widths: Counter[int] = Counter()
+    pruned, routed = [], 0
+    largest = 0
+    for number, layer in enumerate(layers):
+        counts = []
+        for key, matrix in matrices(layer).items():
+            rows, columns = matrix.view_OI(layer.get_parameter(matrix.parameter)).shape
+            widths[f"{number}.{key}"] = columns
+            layer_widths[number] += columns
+            counts.append(rows * columns)
+            routed += rows * columns * (matrix.expert is not None)
+        pruned.append(sum(counts))
+        largest = max(largest, *counts)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    return ModelShape(
+        layers=tuple(_bytes_of(layer) for layer in layers),
+        ends=(_bytes_of(embedding), head.weight.nbytes),
+        tied=embedding.weight is head.weight,
+        total=_bytes_of(model),
+        pruned=tuple(pruned),
+        active=sum(pruned) - routed + routed * chosen // experts + head.weight.numel(),
+        packed=max(Layout.of(layer, dtype).elements for layer in layers),
+        largest_matrix=largest,
+        widths=widths,
+        layer_widths=tuple(layer_widths[number] for number in range(len(layers))),
+        hidden=int(text.hidden_size),
+        intermediate=max(widths.values()),
+        heads=int(text.num_attention_heads),
+        kept=_kept(text),
+        vocabulary=len(embedding.weight),
+        positions=getattr(text, "max_position_embeddings", None),
+        has_experts=any(has_experts(layer) for layer in layers),
+        dtype=dtype,
+    )
+
+
+def _kept(text: PretrainedConfig) -> int:
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * heads * width)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def check_pattern(shape: ModelShape, pattern: Pattern, key: str) -> None:
+    """Raise SpecError when a matrix's input width is no multiple of the pattern's group."""
+    for name, width in shape.widths.items():
+        if pattern.group and width % pattern.group:
+            remedy = f"the {width} inputs of layer {name} are not divisible by {pattern.group}; use unstructured"
+            raise SpecError(key, repr(str(pattern)), remedy)

@@ -1,0 +1,309 @@
+"""The spec of a sweep: frozen, every key with a default but `search`, unknown keys refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+
+from mlprune.errors import SpecError
+from mlprune.spec.languages import name_of
+from mlprune.spec.variants import Calibration, Pattern, Scoring, two_sides
+
+DEFAULT_STORAGE = "mlprune-store"
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(_Section):
+    """Which model, and what is allowed in reading it."""
+
+    path: str = "demo"  # a folder, a hub id, or demo
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class PipelineSpec(_Section):
+    """How the model is held."""
+
+    shards: Count | Literal["auto"] = "auto"
+    residency: Literal["auto", "resident", "zero"] = "auto"
+    offload: Literal["cpu", "nvme"] | None = None
+    offload_folder: str | None = None
+    ranks_per_shard: Count = 1
+    replicas: Count = 1
+    wait_minutes: Annotated[float, Field(ge=0)] | None = None
+    worker_memory: Annotated[ByteSize, Field(gt=0)] | None = None
+
+    @field_validator("worker_memory", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise SpecError("pipeline.worker_memory", repr(value), "must be a size, as 16GiB")
+        return value
+
+    @field_validator("offload_folder")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _resident_moves_nothing(self) -> PipelineSpec:
+        if self.residency == "resident" and self.offload is not None:
+            raise SpecError("pipeline.offload", self.offload, "weights that move are residency zero")
+        if self.residency == "resident" and self.ranks_per_shard > 1:
+            remedy = "ranks share weights that move: residency zero, or 1"
+            raise SpecError("pipeline.ranks_per_shard", self.ranks_per_shard, remedy)
+        return self
+
+
+class CalibrationSpec(_Section):
+    """What every calibration set of the sweep has in common."""
+
+    corpus: str = "sample"
+    samples: Count = 32
+    shots: Count = 4
+    max_tokens: Annotated[int, Field(ge=2, strict=True)] = 256
+    seed: Annotated[int, Field(strict=True)] = 0
+    template: str = "{language}: {text}"
+    separator: str | None = None
+    count_padding: bool = False
+    code: str = "stdlib"
+
+
+class SearchSpec(_Section):
+    """The lists whose product is the grid; with `samples`, that many of it, by `searcher`."""
+
+    calibration: tuple[str, ...] = ()
+    score: Annotated[tuple[str, ...], Field(min_length=1)]
+    sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)]
+    pattern: Annotated[tuple[str, ...], Field(min_length=1)] = ("unstructured",)
+    allocation: Annotated[tuple[Literal["uniform", "owl"], ...], Field(min_length=1)] = ("uniform",)
+    propagation: Annotated[tuple[Literal["sequential", "dense"], ...], Field(min_length=1)] = ("sequential",)
+    samples: Count | None = None
+    searcher: Literal["random", "optuna"] = "random"
+    objective: Literal["mean", "worst"] = "mean"
+
+    @field_validator("calibration")
+    @classmethod
+    def _calibrations(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Calibration.parse(text, f"search.calibration[{n}]")) for n, text in enumerate(values))
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _scores(cls, values: Any) -> Any:
+        if not isinstance(values, list | tuple):
+            return values
+        return [_score_text(value, f"search.score[{n}]") for n, value in enumerate(values)]
+
+    @field_validator("pattern")
+    @classmethod
+    def _patterns(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Pattern.parse(text, f"search.pattern[{n}]")) for n, text in enumerate(values))
+
+    @model_validator(mode="after")
+    def _optuna_needs_samples(self) -> SearchSpec:
+        if self.searcher == "optuna" and self.samples is None:
+            raise SpecError(
+                "search.samples", None, "searcher optuna needs the number of trials; write samples: 20"
+            )
+        return self
+
+
+def _score_text(value: Any, key: str) -> Any:
+    """`contrastive: {keep: K, against: A}` as `contrastive:K/A`."""
+    if isinstance(value, dict) and len(value) == 1:
+        (name, sides), *_ = value.items()
+        if not isinstance(sides, dict) or set(sides) != {"keep", "against"}:
+            raise SpecError(key, repr(value), f"{name} needs both sides; write {two_sides(name)}")
+        value = f"{name}:{sides['keep']}/{sides['against']}"
+    return str(Scoring.parse(value, key)) if isinstance(value, str) else value
+
+
+class PerplexitySpec(_Section):
+    """Likelihood of held-out lines."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1)] = ("en", "fr", "de")
+    lines: Count = 64
+
+    @field_validator("languages")
+    @classmethod
+    def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_languages(values, "evaluation.perplexity.languages")
+
+
+def _checked_languages(values: tuple[str, ...], key: str) -> tuple[str, ...]:
+    for n, code in enumerate(values):
+        name_of(code, f"{key}[{n}]")
+    return tuple(dict.fromkeys(values))
+
+
+class XnliSpec(_Section):
+    """Natural language inference by filled templates; the labels say entailment, neutral, contradiction."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1)]
+    data: str = "facebook/xnli"
+    items: Count | None = None
+    template: str = "{premise} , right? {label} , {hypothesis}"
+    labels: Annotated[tuple[str, ...], Field(min_length=3, max_length=3)] = ("Yes", "Also", "No")
+
+    @field_validator("languages")
+    @classmethod
+    def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_languages(values, "evaluation.xnli.languages")
+
+
+class ReviewsSpec(_Section):
+    """Reviews by filled templates; the labels say negative, positive."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1)]
+    data: str
+    items: Count | None = None
+    template: str = "{review} It is {label}"
+    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=2)] = ("negative", "positive")
+
+    @field_validator("languages")
+    @classmethod
+    def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked_languages(values, "evaluation.reviews.languages")
+
+
+class TranslationSpec(_Section):
+    """Few-shot greedy translation of held-out lines of the calibration corpus."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+    shots: Count = 4
+    lines: Count = 32
+    max_new_tokens: Count = 96
+
+    @field_validator("pairs")
+    @classmethod
+    def _pairs(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for n, pair in enumerate(values):
+            key, codes = f"evaluation.translation.pairs[{n}]", pair.split("-")
+            if len(set(codes)) != 2 or len(codes) != 2:
+                raise SpecError(key, repr(pair), "write two languages, source first, as fr-en")
+            for code in codes:
+                name_of(code, key)
+        return tuple(dict.fromkeys(values))
+
+
+class EvaluationSpec(_Section):
+    """What every trial is measured by."""
+
+    perplexity: PerplexitySpec = PerplexitySpec()
+    xnli: XnliSpec | None = None
+    reviews: ReviewsSpec | None = None
+    translation: TranslationSpec | None = None
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
+    task_path: str | None = None
+    task_items: Count | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(values))
+
+    @field_validator("task_path")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+
+class TrackingSpec(_Section):
+    """Where MLflow is. uri null: MLFLOW_TRACKING_URI, else sqlite in the storage; experiment null: the sweep."""
+
+    uri: str | None = None
+    experiment: str | None = None
+
+
+class SweepSpec(_Section):
+    """A whole sweep."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "sweep"
+    model: ModelSpec = ModelSpec()
+    pipeline: PipelineSpec = PipelineSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    search: SearchSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
+    storage: Annotated[str, Field(validate_default=True)] = DEFAULT_STORAGE
+    tracking: TrackingSpec = TrackingSpec()
+
+    @field_validator("storage")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        """A folder made absolute: trials run in directories of their own. Other addresses stay as they are."""
+        protocol, remote, rest = value.partition("://")
+        if remote and ("@" in rest or "?" in rest):
+            remedy = "no secrets in specs; use the provider's own credentials"
+            raise SpecError("storage", f"{protocol}://...", remedy)
+        return value if remote else str(Path(value).expanduser().absolute())
+
+    def yaml(self) -> str:
+        """The whole spec, defaults written out, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def key(self) -> str:
+        """A content hash of what the sweep computes; where it runs and is stored does not count."""
+        content = self.model_dump_json(exclude={"pipeline", "storage", "tracking"})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def storage_folder(self) -> Path:
+        """Of a storage that is a folder."""
+        assert "://" not in self.storage
+        return Path(self.storage)
+
+    @property
+    def local_folder(self) -> Path:
+        """For what must be on this machine's disk: the storage, or for one elsewhere a folder of the user's."""
+        if "://" not in self.storage:
+            return self.storage_folder
+        return platformdirs.user_cache_path("mlprune") / hashlib.sha256(self.storage.encode()).hexdigest()[:16]
+
+    def anchored(self) -> SweepSpec:
+        """The same spec, to be read from any folder: paths that are there made absolute."""
+        given = self.calibration
+        places = {name: _absolute_if_there(getattr(given, name)) for name in ("corpus", "code")}
+        asked = {
+            name: task.model_copy(update={"data": _absolute_if_there(task.data)})
+            for name in ("xnli", "reviews")
+            if (task := getattr(self.evaluation, name)) is not None
+        }
+        changes = {
+            "model": self.model.model_copy(update={"path": _absolute_if_there(self.model.path)}),
+            "calibration": given.model_copy(update=places),
+            "evaluation": self.evaluation.model_copy(update=asked),
+        }
+        return self.model_copy(update=changes)
+
+    @property
+    def offload_folder(self) -> Path:
+        """Where weights that are offloaded to a disk wait."""
+        return Path(self.pipeline.offload_folder or self.local_folder / "offload")
+
+    @property
+    def tracking_uri(self) -> str:
+        """The spec's own, else the environment's, else a file in the storage, which must then be a folder."""
+        if given := self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+            return given
+        if "://" in self.storage:
+            remedy = f"sqlite cannot be at {self.storage}; name a server or a database"
+            raise SpecError("tracking.uri", None, remedy)
+        return f"sqlite:///{self.storage_folder}/mlflow.db"
+
+
+def _absolute_if_there(path: str) -> str:
+    return str(Path(path).absolute()) if path not in ("demo", "sample", "stdlib") and Path(path).exists() else path

@@ -1,0 +1,286 @@
+"""A spec, to everything that is known before a weight is loaded; every mistake is answered here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from mlprune.console import say, step, warn
+from mlprune.data.calibration import Batch, CalibrationSet, calibration_set
+from mlprune.data.code import open_code
+from mlprune.data.corpora import Corpus, open_corpus
+from mlprune.errors import ModelError, SpecError
+from mlprune.evaluation.build import asked_languages, suite_of
+from mlprune.evaluation.suite import Suite
+from mlprune.models.hollow import Span
+from mlprune.models.source import ModelSource, find_model
+from mlprune.models.zero import Offload, disk_access, make_disk_ready
+from mlprune.planning.machine import Machine, this_machine, with_disk
+from mlprune.planning.memory import Work
+from mlprune.planning.model_size import ModelShape, check_pattern, model_shape
+from mlprune.planning.planner import Plan, make_plan
+from mlprune.pruning.allocation import owl
+from mlprune.pruning.scores import Solver, score_named
+from mlprune.runtime.ray_cluster import cluster_machine, on_cluster
+from mlprune.runtime.replicas import Fleet, fleet_on_ray
+from mlprune.shards.masking import Recipe
+from mlprune.shards.pipeline import LocalPipeline, Pipeline, Progress, Pruned
+from mlprune.shards.worker import Setup, ShardWorker
+from mlprune.spec.schema import CalibrationSpec, SweepSpec
+from mlprune.spec.templates import check_template
+from mlprune.spec.variants import Demonstration, Pattern, Variant
+from mlprune.storage.files import Storage, check_place, check_storage
+from mlprune.storage.results import FORMAT, MomentStore, ResultStore
+from mlprune.sweep.grid import needs_dense
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Checked, tokenised, cut: ready to load weights."""
+
+    spec: SweepSpec
+    source: ModelSource
+    shape: ModelShape
+    machine: Machine  # this one, or the nodes of the cluster that runs
+    plan: Plan
+    sets: dict[str, CalibrationSet]  # by demonstration
+    evaluation: Suite | None  # None where nothing is evaluated
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the model's content. Made when first asked for, after all that can be checked without it."""
+        with step("fingerprint of the model"):
+            return self.source.fingerprint()
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return self.plan.spans
+
+    def setup(self) -> Setup:
+        """What the workers need. For weights that go to a disk, what writes it is made ready."""
+        device, offload = worker_device(self.machine), None
+        if place := self.plan.holding.offload:
+            offload = Offload(place, self.spec.offload_folder, self.shape.packed)
+            if place == "nvme" and not on_cluster():  # there each node makes its own ready, when it loads
+                with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
+                    make_disk_ready(device)
+        return Setup(self.source, self.spec.model.dtype, device.type, self.store(), offload)
+
+    def store(self) -> MomentStore:
+        return MomentStore(Storage(self.spec.storage), self.fingerprint, str(self.shape.dtype))
+
+    def results(self) -> ResultStore:
+        return ResultStore(Storage(self.spec.storage))
+
+    def recipe(self, variant: Variant) -> Recipe:
+        sides = tuple(
+            tuple((self.sets[str(part)].key, weight) for part, weight in side.parts) for side in variant.sides
+        )
+        return Recipe(variant, self.spec.calibration.seed, sides)
+
+    def sets_of(self, variant: Variant) -> list[CalibrationSet]:
+        """The calibration sets that it reads, in the order of its recipe's keys."""
+        by_key = {made.key: made for made in self.sets.values()}
+        return [by_key[key] for key in self.recipe(variant).keys]
+
+    def result_key(self, variant: Variant | None) -> str:
+        """A content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
+        assert self.evaluation is not None
+        content = [FORMAT, self.fingerprint, str(self.shape.dtype), self.evaluation.key]
+        if variant is not None:
+            recipe = self.recipe(variant)
+            content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
+            content += [str(recipe.seed)] if variant.score == "random" else []
+        return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
+
+
+def worker_device(machine: Machine) -> torch.device:
+    return torch.device("cuda" if machine.gpus else "cpu")
+
+
+def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
+    """Check the spec against model and corpus; tokenise; cut the model into shards. Loads no weights.
+
+    `evaluate` False: nothing will be evaluated, so the corpus need not have the evaluation's languages.
+    """
+    variants = list(variants)
+    check_storage(spec.storage)
+    source = find_model(
+        spec.model.path,
+        revision=spec.model.revision,
+        trust_remote_code=spec.model.trust_remote_code,
+        allow_pickle=spec.model.allow_pickle,
+        progress=step,
+    )
+    config = source.config()
+    shape = model_shape(config, source.dtype(spec.model.dtype), source.name)
+    for pattern in dict.fromkeys(variant.pattern for variant in variants):
+        check_pattern(shape, Pattern.parse(pattern), "search.pattern")
+    sets, evaluation = _text(spec, variants, source, shape, evaluate)
+    machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
+    plan = make_plan(shape, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
+    if plan.why:
+        say(f"  residency: {plan.why}")
+    if plan.holding.offload == "nvme" and not on_cluster():
+        check_place(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
+        disk_access(worker_device(machine))
+    return Prepared(spec, source, shape, machine, plan, sets, evaluation)
+
+
+def _text(
+    spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, shape: ModelShape, evaluate: bool
+) -> tuple[dict[str, CalibrationSet], Suite | None]:
+    """Every calibration set that the variants need, by demonstration, and what the model is asked."""
+    demonstrations = dict.fromkeys(part for variant in variants for part in variant.demonstrations)
+    needed = [code for part in demonstrations for code in part.languages]
+    needed += asked_languages(spec.evaluation) if evaluate else ()
+    if not demonstrations and not evaluate:
+        return {}, None
+    if demonstrations:
+        _check_positions(spec, shape)
+    corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(needed)) if needed else None
+    tokenizer = source.tokenizer()
+    sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, shape)
+    suite = None
+    if evaluate:
+        assert corpus is not None
+        suite = suite_of(spec, corpus, tokenizer, shape.positions, shape.has_experts)
+    batches = [batch for made in sets.values() for batch in made.batches] + (
+        [*suite.rows.batches] if suite else []
+    )
+    _check_vocabulary(source, shape, batches)
+    return sets, suite
+
+
+def _calibration_sets(
+    asked: CalibrationSpec,
+    demonstrations: Iterable[Demonstration],
+    corpus: Corpus | None,
+    tokenizer: Any,
+    shape: ModelShape,
+) -> dict[str, CalibrationSet]:
+    check_template(asked.template, "calibration.template", needed=["text"], also=["language"])
+    code = open_code(asked.code) if any(part.kind == "code" for part in demonstrations) else None
+    return {
+        str(part): calibration_set(
+            corpus,
+            part,
+            tokenizer,
+            samples=asked.samples,
+            shots=asked.shots,
+            max_tokens=asked.max_tokens,
+            seed=asked.seed,
+            pad_free=shape.has_experts,
+            template=asked.template,
+            separator=asked.separator,
+            count_padding=asked.count_padding,
+            code=code,
+        )
+        for part in demonstrations
+    }
+
+
+def _check_vocabulary(source: ModelSource, shape: ModelShape, batches: Iterable[Batch]) -> None:
+    largest = max(int(batch.input_ids.max()) for batch in batches)
+    if largest >= shape.vocabulary:
+        remedy = f"its tokenizer makes token {largest}, its embedding has {shape.vocabulary}: not a pair"
+        raise ModelError("model.path", repr(source.name), remedy)
+
+
+def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None) -> Work:
+    def tokens(batches: Iterable[Batch]) -> int:
+        return sum(batch.input_ids.numel() for batch in batches)
+
+    asking = suite.asking if suite else ()
+    rows = suite.rows.batches if suite else ()
+    sequential = [variant for variant in variants if variant.propagation == "sequential"]
+    together = [sum(tokens(sets[str(part)].batches) for part in v.demonstrations) for v in sequential]
+    batches = [*(batch for made in sets.values() for batch in made.batches), *rows]
+    longest = [*(batch.input_ids.shape[1] for batch in batches), *(task.longest for task in asking)]
+    return Work(
+        calibration=tuple(tokens(made.batches) for made in sets.values()),
+        evaluation=tokens(rows) + sum(task.tokens for task in asking),
+        longest=max(longest, default=0),
+        variants=len(variants),
+        sequential=len(sequential),
+        sequential_tokens=max(together, default=0),
+        solved=sum(isinstance(score_named(variant.score), Solver) for variant in variants),
+        written=max((task.written for task in asking), default=0),
+    )
+
+
+def _check_positions(spec: SweepSpec, shape: ModelShape) -> None:
+    asked = spec.calibration.max_tokens
+    if shape.positions is not None and asked > shape.positions:
+        remedy = f"the model takes {shape.positions} tokens at most"
+        raise SpecError("calibration.max_tokens", asked, remedy)
+
+
+@contextmanager
+def open_fleet(prepared: Prepared, replicas: int | None = None) -> Iterator[Fleet]:
+    """The model as Ray actors, as often as was planned or as `replicas` says, for as long as the block runs."""
+    setup, plan = prepared.setup(), prepared.plan
+    plan = plan if replicas is None else replace(plan, replicas=replicas)
+    with fleet_on_ray(setup, plan, prepared.machine, prepared.spec.pipeline.wait_minutes) as fleet:
+        yield fleet
+
+
+@contextmanager
+def open_here(prepared: Prepared) -> Iterator[LocalPipeline]:
+    """The model in this process, all shards of it, for as long as the block runs."""
+    setup = prepared.setup()
+    with step("loading the model"):
+        pipeline = LocalPipeline([ShardWorker(setup, span) for span in prepared.spans], prepared.plan.chunks)
+    try:
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+def on_model(prepared: Prepared, what: str, work: Callable[[Pipeline], T]) -> T:
+    """What `work` makes of the model: one shard is loaded into this process, more are Ray actors.
+
+    Where a cluster runs its nodes hold the model, even one shard: this machine may be a small head. Over Ray,
+    `work` is done again when a worker dies under it; `what` names it to the user.
+    """
+    if on_cluster() or len(prepared.spans) * prepared.plan.holding.ranks > 1:
+        with open_fleet(prepared, replicas=1) as fleet:
+            return fleet.steadily(what, work)
+    with open_here(prepared) as pipeline:
+        return work(pipeline)
+
+
+def gather(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
+    """Have the dense moments that the variants need: from the store, else by one pass for all of them."""
+    names = {str(part) for variant in variants if needs_dense(variant) for part in variant.demonstrations}
+    missing = {}
+    for name in prepared.sets.keys() & names:
+        complete, corrupt = pipeline.restore(prepared.sets[name].key)
+        for file in corrupt:
+            warn(f"{file} is corrupt; its moments are gathered again")
+        if not complete:
+            missing[name] = prepared.sets[name]
+    if missing:
+        with step(f"calibrating on {', '.join(sorted(missing))}", "batches") as progress:
+            pipeline.gather([missing[name] for name in sorted(missing)], progress)
+
+
+def make_masks(
+    prepared: Prepared, pipeline: Pipeline, variant: Variant, progress: Progress | None = None
+) -> Pruned:
+    """The variant's masks, in the workers. What is dense needs its moments gathered before."""
+    recipe = prepared.recipe(variant)
+    if variant.allocation == "owl":
+        shares = pipeline.outlier_shares(recipe)
+        recipe = replace(recipe, ratios=owl(shares, prepared.shape.pruned, variant.sparsity))
+    if variant.propagation == "sequential":
+        return pipeline.prune_sequentially(recipe, prepared.sets_of(variant), progress)
+    return pipeline.prune(recipe)
