@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlprune.errors import SpecError
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.spec.loading import spec_from
 from mlprune.spec.variants import Calibration, Demonstration, Pattern, Variant
 from mlprune.sweep.grid import variant_of, variants_of
@@ -155,19 +155,19 @@ def test_a_pattern_that_cannot_be_is_answered(text: str) -> None:
     [("fr", "French"), ("no", "Norwegian"), ("hi", "Hindi"), ("sw", "Swahili"), ("zh", "Chinese")],
 )
 def test_languages_have_english_names(code: str, name: str) -> None:
-    assert name_of(code) == name
+    assert language_name(code) == name
 
 
 @pytest.mark.parametrize("code", ["éé", "ａｂ"])
 def test_letters_that_are_no_ascii_are_answered(code: str) -> None:
     with pytest.raises(SpecError, match="not an ISO 639 code"):
-        name_of(code)
+        language_name(code)
 
 
 @pytest.mark.parametrize("code", ["und", "mul", "zxx", "qaa"])
 def test_codes_of_no_language_are_refused(code: str) -> None:
     with pytest.raises(SpecError, match="not an ISO 639 code"):
-        name_of(code)
+        language_name(code)
 
 
 def test_the_key_follows_every_field() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from mlprune.analysis.features import TOP_CHANNELS, SharedCounts, by_chance, kinds_of, shares, top_channels, total
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 
 mpl.use("Agg")
 
@@ -41,7 +41,7 @@ def draw_top(pairs: Mapping[str, tuple[Tensor, Tensor]], layer: int, pivot: str,
     figure, panels = _grid(len(pairs), (5.2, 3.0), columns)
     for panel, (language, magnitudes) in zip(panels, pairs.items(), strict=True):
         bars = _draw_bars(panel, *magnitudes)
-        panel.set(title=name_of(language), xlabel="channel")
+        panel.set(title=language_name(language), xlabel="channel")
     figure.legend(bars, ["mono:x", f"translation:{pivot}-x"], loc="outside lower center", ncols=2, frameon=False)
     for panel in panels[::columns]:
         panel.set_ylabel("mean L2 norm")
@@ -103,7 +103,9 @@ def draw_masks(
         for number, (language, (mono, translation)) in enumerate(places.items()):
             values = [float(share_CC[mono, translation]) for share_CC in by_layer.values()]
             color, marker = f"C{number % 10}", "osD^vPX*"[number % 8]
-            panel.plot(list(by_layer), values, color=color, marker=marker, markersize=4, label=name_of(language))
+            panel.plot(
+                list(by_layer), values, color=color, marker=marker, markersize=4, label=language_name(language)
+            )
         panel.set(title=kind, xlabel="layer")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.storage.files import write_whole
 from mlprune.storage.results import Result
 
@@ -51,7 +51,7 @@ def _draw_language(panel: Axes, dense: Result, results: Sequence[Result], langua
         panel.plot(*zip(*shown, strict=True), color=color, marker=marker, markersize=5, label=label)
         beyond = [x for x, y in points if y > top]
         panel.plot(beyond, [top] * len(beyond), color=color, marker=r"$\uparrow$", markersize=12, linestyle="none")
-    panel.set(title=name_of(language), xlabel="sparsity", ylim=(base * 0.95, top * 1.03))
+    panel.set(title=language_name(language), xlabel="sparsity", ylim=(base * 0.95, top * 1.03))
     panel.grid(alpha=0.3)
 
 

@@ -28,7 +28,7 @@ from mlprune.commands.checkpoint import check_output
 from mlprune.console import step, warn
 from mlprune.errors import ModelError, SpecError, StorageError
 from mlprune.shards.pipeline import Pipeline
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Demonstration, Variant
 from mlprune.storage.files import check_place, write_whole
@@ -50,8 +50,8 @@ class Question:
 
     def __post_init__(self) -> None:
         for code in self.languages:
-            name_of(code, "--languages")
-        name_of(self.pivot, "--pivot")
+            language_name(code, "--languages")
+        language_name(self.pivot, "--pivot")
         if len(self.languages) < 2:
             raise SpecError("--languages", repr(",".join(self.languages)), "name two or more, as en,fr")
         if not 0 < self.ratio <= 0.5:

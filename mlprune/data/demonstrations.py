@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from mlprune.data.code import CodeFiles
 from mlprune.data.corpora import Corpus, calibration_lines
 from mlprune.errors import CorpusError
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.spec.variants import Demonstration
 
 
@@ -29,7 +29,8 @@ def prompt(
     Raises CorpusError when the corpus was opened without one of the languages.
     """
     return "".join(
-        template.format(language=name_of(language), text=corpus.column(language, "calibration")[line]) + separator
+        template.format(language=language_name(language), text=corpus.column(language, "calibration")[line])
+        + separator
         for line in lines
         for language in demonstration.languages
     )

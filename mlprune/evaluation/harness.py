@@ -40,7 +40,7 @@ from mlprune.evaluation.harness_model import Encoder, Requests
 from mlprune.evaluation.items import Items
 from mlprune.shards.decoding import kept_at_once
 from mlprune.shards.pipeline import Pipeline, Progress
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -243,7 +243,7 @@ def _language(task: str) -> str:
     if not stem or len(code) != 2:
         return ""
     try:
-        name_of(code)
+        language_name(code)
     except SpecError:
         return ""
     return code

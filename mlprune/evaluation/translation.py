@@ -26,7 +26,7 @@ from mlprune.errors import CorpusError
 from mlprune.evaluation.items import Items
 from mlprune.shards.decoding import grouped, kept_at_once
 from mlprune.shards.pipeline import Pipeline, Progress
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.spec.schema import TranslationSpec
 from mlprune.spec.variants import Demonstration
 
@@ -179,7 +179,7 @@ def _requests(
     for language in (source, target):
         corpus.column(language, f"{KEY}.pairs")
     demonstrated = prompt(corpus, Demonstration("translation", (source, target)), shots, template, separator)
-    before, _, after = template.format(language=name_of(target), text=_MARK).partition(_MARK)
+    before, _, after = template.format(language=language_name(target), text=_MARK).partition(_MARK)
     for line in lines:
         asked = prompt(corpus, Demonstration("mono", (source,)), [line], template, separator)
         ids = _ids(tokenizer, demonstrated + asked + before.rstrip(" "))

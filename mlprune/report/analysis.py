@@ -8,7 +8,7 @@ from mlprune.analysis.features import ENDS, overlaps, shares, total
 from mlprune.commands.analyze import Findings
 from mlprune.console import results as out
 from mlprune.report.tables import new_table, show_tracking
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.tracking.mlflow_client import shown
 
 
@@ -28,7 +28,7 @@ def show_findings(found: Findings) -> None:
         top, bottom = values["overlap"]["top"], values["overlap"]["bottom"]
         shown = (top[mono][translation], bottom[translation][mono], bottom[mono][translation])
         figures = [f"{share:.3f}" for share in (*shown, values["masks"][mono][translation])]
-        table.add_row(f"{name_of(code)} ({code})", *figures)
+        table.add_row(f"{language_name(code)} ({code})", *figures)
     out.print(table)
     out.print(
         f"Top and bottom: {asked.ratio:g} of the channels by magnitude, mean over layers.\n"

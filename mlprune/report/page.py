@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mlprune.report.ranking import ranking_cells
 from mlprune.report.sweep import export_command
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.sweep.ranking import SweepOutcome
 from mlprune.tracking.mlflow_client import parallel_coordinates_link
 from mlprune.tracking.tracker import TAG_LENGTH
@@ -64,7 +64,7 @@ def _told(outcome: SweepOutcome) -> str:
     """What was swept, and the answer."""
     spec, best = outcome.spec, outcome.best_by_sparsity()
     count = _counted(len(outcome.ranking) + len(outcome.failed), "trial")
-    languages = _listed([name_of(code) for code in spec.evaluation.perplexity.languages])
+    languages = _listed([language_name(code) for code in spec.evaluation.perplexity.languages])
     by = "mean" if spec.search.objective == "mean" else "worst language"
     winners = [
         f"**{escaped(result.variant.label)}** ({100 * outcome.changes[result.key][0]:+.0f}%)"

@@ -13,7 +13,7 @@ from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.report.ranking import ranking_cells
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.spec.schema import DEFAULT_STORAGE
 from mlprune.storage.results import Result
 from mlprune.sweep.ranking import SweepOutcome
@@ -153,7 +153,7 @@ def show_metrics(model: str, languages: Sequence[str], metrics: Mapping[str, flo
     table = new_table(f"{model}: held-out lines", "language", "bits per byte", "perplexity")
     for code in languages:
         bits, perplexity = metrics[f"bits_per_byte.{code}"], metrics[f"perplexity.{code}"]
-        table.add_row(f"{name_of(code)} ({code})", f"{bits:.4f}", f"{perplexity:.2f}")
+        table.add_row(f"{language_name(code)} ({code})", f"{bits:.4f}", f"{perplexity:.2f}")
     out.print(table)
     if names := task_metrics(metrics):
         tasks = new_table("tasks", "metric", "value")

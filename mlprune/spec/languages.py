@@ -9,7 +9,7 @@ from mlprune.errors import SpecError
 NOT_ONE_LANGUAGE = ("mis", "mul", "und", "zxx")  # uncoded, multiple, undetermined, none; qaa-qtz: private use
 
 
-def name_of(code: str, key: str = "language") -> str:
+def language_name(code: str, key: str = "language") -> str:
     """The English name of an ISO 639 code: `fr` -> `French`, `swh` -> `Swahili`.
 
     Raises SpecError, naming `key`, when no language has the code.

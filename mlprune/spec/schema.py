@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from mlprune.errors import SpecError
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 from mlprune.spec.variants import Calibration, Pattern, Scoring, two_sides
 
 DEFAULT_STORAGE = "mlprune-store"
@@ -145,7 +145,7 @@ class PerplexitySpec(_Section):
 
 def _checked_languages(values: tuple[str, ...], key: str) -> tuple[str, ...]:
     for n, code in enumerate(values):
-        name_of(code, f"{key}[{n}]")
+        language_name(code, f"{key}[{n}]")
     return tuple(dict.fromkeys(values))
 
 
@@ -195,7 +195,7 @@ class TranslationSpec(_Section):
             if len(set(codes)) != 2 or len(codes) != 2:
                 raise SpecError(key, repr(pair), "write two languages, source first, as fr-en")
             for code in codes:
-                name_of(code, key)
+                language_name(code, key)
         return tuple(dict.fromkeys(values))
 
 

@@ -15,7 +15,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from mlprune.errors import SpecError
-from mlprune.spec.languages import name_of
+from mlprune.spec.languages import language_name
 
 LANGUAGES_OF_KIND = {"mono": 1, "translation": 2, "code": 0}
 
@@ -37,7 +37,7 @@ class Demonstration:
         if len(languages) != LANGUAGES_OF_KIND.get(kind):
             raise SpecError(key, repr(text), "write mono:fr, translation:en-fr, code or mix:KIND=WEIGHT,...")
         for code in languages:
-            name_of(code, key)
+            language_name(code, key)
         if len(set(languages)) < len(languages):
             raise SpecError(key, repr(text), "a translation needs two different languages")
         return cls(kind, languages)
