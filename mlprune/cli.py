@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mlprune.remote.job_package import Parcel
     from mlprune.spec.schema import SweepSpec
 
+VERBOSITY = {"quiet": -1, "normal": 0, "verbose": 1}
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mlprune")
@@ -30,10 +32,13 @@ def main() -> None:
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What all commands share: --set, --json, --debug, and one line for a mistake."""
+    """Make a command of it: add --set, --json, --verbose, --quiet and --debug; print an error as one line."""
 
     @functools.wraps(function)
-    def run(debug: bool, json_file: str | None, **options: Any) -> None:
+    def run(debug: bool, verbosity: str, json_file: str | None, **options: Any) -> None:
+        from mlprune.console import configure_logging
+
+        configure_logging(VERBOSITY[verbosity])
         try:
             _check_json(json_file)
             value = function(**options)
@@ -52,7 +57,18 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--json", "json_file", metavar="FILE", help="Write the result as JSON; - is standard output."
         ),
-        click.option("--debug", is_flag=True, help="Show the traceback of a mistake."),
+        click.option(
+            "-v",
+            "--verbose",
+            "verbosity",
+            flag_value="verbose",
+            default="normal",
+            help="Print debug messages too.",
+        ),
+        click.option(
+            "-q", "--quiet", "verbosity", flag_value="quiet", help="Print only warnings and errors; no progress."
+        ),
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
     ]
     for decorator in reversed(decorators):
         run = decorator(run)

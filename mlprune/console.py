@@ -1,8 +1,9 @@
-"""What a person sees while work goes on: bars on a terminal, a line for each finished step elsewhere.
+"""Terminal output: the two consoles, log messages, progress bars, the live table, sizes and times as text.
 
-It all goes to the error stream: standard output is for results.
+Progress and log messages go to standard error: standard output is for results. Tables are in `report`.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,37 +18,78 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-WIDTH = 100  # of tables where there is no terminal to ask
+WIDTH = 100  # width of tables where standard output is not a terminal
+LEVELS = {-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}  # log level by verbosity
 
-# no markup: what is shown names folders, and a folder may be called "model[v2]"
+# no markup: messages name folders, and a folder may be called "model[v2]"
 errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 results = Console(highlight=False, markup=False)
 if not results.is_terminal:
     results.width = WIDTH
-_table_open = False  # it has the terminal's last lines to itself
+_table_open = False  # a live table occupies the last lines of the terminal
+_quiet = False  # only warnings and errors are printed: no progress
+
+
+class ErrorStreamHandler(logging.Handler):
+    """Prints log records on standard error: INFO as it is, WARNING in yellow, DEBUG dim with its logger's name."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                errors.print(f"{record.levelname.lower()}: {text}", style="yellow")
+            elif record.levelno >= logging.INFO:
+                errors.print(text)
+            else:
+                errors.print(f"{record.name}: {text}", style="dim")
+        except Exception:
+            self.handleError(record)
+
+
+def configure_logging(verbosity: int = 0) -> None:
+    """Print what mlprune logs on standard error: -1 is quiet (warnings only, no progress), 1 adds debug messages.
+
+    Calling it again replaces the earlier configuration. Loggers of other libraries are left alone.
+    """
+    global _quiet
+    _quiet = verbosity < 0
+    logger = logging.getLogger("mlprune")
+    logger.handlers = [ErrorStreamHandler()]
+    logger.setLevel(LEVELS[verbosity])
+    logger.propagate = False  # some libraries give the root logger a handler: messages would appear twice
+
+
+def is_quiet() -> bool:
+    """Whether progress is hidden (`--quiet`)."""
+    return _quiet
 
 
 @contextmanager
 def live_table() -> Iterator[Callable[[RenderableType], None]]:
-    """Keep one table under what is printed meanwhile, on a terminal; yields what sets it. At the end it goes."""
+    """Keep one table below all other output of a terminal; yields the function that updates it.
+
+    The table is erased at the end.
+    """
     global _table_open
     _table_open = True
     try:
-        # what goes to a file does not disturb the table, and belongs there
+        # results are redirected only if they share the terminal: in a file they do not disturb the table
         with Live(console=errors, auto_refresh=False, transient=True, redirect_stdout=results.is_terminal) as live:
             try:
                 yield lambda table: live.update(table, refresh=True)
             finally:
-                live.update("", refresh=True)  # else rich shows it whole once more, which may be too high to erase
+                # without this, rich prints the whole table once more, and cannot erase one higher than the screen
+                live.update("", refresh=True)
     finally:
         _table_open = False
 
 
 @contextmanager
 def step(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """Show that something is under way; yields `update(done, total)`, in `unit`s.
+    """Show a progress bar for a step of work; yields `update(done, total)`, counted in `unit`.
 
-    Under a live table it has no bar, only its line when it is done.
+    Below a live table and where standard error is no terminal, only a line is printed when the step is finished.
+    In quiet mode nothing is printed.
     """
     started = time.monotonic()
     columns = (
@@ -57,7 +99,7 @@ def step(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.fields[count]}", markup=False),
         TimeElapsedColumn(),
     )
-    hidden = _table_open or not errors.is_terminal
+    hidden = _quiet or _table_open or not errors.is_terminal
     with Progress(*columns, console=errors, transient=True, disable=hidden) as bars:
         task = bars.add_task(text, total=None, count="")
 
@@ -65,7 +107,8 @@ def step(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
             bars.update(task, completed=done, total=total, count=f"{done} of {total} {unit}")
 
         yield update
-    errors.print(f"  {text}  {time.monotonic() - started:.1f} s", style="dim")
+    if not _quiet:
+        errors.print(f"  {text}  {time.monotonic() - started:.1f} s", style="dim")
 
 
 def say(text: str) -> None:
@@ -77,7 +120,7 @@ def warn(text: str) -> None:
 
 
 def size_text(count: float) -> str:
-    """Bytes as a person reads them: `1.5 GiB`."""
+    """Format a number of bytes with a binary unit: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
@@ -86,7 +129,7 @@ def size_text(count: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as a person reads them: `3 min`, `2.5 h`."""
+    """Format a duration with a suitable unit: `3 min`, `2.5 h`."""
     if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

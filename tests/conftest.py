@@ -1,17 +1,30 @@
-"""What every test has: quiet hubs, and one real Ray for all tests of actors."""
+"""Set-up of every test: no hub, no server in use, the logging of a library, one Ray for all tests of actors."""
 
+import logging
 import os
 from collections.abc import Iterator
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin on each other's cores make tiny models crawl
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for the Hugging Face hub
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads slow tiny models down where cores are shared
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ.pop("MLFLOW_TRACKING_URI", None)  # nor is a server that somebody uses
-os.environ["RAY_ADDRESS"] = "local"  # a cluster that happens to run here is not ours
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # nor logs to a server in use
+os.environ["RAY_ADDRESS"] = "local"  # nor joins a Ray cluster that runs here
 
 import pytest
 
+from mlprune import console
 from mlprune.runtime.ray_cluster import ray_for
+
+
+@pytest.fixture(autouse=True)
+def mlprune_logging() -> Iterator[None]:
+    """Let `caplog` see INFO messages, and undo what a command in the test's process configures."""
+    logger = logging.getLogger("mlprune")
+    logger.setLevel(logging.INFO)
+    yield
+    logger.handlers = []
+    logger.propagate = True
+    console._quiet = False
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,9 @@ LAYOUT = """
 """
 ORDER = LAYOUT.split()
 TOP_LEVEL_FILES = 6
+# the packages that print; the others log
+PRINTING = ("cli", "console", "remote", "report")
+CONSOLES = ("mlprune.console.errors", "mlprune.console.results")
 # library (the longest matching name counts) -> packages or modules that may import it
 LIBRARIES = {
     "datasets": ("data",),
@@ -101,6 +104,23 @@ def misplaced_libraries(module: str, text: str) -> list[str]:
     return found
 
 
+def prints(module: str, text: str) -> list[str]:
+    """Calls of print, and uses of the consoles, in a package that has to log instead."""
+    if package_of(module) in PRINTING:
+        return []
+    imported = [f"{module}:{line}: {name}" for line, name in imports(text) if name in CONSOLES]
+    nodes = list(ast.walk(ast.parse(text)))
+    calls = [
+        f"{module}:{node.lineno}: print" for node in nodes if isinstance(node, ast.Name) and node.id == "print"
+    ]
+    uses = (node for node in nodes if isinstance(node, ast.Attribute))
+    return (
+        imported
+        + calls
+        + [f"{module}:{node.lineno}" for node in uses if f"mlprune.{ast.unparse(node)}" in CONSOLES]
+    )
+
+
 def cycles(graph: dict[str, set[str]]) -> list[str]:
     """Modules that import themselves through others: what is left after all others are taken away, one by one."""
     left = {module: set(targets) for module, targets in graph.items()}
@@ -123,6 +143,11 @@ def test_imports_go_one_way(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_libraries_are_imported_where_the_table_says(module: str) -> None:
     assert misplaced_libraries(module, MODULES[module]) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_libraries_log_and_do_not_print(module: str) -> None:
+    assert prints(module, MODULES[module]) == []
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -153,4 +178,9 @@ def test_a_violation_would_be_found() -> None:
     assert misplaced_libraries("storage.results", "import deepspeed")
     assert not misplaced_libraries("sweep.tune_runner", "from ray import tune")
     assert not misplaced_libraries("sweep.tune_runner", "from ray.tune.search.optuna import OptunaSearch")
+    assert prints("sweep.sweep", "def f(): print('a')")
+    assert prints("sweep.sweep", "from mlprune.console import errors")
+    assert prints("sweep.sweep", "from mlprune import console\nconsole.results.print('a')")
+    assert not prints("sweep.sweep", "from mlprune.console import step\nlogger.info('print')")
+    assert not prints("report.sweep", "from mlprune.console import results")
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]

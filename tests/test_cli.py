@@ -1,6 +1,7 @@
 """The command line where nothing is wrong, on tiny models in this process: what it prints, writes and computes."""
 
 import json
+import logging
 import math
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlprune
 import mlprune.commands.checkpoint
+import mlprune.sweep.status
 import mlprune.sweep.sweep
+from mlprune import console
 from mlprune.cli import main
 from mlprune.data.corpora import held_out, open_corpus
 from mlprune.models.source import find_model
@@ -26,6 +29,7 @@ from mlprune.spec.loading import load_spec, read_yaml
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import variants_of
+from mlprune.sweep.status import Running
 from mlprune.tracking.tracker import SweepTracker
 from tests import tiny_models
 from tests.tiny import SAMPLE, tokenizer
@@ -212,7 +216,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_every_key_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     specs: list[SweepSpec] = []
-    monkeypatch.setattr(mlprune.sweep, "plan_sweep", specs.append)  # it plans nothing, so showing it fails
+    monkeypatch.setattr(mlprune.sweep.sweep, "plan_sweep", specs.append)  # it plans nothing, so showing it fails
     asked = leaves(read_yaml(SETTINGS))
     settings = [word for key, value in asked.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     CliRunner().invoke(main, ["sweep", "tiny.yaml", "--dry-run", *settings])
@@ -313,6 +317,37 @@ def test_run_that_cannot_be_exported_is_answered() -> None:
         result = CliRunner().invoke(main, ["prune", "--run", run_id, "--output", "out"])
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
         assert result.stderr.startswith(f"mlprune: --run: '{run_id}': ")
+
+
+# logging
+
+
+@pytest.mark.parametrize(
+    ("option", "printed"),
+    [
+        (["-q"], "warning: w\n"),
+        (["--quiet"], "warning: w\n"),
+        ([], "i\nwarning: w\n"),
+        (["-v"], "mlprune.tests: d\ni\nwarning: w\n"),
+        (["--quiet", "--verbose"], "mlprune.tests: d\ni\nwarning: w\n"),  # the last one counts
+    ],
+)
+def test_verbosity_selects_the_messages(option: list[str], printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log() -> list[Running]:
+        logger = logging.getLogger("mlprune.tests")
+        logger.debug("d")
+        logger.info("%s", "i")
+        logger.warning("w")
+        with console.step("working"):
+            pass
+        return []
+
+    monkeypatch.setattr(mlprune.sweep.status, "running", log)
+    result = run("status", *option)
+    assert result.stdout == "no sweep runs on this machine\n"
+    lines = result.stderr.splitlines(keepends=True)
+    assert "".join(line for line in lines if "working" not in line) == printed
+    assert any("working" in line for line in lines) is ("-q" not in option and option != ["--quiet"])
 
 
 # what answers at once

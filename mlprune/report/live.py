@@ -234,17 +234,21 @@ def _by_kind(notes: Sequence[str]) -> dict[str, str]:
 @contextmanager
 def live_view() -> Iterator[Callable[[Standing], None]]:
     """While the block runs, `show(standing)` shows how a sweep stands; to be called each second or so."""
-    if console.errors.is_interactive:
+    if console.is_quiet():
+        yield lambda standing: None
+    elif console.errors.is_interactive:
         with console.live_table() as put:
             yield lambda standing: put(render(standing, console.errors.width))
-        return
-    plain = PlainLines()
+    else:
+        yield _print_lines(PlainLines())
 
+
+def _print_lines(plain: PlainLines) -> Callable[[Standing], None]:
     def show(standing: Standing) -> None:
         for line in plain.lines(standing):
-            console.say(f"  {line}")
+            console.errors.print(f"  {line}")
 
-    yield show
+    return show
 
 
 def show_running(found: Sequence[Running]) -> None:
