@@ -19,7 +19,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from mlprune.models.demo import demo_folder
 from mlprune.spec.loading import spec_from
 from mlprune.sweep.grid import variant_of
-from mlprune.sweep.prepare import Prepared, gather, make_masks, open_here, prepare
+from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.prepare import Prepared, prepare
+from mlprune.sweep.session import open_local
 
 WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 WAYS = {
@@ -61,8 +63,8 @@ def timed(job: Prepared, rounds: int) -> tuple[float, float]:
     """Seconds of a pass over the calibration set, and of the masks: medians."""
     passes, masks = [], []
     (made_set,) = job.sets.values()
-    with open_here(job) as pipeline:
-        gather(job, pipeline, [WANDA])  # warm
+    with open_local(job) as pipeline:
+        gather_moments(job, pipeline, [WANDA])  # warm
         for _ in range(rounds):
             started = time.perf_counter()
             pipeline.gather([made_set])

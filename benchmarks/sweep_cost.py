@@ -34,7 +34,9 @@ from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.loading import load_spec
 from mlprune.spec.variants import Pattern, Variant
 from mlprune.sweep.grid import variants_of
-from mlprune.sweep.prepare import Prepared, gather, make_masks, open_here, prepare
+from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.prepare import Prepared, prepare
+from mlprune.sweep.session import open_local
 
 SETTINGS = [
     "calibration.samples=32",
@@ -56,7 +58,7 @@ def seconds(function: Callable[[], object]) -> float:
 def dense_sweep(prepared: Prepared, pipeline: Pipeline, variants: tuple[Variant, ...]) -> None:
     for made in prepared.sets.values():
         pipeline.everywhere("forget_moments", made.key)
-    gather(prepared, pipeline, variants)
+    gather_moments(prepared, pipeline, variants)
     for variant in variants:
         make_masks(prepared, pipeline, variant)
         pipeline.release(variant.key)
@@ -98,7 +100,7 @@ def measure(python: str | None, rounds: int, storage: Path) -> dict[str, list[fl
     save_file({"input_ids": ids}, storage / "ids.safetensors")
     model = AutoModelForCausalLM.from_pretrained(prepared.source.folder).eval()
     found: dict[str, list[float]] = {name: [] for name in ("a", "b forwards", "b masks", "c", "d")}
-    with open_here(prepared) as pipeline:
+    with open_local(prepared) as pipeline:
         bare_forwards(model, prepared)  # both copies of the weights are in memory before anything is timed
         make_masks(prepared, pipeline, SEQUENTIAL)
         for _ in range(rounds):

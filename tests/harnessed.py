@@ -16,7 +16,7 @@ from mlprune.evaluation.harness import _as_the_harness_runs
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 from mlprune.shards.pipeline import Pipeline
-from mlprune.sweep.prepare import make_masks
+from mlprune.sweep.masks import make_masks
 from tests.tiny import sample
 from tests.tiny_models import config, save
 from tests.work import RANDOM, opened, ready

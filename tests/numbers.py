@@ -7,7 +7,9 @@ from typing import Any
 
 from mlprune.spec.loading import load_spec
 from mlprune.sweep.grid import variants_of
-from mlprune.sweep.prepare import gather, open_here, prepare
+from mlprune.sweep.masks import gather_moments
+from mlprune.sweep.prepare import prepare
+from mlprune.sweep.session import open_local
 from mlprune.sweep.trial import run_dense, run_trial
 
 Numbers = Mapping[str, tuple[str, Mapping[str, float]]]  # a variant -> the digest of its masks, and metrics
@@ -24,9 +26,9 @@ def plain_numbers(spec: Path) -> Numbers:
     asked = load_spec(str(spec), ["pipeline.shards=1", f"storage={spec.parent / 'plain'}"])
     variants = variants_of(asked.search)
     prepared = prepare(asked, variants)
-    with open_here(prepared) as pipeline:
+    with open_local(prepared) as pipeline:
         results = [run_dense(prepared, pipeline)[0]]
-        gather(prepared, pipeline, variants)
+        gather_moments(prepared, pipeline, variants)
         results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
     return {
         json.dumps(vars(one.variant) if one.variant else None): (one.digest, _lasting(one.metrics))

@@ -36,7 +36,9 @@ from mlprune.shards.features import both_drop, kind_of, prompt_norms
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import ShardWorker
 from mlprune.sweep.grid import variant_of
-from mlprune.sweep.prepare import Prepared, gather
+from mlprune.sweep.masks import gather_moments
+from mlprune.sweep.prepare import Prepared
+from mlprune.sweep.session import worker_setup
 from tests.tiny_models import source
 from tests.work import WANDA, opened, ready
 
@@ -123,7 +125,7 @@ def test_ranks_share_the_sums(tmp_path: Path) -> None:
     batches = prepared.sets[SETS[0]].batches[:2]
     sums = []
     for ranks in [Ranks(), *(Ranks(rank, 3) for rank in range(3))]:
-        worker = ShardWorker(prepared.setup(), prepared.spans[0], ranks)
+        worker = ShardWorker(worker_setup(prepared), prepared.spans[0], ranks)
         worker.start_features(["k"], 32)
         worker.forward(batches, None, gather=["k"] * 2)
         sums.append(worker.take_features()["k"])
@@ -148,7 +150,7 @@ def gathered(storage: Path, family: str, recipes: int) -> Iterator[tuple[Prepare
     ]
     with opened(prepared) as pipeline:
         assert isinstance(pipeline, LocalPipeline)
-        gather(prepared, pipeline, variants)
+        gather_moments(prepared, pipeline, variants)
         yield prepared, pipeline, variants[:recipes]
 
 

@@ -22,7 +22,8 @@ from mlprune.runtime.replicas import MOST_DEATHS, Fleet
 from mlprune.shards.pipeline import Pruned
 from mlprune.spec.schema import PipelineSpec
 from mlprune.sweep.grid import variant_of
-from mlprune.sweep.prepare import gather, make_masks, open_fleet, open_here
+from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.session import open_local, open_replicas
 from mlprune.sweep.tune_runner import LOST_ALONE, Deaths
 from tests.work import WANDA, masks_of, ready
 
@@ -117,7 +118,10 @@ def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: 
     prepared = ready(tmp_path, shards=2)
     assert prepared.fingerprint, "made here, while the model is"
     object.__setattr__(prepared.source, "folder", tmp_path / "gone")
-    with pytest.raises(ModelError, match="put it on a shared disk, or there on every node"), open_fleet(prepared):
+    with (
+        pytest.raises(ModelError, match="put it on a shared disk, or there on every node"),
+        open_replicas(prepared),
+    ):
         pass
 
 
@@ -149,7 +153,7 @@ def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
 @pytest.fixture(scope="module")
 def fleet(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     prepared = ready(tmp_path_factory.mktemp("fleet"), shards=2, pipeline={"replicas": 2})
-    with open_fleet(prepared) as opened:
+    with open_replicas(prepared) as opened:
         yield opened
 
 
@@ -182,15 +186,15 @@ def test_work_is_done_again_on_a_mended_pipeline_with_the_same_outcome(fleet: Fl
 
     def work(pipeline: RayPipeline) -> tuple[Pruned, dict[str, Any]]:
         nonlocal deaths
-        gather(prepared, pipeline, [WANDA])
+        gather_moments(prepared, pipeline, [WANDA])
         if deaths < MOST_DEATHS - 1:
             deaths += 1
             kill(pipeline, deaths - 1)
         return make_masks(prepared, pipeline, WANDA), masks_of(prepared, pipeline, WANDA)
 
     made, weights = fleet.steadily("work", work)
-    with open_here(ready(tmp_path / "plain")) as plain:
-        gather(prepared, plain, [WANDA])
+    with open_local(ready(tmp_path / "plain")) as plain:
+        gather_moments(prepared, plain, [WANDA])
         assert make_masks(prepared, plain, WANDA) == made
         expected = masks_of(prepared, plain, WANDA)
     assert weights.keys() == expected.keys()

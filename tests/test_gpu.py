@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mlprune.shards.worker import Setup
-from mlprune.sweep.prepare import Prepared, gather, make_masks
+from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.prepare import Prepared
+from mlprune.sweep.session import worker_setup
 from tests.test_pipeline import outcome
 from tests.tiny_models import source
 from tests.work import VARIANTS, WANDA, opened, ready
@@ -33,12 +35,12 @@ def test_a_gpu_sees_what_cores_see(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Float32 kernels differ in their last bits, so masks may differ where scores tie: hardly anywhere."""
     here, there = ready(tmp_path / "gpu"), ready(tmp_path / "cpu")
     with opened(here) as pipeline:
-        gather(here, pipeline, [WANDA])
+        gather_moments(here, pipeline, [WANDA])
         on_gpu = make_masks(here, pipeline, WANDA), masks(pipeline)
-    setup = here.setup()
+    setup = worker_setup(here)
     monkeypatch.setattr(Prepared, "setup", lambda self: Setup(setup.source, setup.dtype, "cpu", self.store()))
     with opened(there) as pipeline:
-        gather(there, pipeline, [WANDA])
+        gather_moments(there, pipeline, [WANDA])
         on_cpu = make_masks(there, pipeline, WANDA), masks(pipeline)
     assert on_gpu[0].dropped == on_cpu[0].dropped
     differing = sum(int((a != b).sum()) for a, b in zip(on_gpu[1], on_cpu[1], strict=True))
@@ -53,7 +55,7 @@ def masks(pipeline: Any) -> list[torch.Tensor]:
 def test_weights_are_halves_and_moments_doubles_on_the_gpu(tmp_path: Path) -> None:
     prepared = ready(tmp_path, source("llama", "bfloat16"))
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, VARIANTS)
+        gather_moments(prepared, pipeline, VARIANTS)
         (worker,) = pipeline._workers  # type: ignore[attr-defined]
         with worker._residency.borrow(0) as layer:
             held = {(weight.dtype, weight.device.type) for weight in layer.parameters()}

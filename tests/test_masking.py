@@ -15,7 +15,7 @@ from mlprune.pruning import sparsegpt
 from mlprune.pruning.moments import Moments
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import variant_of
-from mlprune.sweep.prepare import gather, make_masks
+from mlprune.sweep.masks import gather_moments, make_masks
 from tests.tiny_models import source
 from tests.work import CONTRASTIVE, OWL, SPARSEGPT, masks_of, opened, ready
 
@@ -23,7 +23,7 @@ from tests.work import CONTRASTIVE, OWL, SPARSEGPT, masks_of, opened, ready
 def pruned(folder: Path, variant: Variant, family: str = "llama", **changes: Any) -> Any:
     prepared = ready(folder, source(family), **changes)
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, [variant])
+        gather_moments(prepared, pipeline, [variant])
         made = make_masks(prepared, pipeline, variant)
         return made, masks_of(prepared, pipeline, variant), prepared
 

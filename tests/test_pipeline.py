@@ -18,7 +18,8 @@ from mlprune.planning.memory import DENSE_CHUNKS, LOGIT_TOKENS, Chunks
 from mlprune.shards.pipeline import Pipeline, Pruned
 from mlprune.shards.worker import ShardWorker
 from mlprune.spec.variants import Variant
-from mlprune.sweep.prepare import Prepared, gather, make_masks
+from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.trial import run_trial
 from tests.tiny_models import config, save, source
 from tests.work import MIXED_SEQUENTIAL, SEQUENTIAL, VARIANTS, WANDA, opened, ready
@@ -37,7 +38,7 @@ class Outcome:
 
 def outcome(prepared: Prepared, pipeline: Pipeline) -> Outcome:
     assert prepared.evaluation is not None
-    gather(prepared, pipeline, VARIANTS)
+    gather_moments(prepared, pipeline, VARIANTS)
     masks, likelihoods = {}, {"dense": pipeline.likelihood(prepared.evaluation.rows)}
     for variant in VARIANTS:
         masks[variant.label] = make_masks(prepared, pipeline, variant)
@@ -144,7 +145,7 @@ def test_sequential_pruning_may_stop_after_any_layer(
 def test_shards_that_come_later_read_what_was_stored(expected: Outcome, tmp_path: Path) -> None:
     first = ready(tmp_path, shards=2)
     with opened(first) as pipeline:
-        gather(first, pipeline, VARIANTS)
+        gather_moments(first, pipeline, VARIANTS)
     second = ready(tmp_path, shards=3)
     with opened(second) as pipeline:
         assert all(pipeline.restore(made.key) == (True, ()) for made in second.sets.values())
@@ -156,13 +157,13 @@ def test_a_corrupt_file_is_gathered_again_with_a_warning(
 ) -> None:
     prepared = ready(tmp_path)
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, [WANDA])
+        gather_moments(prepared, pipeline, [WANDA])
     file = tmp_path / prepared.store().name(prepared.sets[str(WANDA.calibration)].key, 2)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, [WANDA])
+        gather_moments(prepared, pipeline, [WANDA])
         assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
     assert file.name in capsys.readouterr().err
     with opened(prepared) as pipeline:
@@ -175,7 +176,7 @@ def test_a_pass_that_broke_off_is_not_taken_for_a_whole_one(expected: Outcome, t
     with opened(prepared) as pipeline:
         pipeline.call(0, "forward", calibration.batches[:1], None, gather=[calibration.key])
         assert pipeline.restore(calibration.key) == (False, ())
-        gather(prepared, pipeline, [WANDA])
+        gather_moments(prepared, pipeline, [WANDA])
         assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
 
 
@@ -271,7 +272,7 @@ def test_logits_are_never_made_for_many_tokens_at_once(tmp_path: Path, monkeypat
 def test_a_trial_leaves_no_mask_behind(tmp_path: Path) -> None:
     prepared, seen = ready(tmp_path), list[int]()
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, [WANDA])
+        gather_moments(prepared, pipeline, [WANDA])
         worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
         for variant in (WANDA, SEQUENTIAL):
             run_trial(prepared, pipeline, variant, lambda _: seen.append(len(worker._masks)))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mlprune.spec.variants import Variant
-from mlprune.sweep.prepare import gather, make_masks
+from mlprune.sweep.masks import gather_moments, make_masks
 from tests.tiny_models import source
 from tests.work import MIXED, MIXED_SEQUENTIAL, SEQUENTIAL, SPARSE_2_4, WANDA, masks_of, opened, ready
 
@@ -93,7 +93,7 @@ def near_threshold(score_OI: Tensor, drop_OI: Tensor) -> Tensor:
 def test_masks_equal_the_plain_ones(family: str, variant: Variant, tmp_path: Path) -> None:
     prepared = ready(tmp_path, source(family), shards=2)
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, [variant])
+        gather_moments(prepared, pipeline, [variant])
         made = make_masks(prepared, pipeline, variant)
         weights = masks_of(prepared, pipeline, variant)
     model = AutoModelForCausalLM.from_pretrained(source(family).folder).eval()

@@ -10,8 +10,10 @@ from mlprune.spec.loading import spec_from
 from mlprune.spec.schema import SweepSpec
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import variants_of
-from mlprune.sweep.prepare import Prepared, gather, open_fleet, prepare
+from mlprune.sweep.masks import gather_moments
+from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.ranking import SweepOutcome
+from mlprune.sweep.session import open_replicas
 from mlprune.sweep.sweep import run_sweep
 from mlprune.sweep.trial import run_dense, run_trial
 from tests.tiny_models import config, save
@@ -51,10 +53,10 @@ def checked(asked: SweepSpec) -> Prepared:
 def run(prepared: Prepared) -> tuple[list[Result], list[int]]:
     """A sweep's work over real actors: results, and the peak of each shard's worker."""
     variants = variants_of(prepared.spec.search)
-    with open_fleet(prepared) as fleet:
+    with open_replicas(prepared) as fleet:
         (pipeline,) = fleet.pipelines
         results = [run_dense(prepared, pipeline)[0]]
-        gather(prepared, pipeline, variants)
+        gather_moments(prepared, pipeline, variants)
         results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
         return results, pipeline.peak_bytes()
 
@@ -131,7 +133,7 @@ def test_eighty_layers_in_eight_shards(tmp_path: Path) -> None:
     one = checked(spec(tmp_path / "one", model, 6))
     variants = variants_of(one.spec.search)
     with opened(one) as pipeline:
-        gather(one, pipeline, variants)
+        gather_moments(one, pipeline, variants)
         alone = [run_dense(one, pipeline)[0], *(run_trial(one, pipeline, variant)[0] for variant in variants)]
     assert numbers([outcome.dense, *outcome.ranking]) == numbers(alone)
 

@@ -16,7 +16,9 @@ from mlprune.commands.analyze import Question
 from mlprune.pruning.masks import PackedMask
 from mlprune.shards.worker import ShardWorker
 from mlprune.spec.loading import load_spec
-from mlprune.sweep.prepare import gather, open_here, prepare
+from mlprune.sweep.masks import gather_moments
+from mlprune.sweep.prepare import prepare
+from mlprune.sweep.session import open_local
 from tests import tiny_models
 
 SPEC = """
@@ -70,7 +72,7 @@ def test_every_condition_is_measured(found: Found, model: str) -> None:
     assert values["conditions"] == CONDITIONS
     settings = [f"model.path={model}", f"storage={place / 'again'}"]
     prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), Question(("en", "fr", "hi")).variants, False)
-    with open_here(prepared) as pipeline:
+    with open_local(prepared) as pipeline:
         sums = pipeline.gather_features([prepared.sets[name] for name in CONDITIONS], 32)
     assert torch.equal(magnitudes(place), torch.stack(sums) / 5), "the mean of five prompts"
     assert len({tuple(row.tolist()) for row in magnitudes(place)[:, 0]}) == len(CONDITIONS)
@@ -105,8 +107,8 @@ def test_masks_are_those_of_a_trial(found: Found, model: str) -> None:
     question = Question(("en", "fr", "hi"), sparsity=0.4)
     prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), question.variants, False)
     chosen = [question.variants[n] for n in question.places("fr")]
-    with open_here(prepared) as pipeline:
-        gather(prepared, pipeline, chosen)
+    with open_local(prepared) as pipeline:
+        gather_moments(prepared, pipeline, chosen)
         pruned = [pipeline.prune(prepared.recipe(variant)) for variant in chosen]
         worker = pipeline._workers[0]
         masks = [worker._masks[variant.key][2]["mlp.up_proj"] for variant in chosen]
@@ -194,7 +196,7 @@ def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
 def test_mistake_is_answered_before_weights(
     words: str, start: str, remedy: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlprune.sweep.prepare.ShardWorker", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr("mlprune.sweep.session.ShardWorker", lambda *_: pytest.fail("weights are loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     given = words.replace("PLACE", str(tmp_path)).split()

@@ -9,7 +9,8 @@ import pytest
 from mlprune.evaluation.items import Items
 from mlprune.evaluation.suite import Suite
 from mlprune.shards.pipeline import LocalPipeline
-from mlprune.sweep.prepare import Prepared, make_masks
+from mlprune.sweep.masks import make_masks
+from mlprune.sweep.prepare import Prepared
 from tests.work import RANDOM, opened, ready
 
 EVALUATION: dict[str, Any] = {

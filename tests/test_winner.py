@@ -13,7 +13,7 @@ from mlprune.commands.prune import evaluate_checkpoint, prune
 from mlprune.errors import StorageError
 from mlprune.models.quiet import quiet_transformers
 from mlprune.spec.variants import Variant
-from mlprune.sweep.prepare import gather, make_masks
+from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.trial import scores_of
 from tests.tiny_models import config, save, source
 from tests.work import CONTRASTIVE, MIXED, OWL, RANDOM, SEQUENTIAL, SPARSE_2_4, SPARSEGPT, WANDA, opened, ready
@@ -23,7 +23,7 @@ def evaluated(storage: Path, model: Any, variant: Variant) -> dict[str, float]:
     prepared = ready(storage, model)
     assert prepared.evaluation is not None
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, [variant])
+        gather_moments(prepared, pipeline, [variant])
         make_masks(prepared, pipeline, variant)
         return scores_of(prepared.evaluation.run(pipeline, variant.key))
 
@@ -94,7 +94,7 @@ def test_many_shards_and_files_write_the_same_weights(tmp_path: Path, monkeypatc
     monkeypatch.setattr(export, "FILE_BYTES", 60_000)
     prepared = ready(tmp_path, shards=3)
     with opened(prepared) as pipeline:
-        gather(prepared, pipeline, [WANDA])
+        gather_moments(prepared, pipeline, [WANDA])
         make_masks(prepared, pipeline, WANDA)
         model, dtype = prepared.source, prepared.shape.dtype
         export.write_checkpoint(model, dtype, pipeline.weights(WANDA.key), {}, tmp_path / "many")

@@ -29,7 +29,9 @@ from mlprune.models.source import ModelSource
 from mlprune.models.zero import ALIGNMENT, Layout, Offload, Zero, _Folder, meeting_place
 from mlprune.planning.memory import Chunks
 from mlprune.shards.pipeline import Pipeline, in_order
-from mlprune.sweep.prepare import Prepared, make_masks, open_fleet
+from mlprune.sweep.masks import make_masks
+from mlprune.sweep.prepare import Prepared
+from mlprune.sweep.session import open_replicas
 from tests.test_pipeline import Outcome, outcome
 from tests.tiny_models import source
 from tests.work import SEQUENTIAL, SPARSE_2_4, WANDA, masks_of, needs_libaio, opened, ready
@@ -264,7 +266,7 @@ def assert_alike(found: Outcome, expected: Outcome) -> None:
 def test_ranks_compute_what_one_does_and_one_that_dies_is_replaced(resident: Any, tmp_path: Path) -> None:
     prepared = offloaded(tmp_path, "cpu", shards=2, ranks_per_shard=2)
     batch = prepared.sets["mono:hi"].batches[0]
-    with open_fleet(prepared) as fleet:
+    with open_replicas(prepared) as fleet:
         pipeline = fleet.pipelines[0]
         assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
         for batches in ([batch, None], [batch, batch]):  # the second rank dies of nothing, and then is dead

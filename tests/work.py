@@ -12,7 +12,8 @@ from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.loading import spec_from
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import variant_of
-from mlprune.sweep.prepare import Prepared, open_fleet, open_here, prepare
+from mlprune.sweep.prepare import Prepared, prepare
+from mlprune.sweep.session import open_local, open_replicas
 from tests.tiny_models import source
 
 needs_libaio = pytest.mark.skipif(
@@ -53,10 +54,10 @@ def ready(
 def opened(prepared: Prepared, over_ray: bool = False) -> Iterator[Pipeline]:
     """The pipeline of any number of shards, in this process or over the Ray that runs."""
     if over_ray:
-        with open_fleet(prepared) as fleet:
+        with open_replicas(prepared) as fleet:
             yield fleet.pipelines[0]
         return
-    with open_here(prepared) as pipeline:
+    with open_local(prepared) as pipeline:
         yield pipeline
 
 

@@ -33,7 +33,8 @@ from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Demonstration, Variant
 from mlprune.storage.files import check_place, write_whole
 from mlprune.sweep.grid import variant_of
-from mlprune.sweep.prepare import Prepared, on_model, prepare
+from mlprune.sweep.prepare import Prepared, prepare
+from mlprune.sweep.session import run_on_model
 from mlprune.sweep.trial import unseen_note
 from mlprune.tracking.tracker import check_tracking, log_analysis
 
@@ -114,7 +115,7 @@ def analyze(spec: SweepSpec, question: Question, output: Path) -> Findings:
     def look(pipeline: Pipeline) -> tuple[Tensor, SharedCounts]:
         return _magnitudes(prepared, pipeline, question), _shared(prepared, pipeline, question)
 
-    magnitude_CLH, shared = on_model(prepared, "analyzing", look)
+    magnitude_CLH, shared = run_on_model(prepared, "analyzing", look)
     model = Path(spec.model.path).absolute().name
     with step(f"writing {output}"):
         files = _files(question, layer, magnitude_CLH, shared, model)

@@ -18,7 +18,9 @@ from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Calibration, Pattern, Scoring, Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import variants_of
-from mlprune.sweep.prepare import Prepared, gather, make_masks, on_model, prepare
+from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.prepare import Prepared, prepare
+from mlprune.sweep.session import run_on_model
 from mlprune.sweep.trial import run_dense, unseen_note
 from mlprune.tracking.tracker import recall_trial
 
@@ -87,11 +89,11 @@ def prune(spec: SweepSpec, variant: Variant, output: Path) -> dict[str, Any]:
     check_output(output, 0)  # a taken name is known before anything else is done
     prepared = prepare(spec, [variant], evaluate=False)
     check_output(output, prepared.shape.total)
-    return on_model(prepared, "pruning", partial(_write, prepared, variant, output))
+    return run_on_model(prepared, "pruning", partial(_write, prepared, variant, output))
 
 
 def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipeline) -> dict[str, Any]:
-    gather(prepared, pipeline, [variant])
+    gather_moments(prepared, pipeline, [variant])
     with step(f"masks: {variant.label}", "layers") as progress:
         pruned = make_masks(prepared, pipeline, variant, progress)
     if pruned.unseen:
@@ -136,6 +138,6 @@ def evaluate_checkpoint(spec: SweepSpec) -> Mapping[str, float]:
         with step("evaluating", "batches") as progress:
             return run_dense(prepared, pipeline, progress)[0]
 
-    found = on_model(prepared, "evaluating", score)
+    found = run_on_model(prepared, "evaluating", score)
     dropped = "sparsity.actual"  # nothing was, here
     return {name: value for name, value in found.metrics.items() if name != dropped}

@@ -47,6 +47,11 @@ class Machine:
     def all_gpus(self) -> int:
         return self.nodes * self.gpus
 
+    @property
+    def device(self) -> torch.device:
+        """The kind of device that workers use here."""
+        return torch.device("cuda" if self.gpus else "cpu")
+
 
 def this_machine() -> Machine:
     """What is free here now. What cores do is not measured: their `flops` is 0."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from mlprune.console import say, step, warn
+from mlprune.console import say, step
 from mlprune.data.calibration import Batch, CalibrationSet, calibration_set
 from mlprune.data.code import open_code
 from mlprune.data.corpora import Corpus, open_corpus
@@ -20,26 +17,19 @@ from mlprune.evaluation.build import asked_languages, suite_of
 from mlprune.evaluation.suite import Suite
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
-from mlprune.models.zero import Offload, disk_access, make_disk_ready
+from mlprune.models.zero import disk_access
 from mlprune.planning.machine import Machine, this_machine, with_disk
 from mlprune.planning.memory import Work
 from mlprune.planning.model_size import ModelShape, check_pattern, model_shape
 from mlprune.planning.planner import Plan, make_plan
-from mlprune.pruning.allocation import owl
 from mlprune.pruning.scores import Solver, score_named
 from mlprune.runtime.ray_cluster import cluster_machine, on_cluster
-from mlprune.runtime.replicas import Fleet, fleet_on_ray
 from mlprune.shards.masking import Recipe
-from mlprune.shards.pipeline import LocalPipeline, Pipeline, Progress, Pruned
-from mlprune.shards.worker import Setup, ShardWorker
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
 from mlprune.spec.templates import check_template
 from mlprune.spec.variants import Demonstration, Pattern, Variant
 from mlprune.storage.files import Storage, check_place, check_storage
 from mlprune.storage.results import FORMAT, MomentStore, ResultStore
-from mlprune.sweep.grid import needs_dense
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +53,6 @@ class Prepared:
     @property
     def spans(self) -> tuple[Span, ...]:
         return self.plan.spans
-
-    def setup(self) -> Setup:
-        """What the workers need. For weights that go to a disk, what writes it is made ready."""
-        device, offload = worker_device(self.machine), None
-        if place := self.plan.holding.offload:
-            offload = Offload(place, self.spec.offload_folder, self.shape.packed)
-            if place == "nvme" and not on_cluster():  # there each node makes its own ready, when it loads
-                with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
-                    make_disk_ready(device)
-        return Setup(self.source, self.spec.model.dtype, device.type, self.store(), offload)
 
     def store(self) -> MomentStore:
         return MomentStore(Storage(self.spec.storage), self.fingerprint, str(self.shape.dtype))
@@ -102,10 +82,6 @@ class Prepared:
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
 
-def worker_device(machine: Machine) -> torch.device:
-    return torch.device("cuda" if machine.gpus else "cpu")
-
-
 def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
     """Check the spec against model and corpus; tokenise; cut the model into shards. Loads no weights.
 
@@ -131,7 +107,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         say(f"  residency: {plan.why}")
     if plan.holding.offload == "nvme" and not on_cluster():
         check_place(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
-        disk_access(worker_device(machine))
+        disk_access(machine.device)
     return Prepared(spec, source, shape, machine, plan, sets, evaluation)
 
 
@@ -222,65 +198,3 @@ def _check_positions(spec: SweepSpec, shape: ModelShape) -> None:
     if shape.positions is not None and asked > shape.positions:
         remedy = f"the model takes {shape.positions} tokens at most"
         raise SpecError("calibration.max_tokens", asked, remedy)
-
-
-@contextmanager
-def open_fleet(prepared: Prepared, replicas: int | None = None) -> Iterator[Fleet]:
-    """The model as Ray actors, as often as was planned or as `replicas` says, for as long as the block runs."""
-    setup, plan = prepared.setup(), prepared.plan
-    plan = plan if replicas is None else replace(plan, replicas=replicas)
-    with fleet_on_ray(setup, plan, prepared.machine, prepared.spec.pipeline.wait_minutes) as fleet:
-        yield fleet
-
-
-@contextmanager
-def open_here(prepared: Prepared) -> Iterator[LocalPipeline]:
-    """The model in this process, all shards of it, for as long as the block runs."""
-    setup = prepared.setup()
-    with step("loading the model"):
-        pipeline = LocalPipeline([ShardWorker(setup, span) for span in prepared.spans], prepared.plan.chunks)
-    try:
-        yield pipeline
-    finally:
-        pipeline.close()
-
-
-def on_model(prepared: Prepared, what: str, work: Callable[[Pipeline], T]) -> T:
-    """What `work` makes of the model: one shard is loaded into this process, more are Ray actors.
-
-    Where a cluster runs its nodes hold the model, even one shard: this machine may be a small head. Over Ray,
-    `work` is done again when a worker dies under it; `what` names it to the user.
-    """
-    if on_cluster() or len(prepared.spans) * prepared.plan.holding.ranks > 1:
-        with open_fleet(prepared, replicas=1) as fleet:
-            return fleet.steadily(what, work)
-    with open_here(prepared) as pipeline:
-        return work(pipeline)
-
-
-def gather(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
-    """Have the dense moments that the variants need: from the store, else by one pass for all of them."""
-    names = {str(part) for variant in variants if needs_dense(variant) for part in variant.demonstrations}
-    missing = {}
-    for name in prepared.sets.keys() & names:
-        complete, corrupt = pipeline.restore(prepared.sets[name].key)
-        for file in corrupt:
-            warn(f"{file} is corrupt; its moments are gathered again")
-        if not complete:
-            missing[name] = prepared.sets[name]
-    if missing:
-        with step(f"calibrating on {', '.join(sorted(missing))}", "batches") as progress:
-            pipeline.gather([missing[name] for name in sorted(missing)], progress)
-
-
-def make_masks(
-    prepared: Prepared, pipeline: Pipeline, variant: Variant, progress: Progress | None = None
-) -> Pruned:
-    """The variant's masks, in the workers. What is dense needs its moments gathered before."""
-    recipe = prepared.recipe(variant)
-    if variant.allocation == "owl":
-        shares = pipeline.outlier_shares(recipe)
-        recipe = replace(recipe, ratios=owl(shares, prepared.shape.pruned, variant.sparsity))
-    if variant.propagation == "sequential":
-        return pipeline.prune_sequentially(recipe, prepared.sets_of(variant), progress)
-    return pipeline.prune(recipe)

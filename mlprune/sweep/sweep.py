@@ -26,9 +26,11 @@ from mlprune.spec.variants import Variant
 from mlprune.storage.files import Storage, sweep_lock
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import needs_dense, variants_of
+from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.monitor import LOOK_SECONDS, TRIALS, Show, Watch
-from mlprune.sweep.prepare import Prepared, gather, open_fleet, prepare
+from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.ranking import Interval, SweepOutcome, ranking_of
+from mlprune.sweep.session import open_replicas
 from mlprune.sweep.trial import run_dense, unseen_note
 from mlprune.sweep.tune_runner import Trials, run_trials
 from mlprune.tracking.mlflow_client import check_tracking, shown
@@ -252,7 +254,7 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker, show: Show) -> Ran:
     samples = prepared.spec.search.samples
     trials = Trials(samples if optuna and samples else len(todo))
     at_once = prepared.plan.trials * prepared.plan.replicas
-    with open_fleet(prepared) as fleet:
+    with open_replicas(prepared) as fleet:
         watch = Watch(prepared.spec.name, fleet, trials, at_once, tracker, show)
         with watch.watching():
             watch.enter("evaluating the dense model")
@@ -260,7 +262,7 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker, show: Show) -> Ran:
             watch.enter("calibrating")
             for replica in range(prepared.plan.replicas):
                 fleet.steadily(
-                    "calibration", lambda pipeline: gather(prepared, pipeline, plan.unfinished), replica
+                    "calibration", lambda pipeline: gather_moments(prepared, pipeline, plan.unfinished), replica
                 )
             watch.enter(TRIALS)
             with step(TRIALS):

@@ -12,7 +12,8 @@ from mlprune.evaluation.items import Items, metrics_of, to_json
 from mlprune.shards.pipeline import Pipeline, Progress
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
-from mlprune.sweep.prepare import Prepared, make_masks
+from mlprune.sweep.masks import make_masks
+from mlprune.sweep.prepare import Prepared
 
 
 def run_trial(

@@ -29,7 +29,8 @@ from mlprune.runtime.replicas import MOST_DEATHS, Fleet
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import variant_of
-from mlprune.sweep.prepare import Prepared, gather
+from mlprune.sweep.masks import gather_moments
+from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.trial import run_trial
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def tune_trial(
         result = store.load(prepared.result_key(variant))
         if result is None:
             with admitted(pipelines, tune.get_context().get_trial_id()) as pipeline:
-                gather(prepared, pipeline, [variant])  # of a mended worker; else they are there
+                gather_moments(prepared, pipeline, [variant])  # of a mended worker; else they are there
                 result, items = run_trial(prepared, pipeline, variant, _under_way(prepared))
             store.save(result, items)
         tune.report({objective: result.metrics[objective]})

@@ -1,0 +1,44 @@
+"""Gathers the moments that variants read, and has the workers make masks from them.
+
+The arithmetic is in `pruning` and `shards`; here is only what a variant needs and in which order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from mlprune.console import step, warn
+from mlprune.pruning.allocation import owl
+from mlprune.shards.pipeline import Pipeline, Progress, Pruned
+from mlprune.spec.variants import Variant
+from mlprune.sweep.grid import needs_dense
+from mlprune.sweep.prepare import Prepared
+
+
+def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
+    """Load the dense moments that the variants need from the store; gather missing ones, all in one pass."""
+    names = {str(part) for variant in variants if needs_dense(variant) for part in variant.demonstrations}
+    missing = {}
+    for name in prepared.sets.keys() & names:
+        complete, corrupt = pipeline.restore(prepared.sets[name].key)
+        for file in corrupt:
+            warn(f"{file} is corrupt; its moments are gathered again")
+        if not complete:
+            missing[name] = prepared.sets[name]
+    if missing:
+        with step(f"calibrating on {', '.join(sorted(missing))}", "batches") as progress:
+            pipeline.gather([missing[name] for name in sorted(missing)], progress)
+
+
+def make_masks(
+    prepared: Prepared, pipeline: Pipeline, variant: Variant, progress: Progress | None = None
+) -> Pruned:
+    """Make the variant's masks; they stay in the workers. Dense moments must have been gathered before."""
+    recipe = prepared.recipe(variant)
+    if variant.allocation == "owl":
+        shares = pipeline.outlier_shares(recipe)
+        recipe = replace(recipe, ratios=owl(shares, prepared.shape.pruned, variant.sparsity))
+    if variant.propagation == "sequential":
+        return pipeline.prune_sequentially(recipe, prepared.sets_of(variant), progress)
+    return pipeline.prune(recipe)
