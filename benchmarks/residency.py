@@ -92,11 +92,11 @@ def main() -> None:
             seconds, masking = timed(job, asked.rounds)
             base = base or seconds
             tokens = sum(made_set.tokens for made_set in job.sets.values())
-            moved = sum(job.shape.layers) / seconds / 1e9
+            moved = sum(job.model_size.layers) / seconds / 1e9
             line = f"{name:10} pass {seconds:.2f} s, {seconds / base:.2f} of resident"
             line += f"; {tokens / seconds:,.0f} tokens/s"
             if asked.peak:
-                line += f", {2 * tokens * job.shape.pruned_total / seconds / asked.peak:.0%} of peak"
+                line += f", {2 * tokens * job.model_size.pruned_total / seconds / asked.peak:.0%} of peak"
             print(f"{line}; {moved:.1f} GB of layers/s; masks {masking:.2f} s")  # noqa: T201
 
 

@@ -47,7 +47,7 @@ LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "mixtral": "model.la
 
 
 def features(prepared: Prepared, pipeline: Pipeline) -> list[Tensor]:
-    return pipeline.gather_features([prepared.sets[name] for name in SETS], prepared.shape.hidden)
+    return pipeline.gather_features([prepared.sets[name] for name in SETS], prepared.model_size.hidden)
 
 
 def plain_features(folder: Path, family: str, made: CalibrationSet) -> Tensor:

@@ -71,7 +71,7 @@ GIB = 2**30
 
 
 def test_where_nodes_are_launched_as_few_are_taken_as_hold_the_model(tmp_path: Path) -> None:
-    shape = ready(tmp_path).shape
+    shape = ready(tmp_path).model_size
     work = Work(calibration=(1000,), evaluation=1000, longest=100, variants=4)
     whole = make_plan(shape, work, machine_of(1, 64 * GIB), PipelineSpec(), "m").memory[0].total
     elastic = Machine(4, 2, int(whole * 2), 64 * GIB, 1e9, 1e12, elastic=True)
@@ -225,7 +225,7 @@ def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(fleet:
     made = prepared.sets["mono:hi"]
     with pytest.raises(WorkerLostError):
         pipeline.gather([made], strike)
-    assert not any(prepared.store().has(made.key, layer) for layer in range(len(prepared.shape.layers)))
+    assert not any(prepared.store().has(made.key, layer) for layer in range(len(prepared.model_size.layers)))
     fleet.mend()
 
 

@@ -147,7 +147,7 @@ def test_a_document_longer_than_the_model_takes_is_read_in_windows(family: str, 
     prepared = ready(tmp_path, source(family), 2)
     asked = requests("loglikelihood_rolling", [("abcde " * 400,)])
     with opened(prepared) as pipeline:
-        ours = HarnessModel(pipeline, None, tokenizer(), prepared.shape.positions, False)
+        ours = HarnessModel(pipeline, None, tokenizer(), prepared.model_size.positions, False)
         mine = ours.loglikelihood_rolling(asked)
     with silence():
         whole = AutoModelForCausalLM.from_pretrained(source(family).folder).eval()

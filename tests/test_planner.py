@@ -16,18 +16,18 @@ from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
 from mlprune.planning import planner
 from mlprune.planning.machine import Machine
-from mlprune.planning.memory import Chunks, Holding, Work, WorkerMemory, worker_memory
-from mlprune.planning.model_size import ModelShape, model_shape
+from mlprune.planning.memory import Chunks, ResidencyPlan, Work, WorkerMemory, worker_memory
+from mlprune.planning.model_size import ModelSize, measure_model
 from mlprune.planning.planner import Plan, cut
 from mlprune.spec.loading import spec_from, with_assignments
 from mlprune.spec.schema import PipelineSpec
 from tests.tiny_models import config
 
 GIB, BIG = 2**30, 2**50
-TINY = model_shape(config("llama", tie_word_embeddings=False), torch.float32, "llama")
+TINY = measure_model(config("llama", tie_word_embeddings=False), torch.float32, "llama")
 
 
-def shape(layers: list[int], ends: tuple[int, int] = (0, 0)) -> ModelShape:
+def shape(layers: list[int], ends: tuple[int, int] = (0, 0)) -> ModelSize:
     """A float32 model of such sizes; all weights of its layers are pruned; their inputs are 1, 2, 3 ... wide."""
     made = replace(TINY, layers=tuple(layers), ends=ends, layer_widths=tuple(range(1, len(layers) + 1)))
     return replace(made, pruned=tuple(size // 4 for size in layers), packed=max(layers) // 4)
@@ -55,12 +55,14 @@ def test_chunks_are_consecutive_and_full(sizes: list[int], cutter: Chunks, shard
 
 
 WORK = Work(calibration=(4000, 6000), evaluation=5000, longest=100, variants=9)
-RESIDENT, CPU, NVME = Holding("resident"), Holding("zero", "cpu"), Holding("zero", "nvme")
+RESIDENT, CPU, NVME = ResidencyPlan("resident"), ResidencyPlan("zero", "cpu"), ResidencyPlan("zero", "nvme")
 MODEL = shape([1000, 2000, 3000, 4000], (700, 900))
 ALL, FIRST, LAST = Span(0, 4, 4), Span(0, 2, 4), Span(2, 4, 4)
 
 
-def held(span: Span, how: Holding = RESIDENT, gpu: bool = True, limit: int = 10**6, **work: Any) -> WorkerMemory:
+def held(
+    span: Span, how: ResidencyPlan = RESIDENT, gpu: bool = True, limit: int = 10**6, **work: Any
+) -> WorkerMemory:
     chunks, shards = Chunks(limit, few=how != RESIDENT), 1 if span == ALL else 2
     return worker_memory(MODEL, span, shards, replace(WORK, **work), how, chunks, gpu, trials=1)
 
@@ -124,7 +126,7 @@ def test_a_rank_holds_a_whole_micro_batch() -> None:
 def test_more_shards_and_more_ranks_never_hold_more(layers: list[int], end: int, ranks: int) -> None:
     model, few = shape(layers, (end, end)), Chunks(1, few=True)
 
-    def largest(shards: int, how: Holding, kind: str) -> int:
+    def largest(shards: int, how: ResidencyPlan, kind: str) -> int:
         parts = [worker_memory(model, span, shards, WORK, how, few, True, 1) for span in cut(model, shards)]
         return max(int(getattr(part, kind)) for part in parts)
 
@@ -145,7 +147,7 @@ LONG = replace(BRIEF, calibration=(10**8,), evaluation=10**7)
 ZERO = {"residency": "zero"}
 
 
-def plan(machine: Machine, work: Work = BRIEF, model: ModelShape = BLOCKS, /, **asked: Any) -> Plan:
+def plan(machine: Machine, work: Work = BRIEF, model: ModelSize = BLOCKS, /, **asked: Any) -> Plan:
     return planner.make_plan(model, work, machine, PipelineSpec(**asked), "big")
 
 
@@ -185,11 +187,11 @@ NONSENSE = ["offload=cpu", "ranks_per_shard=2", *(f"worker_memory={size}" for si
 AUTO = [(1, 1, 1, 1), (1, 4, 1, 4), (1, 4, 3, 1), (2, 3, 1, 6), (2, 3, 2, 3), (3, 4, 1, 8), (4, 0, 1, 1)]
 
 
-@pytest.mark.parametrize(("machine", "holding", "why"), CHOICES)
-def test_the_first_residency_that_fits_is_taken_and_told(machine: Machine, holding: str, why: str) -> None:
+@pytest.mark.parametrize(("machine", "residency", "why"), CHOICES)
+def test_the_first_residency_that_fits_is_taken_and_told(machine: Machine, residency: str, why: str) -> None:
     made = plan(machine)
-    assert str(made.holding) == holding
-    assert re.fullmatch(why, made.why)
+    assert str(made.residency) == residency
+    assert re.fullmatch(why, made.reason)
 
 
 @pytest.mark.parametrize(("variants", "trials"), [(1, 1), (2, 2), (9, 2)])
@@ -198,20 +200,23 @@ def test_a_trial_a_shard_is_alive_or_fewer_before_weights_move(variants: int, tr
     roomy = plan(GPUS, work)
     assert (roomy.trials, plan(gpus(device(roomy)), work).trials) == (trials, trials)
     tight = plan(ENOUGH, work)  # for the masks of one
-    assert (tight.holding, tight.trials, tight.why) == (RESIDENT, 1, "")
+    assert (tight.residency, tight.trials, tight.reason) == (RESIDENT, 1, "")
 
 
 @BOTH
 def test_what_is_asked_is_taken_and_its_memory_told(machine: Machine) -> None:
     kinds = ("process", "weights", "working", "hidden", "activations", "moments", "masks", "logits")
-    for holding in (RESIDENT, CPU, NVME, replace(CPU, ranks=2)):
-        asked = {"residency": holding.residency, "offload": holding.offload, "ranks_per_shard": holding.ranks}
+    for residency in (RESIDENT, CPU, NVME, replace(CPU, ranks=2)):
+        asked = {"residency": residency.kind, "offload": residency.offload, "ranks_per_shard": residency.ranks}
         made = plan(machine, LONG, shards=1, **asked)
-        assert (made.holding, made.why, made.chunks.few) == (holding, "", holding != RESIDENT)
-        each = worker_memory(BLOCKS, made.spans[0], 1, LONG, holding, made.chunks, machine == GPUS, 1)
+        assert (made.residency, made.reason, made.chunks.few) == (residency, "", residency != RESIDENT)
+        each = worker_memory(BLOCKS, made.spans[0], 1, LONG, residency, made.chunks, machine == GPUS, 1)
         assert (made.spans, made.memory) == (cut(BLOCKS, 1), (each,))
         assert each.total == sum(getattr(each, kind) for kind in kinds)  # on the device
-    assert [plan(CORES, **ZERO).holding, plan(CORES, ranks_per_shard=2).holding] == [CPU, replace(CPU, ranks=2)]
+    assert [plan(CORES, **ZERO).residency, plan(CORES, ranks_per_shard=2).residency] == [
+        CPU,
+        replace(CPU, ranks=2),
+    ]
 
 
 def test_what_does_not_fit_is_answered() -> None:
@@ -227,7 +232,7 @@ def test_what_does_not_fit_is_answered() -> None:
 
 
 def test_a_disk_that_is_too_small_is_named() -> None:
-    assert [plan(replace(SHORT, disk=disk), offload="nvme").holding for disk in (DISK, None)] == [NVME, NVME]
+    assert [plan(replace(SHORT, disk=disk), offload="nvme").residency for disk in (DISK, None)] == [NVME, NVME]
     assert "GiB disk" in str(refused(replace(SHORT, disk=DISK - 1), offload="nvme"))
     assert "GiB disk" in str(refused(replace(GPUS, disk=DISK - 1), offload="nvme", ranks_per_shard=2))
 
@@ -240,16 +245,16 @@ def test_a_shards_layers_are_on_one_nodes_disk() -> None:
 @BOTH
 def test_a_worker_keeps_to_its_limit(machine: Machine) -> None:
     need = device(plan(machine))
-    assert plan(machine, worker_memory=need).holding == RESIDENT
-    assert plan(SHORT, worker_memory=need).holding == CPU
-    assert plan(machine, worker_memory=need - 1).holding != RESIDENT
+    assert plan(machine, worker_memory=need).residency == RESIDENT
+    assert plan(SHORT, worker_memory=need).residency == CPU
+    assert plan(machine, worker_memory=need - 1).residency != RESIDENT
     assert "of 2 GiB a worker" in str(refused(machine, residency="resident", worker_memory="2GiB"))
 
 
 def test_a_limit_that_nobody_reaches_changes_nothing() -> None:
     machine = replace(CORES, host_memory=away(plan(CORES, BRIEF, UNEVEN, shards=2)))
     found = [plan(machine, BRIEF, UNEVEN, shards=2, worker_memory=limit) for limit in (None, BIG)]
-    assert [made.holding for made in found] == [RESIDENT, RESIDENT]
+    assert [made.residency for made in found] == [RESIDENT, RESIDENT]
 
 
 def test_workers_share_gpus_and_nodes() -> None:
@@ -257,13 +262,13 @@ def test_workers_share_gpus_and_nodes() -> None:
     shared, node = gpus(need, workers=4), max(sum(parts[:2]), sum(parts[2:]))
     assert 2 * need <= shared.gpu_memory
     for machine in (shared, replace(gpus(need), nodes=2), replace(CORES, nodes=2, host_memory=node)):
-        assert plan(machine, shards=4).holding == RESIDENT
+        assert plan(machine, shards=4).residency == RESIDENT
         less = replace(machine, gpu_memory=machine.gpu_memory - 1, host_memory=machine.host_memory - 1)
         refused(less, shards=4, residency="resident")
     two_ranks = replace(GPUS, host_memory=2 * away(plan(GPUS, ranks_per_shard=2)))
-    assert plan(two_ranks, ranks_per_shard=2).holding.offload == "cpu"
+    assert plan(two_ranks, ranks_per_shard=2).residency.offload == "cpu"
     assert (
-        plan(replace(two_ranks, host_memory=two_ranks.host_memory - 1), ranks_per_shard=2).holding.offload
+        plan(replace(two_ranks, host_memory=two_ranks.host_memory - 1), ranks_per_shard=2).residency.offload
         == "nvme"
     )
 

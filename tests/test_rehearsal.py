@@ -93,7 +93,7 @@ def check_peaks(prepared: Prepared, peaks: list[int]) -> None:
 def test_a_resident_worker_takes_what_was_planned(resident: Run) -> None:
     prepared, _, peaks = resident
     check_peaks(prepared, peaks)
-    assert prepared.plan.why == ""
+    assert prepared.plan.reason == ""
 
 
 @pytest.mark.parametrize("pipeline", ZERO, ids=str)
@@ -150,7 +150,7 @@ def test_a_model_too_big_for_a_worker_goes_to_disk_or_is_refused_by_name(tmp_pat
     with pytest.raises(ModelError, match=r"pipeline.residency: resident: .* 900 MiB a worker; take auto"):
         checked(spec(tmp_path, model, 4, residency="resident", **limit))
     prepared = checked(spec(tmp_path, model, 4, **limit))
-    assert str(prepared.plan.holding) == "zero/nvme"
+    assert str(prepared.plan.residency) == "zero/nvme"
     results, peaks = run(prepared)
     assert max(peaks) < 900 * MIB
     assert len(results) == 3

@@ -72,7 +72,7 @@ FORMS = [f"cpu {form}" for form in CPU] + [pytest.param(f"nvme {form}", marks=ne
 def test_weights_that_wait_elsewhere_give_the_same_bits(form: str, resident: Any, tmp_path: Path) -> None:
     place, family, shards, dtype = form.split()
     prepared = offloaded(tmp_path, place, source(family, dtype), shards=int(shards))
-    assert (str(prepared.plan.holding), len(prepared.spans)) == (f"zero/{place}", int(shards))
+    assert (str(prepared.plan.residency), len(prepared.spans)) == (f"zero/{place}", int(shards))
     found = computed(prepared)
     assert found == resident(family, dtype)
     assert {kind for weights in found[1] for kind, _ in weights.values()} == {getattr(torch, dtype)}

@@ -142,7 +142,7 @@ def _check_output(output: Path) -> None:
 
 def _layer(question: Question, prepared: Prepared) -> int:
     """The layer of the picture of single channels. Raises SpecError for what the model's sizes rule out."""
-    count, width = len(prepared.shape.layers), prepared.shape.hidden
+    count, width = len(prepared.model_size.layers), prepared.model_size.hidden
     layer = count // 2 if question.layer is None else question.layer
     if not 0 <= layer < count:
         raise SpecError("--layer", layer, f"the model has {count} layers; write 0 to {count - 1}")
@@ -158,7 +158,7 @@ def _magnitudes(prepared: Prepared, pipeline: Pipeline, question: Question) -> T
     """
     sets = [prepared.sets[condition] for condition in question.conditions]
     with step(f"calibrating on {', '.join(question.conditions)}", "batches") as progress:
-        sums = pipeline.gather_features(sets, prepared.shape.hidden, progress)
+        sums = pipeline.gather_features(sets, prepared.model_size.hidden, progress)
     magnitude_CLH = torch.stack([sum_LH / len(made.prompts) for sum_LH, made in zip(sums, sets, strict=True)])
     if not magnitude_CLH.isfinite().all():
         remedy = "the hidden states are not finite; load the model in float32, or check its weights"
@@ -199,7 +199,7 @@ def _params(prepared: Prepared, question: Question, layer: int) -> dict[str, obj
     return {
         "model": prepared.spec.model.path,
         "model.fingerprint": prepared.fingerprint,
-        "model.dtype": str(prepared.shape.dtype).removeprefix("torch."),
+        "model.dtype": str(prepared.model_size.dtype).removeprefix("torch."),
         "corpus": asked.corpus,
         "samples": asked.samples,
         "shots": asked.shots,

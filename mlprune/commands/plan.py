@@ -16,7 +16,7 @@ from mlprune.models.source import find_model
 from mlprune.planning.forecast import Phase, forecast
 from mlprune.planning.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
 from mlprune.planning.memory import Work
-from mlprune.planning.model_size import ModelShape, model_shape
+from mlprune.planning.model_size import ModelSize, measure_model
 from mlprune.planning.planner import Plan, make_plan, of_a_node
 from mlprune.pruning.scores import Solver, score_named
 from mlprune.runtime.ray_cluster import cluster_machine
@@ -41,14 +41,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """A model on machines. `plan` None: it does not fit, for the reason `why_not`."""
+    """A model on machines. `plan` None: it does not fit, for the reason `reason`."""
 
     name: str
-    shape: ModelShape
+    model_size: ModelSize
     work: Work
     machine: Machine
     plan: Plan | None
-    why_not: str
+    reason: str
     phases: tuple[Phase, ...]
     changes: tuple[str, ...]  # what would make it fit, or fit better
 
@@ -61,17 +61,17 @@ def plan_scale(spec: SweepSpec, asked: Asked) -> ScalePlan:
         trust_remote_code=spec.model.trust_remote_code,
         weights=False,
     )
-    shape = model_shape(source.config(), source.dtype(spec.model.dtype), source.name)
-    machine = machine_of(asked, shape.dtype)
-    work = estimated_work(spec, shape)
+    size = measure_model(source.config(), source.dtype(spec.model.dtype), source.name)
+    machine = machine_of(asked, size.dtype)
+    work = estimated_work(spec, size)
     try:
-        plan, why_not = make_plan(shape, work, machine, spec.pipeline, source.name), ""
+        plan, reason = make_plan(size, work, machine, spec.pipeline, source.name), ""
     except ModelError as error:
-        plan, why_not = None, error.remedy
-    phases = tuple(forecast(shape, work, plan, machine)) if plan else ()
-    settled = plan is not None and plan.holding.offload is None
-    changes = () if settled else tuple(_changes(shape, work, machine, spec.pipeline, plan))
-    return ScalePlan(source.name, shape, work, machine, plan, why_not, phases, changes)
+        plan, reason = None, error.remedy
+    phases = tuple(forecast(size, work, plan, machine)) if plan else ()
+    settled = plan is not None and plan.residency.offload is None
+    changes = () if settled else tuple(_changes(size, work, machine, spec.pipeline, plan))
+    return ScalePlan(source.name, size, work, machine, plan, reason, phases, changes)
 
 
 def machine_of(asked: Asked, dtype: torch.dtype) -> Machine:
@@ -103,11 +103,11 @@ def _described(asked: Asked) -> Machine:
     )
 
 
-def estimated_work(spec: SweepSpec, shape: ModelShape) -> Work:
+def estimated_work(spec: SweepSpec, size: ModelSize) -> Work:
     """What the spec asks for, each prompt as long as it may be."""
     variants = variants_of(spec.search)
     parts = {part for variant in variants for part in variant.demonstrations}
-    prompt = min(spec.calibration.max_tokens, shape.positions or spec.calibration.max_tokens)
+    prompt = min(spec.calibration.max_tokens, size.positions or spec.calibration.max_tokens)
     sequential = [len(variant.demonstrations) for variant in variants if variant.propagation == "sequential"]
     lines = spec.evaluation.perplexity.lines * len(spec.evaluation.perplexity.languages)
     return Work(
@@ -122,26 +122,26 @@ def estimated_work(spec: SweepSpec, shape: ModelShape) -> Work:
 
 
 def _changes(
-    shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec, plan: Plan | None
+    size: ModelSize, work: Work, machine: Machine, asked: PipelineSpec, plan: Plan | None
 ) -> Iterator[str]:
     """What would make the model fit, or, where its weights have to move, stay."""
     free = asked.model_copy(update={"residency": "auto", "offload": None})
-    if plan is None and (other := _fits(shape, work, machine, free)):
-        yield f"pipeline.residency=auto: {other.holding}"
+    if plan is None and (other := _fits(size, work, machine, free)):
+        yield f"pipeline.residency=auto: {other.residency}"
     for nodes in _doubled(machine.nodes):
         more = replace(machine, nodes=nodes)
-        if (other := _fits(shape, work, more, free)) and not other.holding.offload:
-            yield f"{nodes} nodes: {other.holding}, {len(other.spans)} shards"
+        if (other := _fits(size, work, more, free)) and not other.residency.offload:
+            yield f"{nodes} nodes: {other.residency}, {len(other.spans)} shards"
             break
     for place, kind in (("cpu", "host memory"), ("nvme", "disk")):
         roomy = replace(machine, host_memory=2**60, disk=None)
         wanted = asked.model_copy(update={"residency": "zero", "offload": place})
-        if plan is None and machine.gpus and (other := _fits(shape, work, roomy, wanted)):
-            host = of_a_node([part.host for part in other.memory], machine, other.holding.ranks)
-            disk = of_a_node([part.disk for part in other.memory], machine, other.holding.ranks)
+        if plan is None and machine.gpus and (other := _fits(size, work, roomy, wanted)):
+            host = of_a_node([part.host for part in other.memory], machine, other.residency.ranks)
+            disk = of_a_node([part.disk for part in other.memory], machine, other.residency.ranks)
             tail = f" and {size_text(disk)} of disk" if disk else ""
             yield f"{size_text(host)} of host memory a node{tail}: zero/{place} ({kind})"
-    if plan is None and shape.dtype == torch.float32:
+    if plan is None and size.dtype == torch.float32:
         yield "model.dtype=bfloat16: half of the weights' memory"
 
 
@@ -150,8 +150,8 @@ def _doubled(nodes: int) -> Iterator[int]:
         yield nodes
 
 
-def _fits(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec) -> Plan | None:
+def _fits(size: ModelSize, work: Work, machine: Machine, asked: PipelineSpec) -> Plan | None:
     try:
-        return make_plan(shape, work, machine, asked, "")
+        return make_plan(size, work, machine, asked, "")
     except (ModelError, SpecError):
         return None

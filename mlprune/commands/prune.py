@@ -88,7 +88,7 @@ def prune(spec: SweepSpec, variant: Variant, output: Path) -> dict[str, Any]:
     """
     check_output(output, 0)  # a taken name is known before anything else is done
     prepared = prepare(spec, [variant], evaluate=False)
-    check_output(output, prepared.shape.total)
+    check_output(output, prepared.model_size.total)
     return run_on_model(prepared, "pruning", partial(_write, prepared, variant, output))
 
 
@@ -99,11 +99,11 @@ def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipelin
     if pruned.unseen:
         warn(unseen_note(pruned.unseen))
     manifest = _manifest(prepared, variant, pruned)
-    pieces = len(prepared.shape.layers) + 1
+    pieces = len(prepared.model_size.layers) + 1
     with step(f"writing {output}", "layers") as progress:
         write_checkpoint(
             prepared.source,
-            prepared.shape.dtype,
+            prepared.model_size.dtype,
             pipeline.weights(variant.key),
             manifest,
             output,
@@ -113,7 +113,7 @@ def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipelin
 
 
 def _manifest(prepared: Prepared, variant: Variant, pruned: Pruned) -> dict[str, Any]:
-    spec, dtype = prepared.spec, str(prepared.shape.dtype).removeprefix("torch.")
+    spec, dtype = prepared.spec, str(prepared.model_size.dtype).removeprefix("torch.")
     return {
         "mlprune": __version__,
         "model": {"path": spec.model.path, "fingerprint": prepared.fingerprint, "dtype": dtype},

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mlprune.planning.machine import Machine
 from mlprune.planning.memory import Work
-from mlprune.planning.model_size import ModelShape
+from mlprune.planning.model_size import ModelSize
 from mlprune.planning.planner import Plan
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}  # of the peak, in passes of some thousand tokens
@@ -40,10 +40,10 @@ class _Turn:
     weights_moved: int
 
 
-def forecast(shape: ModelShape, work: Work, plan: Plan, machine: Machine) -> list[Phase]:
+def forecast(size: ModelSize, work: Work, plan: Plan, machine: Machine) -> list[Phase]:
     """The phases of a sweep, in order."""
-    clock = _Clock(shape, work, plan, machine)
-    phases = [Phase("loading the model", shape.total / machine.nodes / DISK_BYTES_PER_SECOND, "disk")]
+    clock = _Clock(size, work, plan, machine)
+    phases = [Phase("loading the model", size.total / machine.nodes / DISK_BYTES_PER_SECOND, "disk")]
     if work.calibration and work.variants > work.sequential:
         phases.append(clock.passes("calibration", sum(work.calibration), 1, masked=False))
     if work.sequential:
@@ -56,11 +56,11 @@ def forecast(shape: ModelShape, work: Work, plan: Plan, machine: Machine) -> lis
 
 
 class _Clock:
-    def __init__(self, shape: ModelShape, work: Work, plan: Plan, machine: Machine) -> None:
-        self._shape, self._work, self._plan, self._machine = shape, work, plan, machine
+    def __init__(self, size: ModelSize, work: Work, plan: Plan, machine: Machine) -> None:
+        self._model, self._work, self._plan, self._machine = size, work, plan, machine
         self._shards = len(plan.spans)
         self._kind = "gpu" if machine.gpus else "cpu"
-        self._crowd = max(1.0, self._shards * plan.holding.ranks / (machine.all_gpus or machine.nodes))
+        self._crowd = max(1.0, self._shards * plan.residency.ranks / (machine.all_gpus or machine.nodes))
 
     def passes(self, name: str, tokens: int, count: int, masked: bool) -> Phase:
         """`count` passes, of trials that follow each other without a gap."""
@@ -81,13 +81,13 @@ class _Clock:
             (chunks * count * idle + (self._shards - 1) * (idle == 1)) * turn.seconds,
             turn.bound,
             chunks * count * turn.weights_moved,
-            tokens * self._shape.token_bytes * (self._shards > 1),
+            tokens * self._model.token_bytes * (self._shards > 1),
         )
 
     def masks(self) -> Phase:
         """Every shard its own, at the same time. Weights that move do so once more for this."""
-        span = max(self._plan.spans, key=lambda span: sum(self._shape.pruned[index] for index in span.layers))
-        largest = sum(self._shape.pruned[index] for index in span.layers)
+        span = max(self._plan.spans, key=lambda span: sum(self._model.pruned[index] for index in span.layers))
+        largest = sum(self._model.pruned[index] for index in span.layers)
         move = self._turn(0)
         count = self._work.variants - self._work.sequential
         compute = self._work.variants * largest / (MASKED_PER_SECOND[self._kind] / self._crowd)
@@ -95,18 +95,18 @@ class _Clock:
         return Phase("masks", max(compute, count * move.seconds), bound, count * move.weights_moved)
 
     def _turn(self, tokens: float) -> _Turn:
-        shape, plan, machine = self._shape, self._plan, self._machine
+        size, plan, machine = self._model, self._plan, self._machine
         layers = max(span.end - span.first for span in plan.spans)
-        attention = 2 * self._work.longest * shape.hidden * len(shape.layers)  # half of the context, on average
-        flops = 2 * tokens * (shape.active + attention) * layers / len(shape.layers)
-        compute = flops / plan.holding.ranks / (machine.flops * EFFICIENCY[self._kind] / self._crowd)
-        held = max(sum(shape.layers[index] for index in span.layers) for span in plan.spans)
-        if plan.holding.offload == "cpu" and machine.gpus:
+        attention = 2 * self._work.longest * size.hidden * len(size.layers)  # half of the context, on average
+        flops = 2 * tokens * (size.active + attention) * layers / len(size.layers)
+        compute = flops / plan.residency.ranks / (machine.flops * EFFICIENCY[self._kind] / self._crowd)
+        held = max(sum(size.layers[index] for index in span.layers) for span in plan.spans)
+        if plan.residency.offload == "cpu" and machine.gpus:
             rate, bound = machine.host_to_device / self._crowd, "weights from host memory"
-        elif plan.holding.offload == "nvme":
-            rate = DISK_BYTES_PER_SECOND * machine.nodes / (self._shards * plan.holding.ranks)
+        elif plan.residency.offload == "nvme":
+            rate = DISK_BYTES_PER_SECOND * machine.nodes / (self._shards * plan.residency.ranks)
             bound = "weights from disk"
         else:
             return _Turn(compute, "compute", 0)
-        moved = held // plan.holding.ranks
+        moved = held // plan.residency.ranks
         return _Turn(max(compute, moved / rate), bound if moved / rate > compute else "compute", moved)

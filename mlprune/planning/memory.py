@@ -14,7 +14,7 @@ from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
 from mlprune.models.hollow import Span
 from mlprune.models.memory import SLACK
 from mlprune.models.zero import BORROWED
-from mlprune.planning.model_size import ModelShape
+from mlprune.planning.model_size import ModelSize
 
 # Logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte.
 LOGIT_TOKENS = 512
@@ -75,10 +75,10 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Holding:
+class ResidencyPlan:
     """How a shard's weights are held: on the device, or offloaded and partitioned over `ranks`."""
 
-    residency: Literal["resident", "zero"]
+    kind: Literal["resident", "zero"]
     offload: Literal["cpu", "nvme"] | None = None
     ranks: int = 1
 
@@ -109,98 +109,100 @@ class WorkerMemory:
 
 
 def worker_memory(
-    shape: ModelShape,
+    size: ModelSize,
     span: Span,
     shards: int,
     work: Work,
-    holding: Holding,
+    residency: ResidencyPlan,
     chunks: Chunks,
     on_gpu: bool,
     trials: int,
 ) -> WorkerMemory:
     """The memory of one rank of the shard that holds `span`, one of `shards`, with `trials` alive at once."""
-    ends = shape.ends[0] * span.is_first + shape.ends[1] * span.is_last
-    if shape.tied and span.is_first and span.is_last:
-        ends = shape.ends[0]
-    layers = sum(shape.layers[index] for index in span.layers)
-    away = layers // holding.ranks if holding.offload else 0
-    here = away if holding.offload == "cpu" and not on_gpu else 0  # "offloaded" to where it is used
-    item, zero = shape.dtype.itemsize, holding.offload is not None
-    widths = sum(shape.layer_widths[index] for index in span.layers)
-    gathering = max(shape.layer_widths[index] for index in span.layers)
-    pruned = sum(shape.pruned[index] for index in span.layers)
-    told = min(LOGIT_TOKENS, shape.positions or LOGIT_TOKENS, work.evaluation)
-    logits = told * shape.vocabulary * (8 if item == 4 else item + 8)
-    hidden = _hidden(shape, shards, work, holding, chunks, on_gpu)
+    ends = size.ends[0] * span.is_first + size.ends[1] * span.is_last
+    if size.tied and span.is_first and span.is_last:
+        ends = size.ends[0]
+    layers = sum(size.layers[index] for index in span.layers)
+    away = layers // residency.ranks if residency.offload else 0
+    here = away if residency.offload == "cpu" and not on_gpu else 0  # "offloaded" to where it is used
+    item, zero = size.dtype.itemsize, residency.offload is not None
+    widths = sum(size.layer_widths[index] for index in span.layers)
+    gathering = max(size.layer_widths[index] for index in span.layers)
+    pruned = sum(size.pruned[index] for index in span.layers)
+    told = min(LOGIT_TOKENS, size.positions or LOGIT_TOKENS, work.evaluation)
+    logits = told * size.vocabulary * (8 if item == 4 else item + 8)
+    hidden = _hidden(size, shards, work, residency, chunks, on_gpu)
     on_the_way = 2 * hidden if shards > 1 else 0
-    beside = away if holding.offload == "cpu" else _disk_buffers(shape, holding)
+    beside = away if residency.offload == "cpu" else _disk_buffers(size, residency)
     process = PROCESS_BYTES + DEEPSPEED_BYTES * zero + SLACK
     return WorkerMemory(
         process=GPU_PROCESS_BYTES if on_gpu else process,
         weights=ends + (here if zero else layers),
-        working=_borrowed(shape, holding, on_gpu)
-        + _working(shape, work, max(shape.pruned[index] for index in span.layers)),
+        working=_borrowed(size, residency, on_gpu)
+        + _working(size, work, max(size.pruned[index] for index in span.layers)),
         hidden=hidden,
-        activations=_activations(shape, work),
-        moments=(len(work.calibration) * widths + gathering) * 8 + _grams(shape, work),
+        activations=_activations(size, work),
+        moments=(len(work.calibration) * widths + gathering) * 8 + _grams(size, work),
         masks=trials * pruned // 8 + min(trials, work.solved) * pruned * item,
         logits=logits * span.is_last,
-        writing=_writing(shape, work, len(span.layers), 0 if zero else layers) * trials,
+        writing=_writing(size, work, len(span.layers), 0 if zero else layers) * trials,
         host=(process + on_the_way + beside) * on_gpu,
-        disk=away if holding.offload == "nvme" else 0,
+        disk=away if residency.offload == "nvme" else 0,
     )
 
 
-def _disk_buffers(shape: ModelShape, holding: Holding) -> int:
-    buffers = BORROWED * shape.packed * shape.dtype.itemsize // holding.ranks
-    return buffers if holding.offload == "nvme" else 0
+def _disk_buffers(size: ModelSize, residency: ResidencyPlan) -> int:
+    buffers = BORROWED * size.packed * size.dtype.itemsize // residency.ranks
+    return buffers if residency.offload == "nvme" else 0
 
 
-def _borrowed(shape: ModelShape, holding: Holding, on_gpu: bool) -> int:
+def _borrowed(size: ModelSize, residency: ResidencyPlan, on_gpu: bool) -> int:
     """Layers that are here because they are borrowed, or while they are handed over."""
-    if holding.offload is None:
+    if residency.offload is None:
         return 0
-    layer = shape.packed * shape.dtype.itemsize
+    layer = size.packed * size.dtype.itemsize
     if on_gpu:
         return BORROWED * layer
-    gathered = BORROWED * layer if holding.ranks > 1 else 0
-    return _disk_buffers(shape, holding) + max(gathered, BORROWED * layer)  # read from the checkpoint, and packed
+    gathered = BORROWED * layer if residency.ranks > 1 else 0
+    return _disk_buffers(size, residency) + max(gathered, BORROWED * layer)  # read from the checkpoint, and packed
 
 
-def _working(shape: ModelShape, work: Work, largest_layer: int) -> int:
+def _working(size: ModelSize, work: Work, largest_layer: int) -> int:
     """A masked copy of a layer with one mask unpacked; or the scores of one matrix, and what sorts them.
 
     Or, where weights are changed, a Hessian with its factors, and the matrix with its errors.
     """
-    matrix, item = shape.largest_matrix, shape.dtype.itemsize
-    solving = (shape.intermediate**2 * 8 * 4 + matrix * 4 * 4) * (work.solved > 0)
+    matrix, item = size.largest_matrix, size.dtype.itemsize
+    solving = (size.intermediate**2 * 8 * 4 + matrix * 4 * 4) * (work.solved > 0)
     return max(largest_layer * item + 3 * matrix, matrix * (10 if item == 4 else 14), solving)
 
 
-def _writing(shape: ModelShape, work: Work, layers: int, resident: int) -> int:
+def _writing(size: ModelSize, work: Work, layers: int, resident: int) -> int:
     """Of one trial; and as it works a layer's keys and values once more, for all its heads."""
     if not work.written:
         return 0
-    all_heads = 2 * shape.hidden * work.micro_batch
-    return (layers * shape.kept * work.written + all_heads) * shape.dtype.itemsize + resident
+    all_heads = 2 * size.hidden * work.micro_batch
+    return (layers * size.kept * work.written + all_heads) * size.dtype.itemsize + resident
 
 
-def _grams(shape: ModelShape, work: Work) -> int:
+def _grams(size: ModelSize, work: Work) -> int:
     """Products of channels at the inputs of the largest layer's matrices, and those of one micro-batch."""
     if not work.solved:
         return 0
     squares: Counter[str] = Counter()
-    for name, width in shape.widths.items():
+    for name, width in size.widths.items():
         squares[name.partition(".")[0]] += width**2
-    return (max(squares.values()) + 2 * shape.intermediate**2) * 8
+    return (max(squares.values()) + 2 * size.intermediate**2) * 8
 
 
-def _hidden(shape: ModelShape, shards: int, work: Work, holding: Holding, chunks: Chunks, on_gpu: bool) -> int:
+def _hidden(
+    size: ModelSize, shards: int, work: Work, residency: ResidencyPlan, chunks: Chunks, on_gpu: bool
+) -> int:
     dense = chunks.size(sum(work.calibration), shards, masked=False)
     masked = chunks.size(work.evaluation, shards, masked=True)
     most = max(dense, masked, work.sequential_tokens, work.written, work.micro_batch)
-    tokens = max(most / holding.ranks, work.micro_batch)  # a micro-batch is not shared out
-    return int(tokens * shape.token_bytes * copies_of_hidden(shards, on_gpu))
+    tokens = max(most / residency.ranks, work.micro_batch)  # a micro-batch is not shared out
+    return int(tokens * size.token_bytes * copies_of_hidden(shards, on_gpu))
 
 
 def copies_of_hidden(shards: int, on_gpu: bool) -> int:
@@ -208,9 +210,9 @@ def copies_of_hidden(shards: int, on_gpu: bool) -> int:
     return 1 if on_gpu or shards == 1 else 3
 
 
-def _activations(shape: ModelShape, work: Work) -> int:
+def _activations(size: ModelSize, work: Work) -> int:
     """Some [tokens, width] tensors, attention scores where they are made whole, squares for the moments."""
-    tokens, item = work.micro_batch, shape.dtype.itemsize
-    attention = shape.heads * tokens * work.longest * (item + 4)
-    squares = tokens * shape.intermediate * 8
-    return tokens * (10 * shape.hidden + 3 * shape.intermediate) * item + attention + squares
+    tokens, item = work.micro_batch, size.dtype.itemsize
+    attention = size.heads * tokens * work.longest * (item + 4)
+    squares = tokens * size.intermediate * 8
+    return tokens * (10 * size.hidden + 3 * size.intermediate) * item + attention + squares

@@ -21,7 +21,7 @@ from mlprune.spec.variants import Pattern
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelSize:
     """Sizes of a model in a dtype, and the input widths that an n:m pattern must divide."""
 
     layers: tuple[int, ...]  # bytes of each decoder layer
@@ -54,7 +54,7 @@ class ModelShape:
         return self.hidden * self.dtype.itemsize
 
 
-def model_shape(config: PretrainedConfig, dtype: torch.dtype, name: str) -> ModelShape:
+def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> ModelSize:
     """Measure the model of `config` in `dtype`. Raises ModelError for a family that cannot be sharded."""
     check_family(config, name)
     model = meta_model(config).to(dtype)
@@ -77,7 +77,7 @@ def model_shape(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mode
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     chosen = getattr(text, "num_experts_per_tok", None) or 1
-    return ModelShape(
+    return ModelSize(
         layers=tuple(_bytes_of(layer) for layer in layers),
         ends=(_bytes_of(embedding), head.weight.nbytes),
         tied=embedding.weight is head.weight,
@@ -109,9 +109,9 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def check_pattern(shape: ModelShape, pattern: Pattern, key: str) -> None:
+def check_pattern(size: ModelSize, pattern: Pattern, key: str) -> None:
     """Raise SpecError when a matrix's input width is no multiple of the pattern's group."""
-    for name, width in shape.widths.items():
+    for name, width in size.widths.items():
         if pattern.group and width % pattern.group:
             remedy = f"the {width} inputs of layer {name} are not divisible by {pattern.group}; use unstructured"
             raise SpecError(key, repr(str(pattern)), remedy)

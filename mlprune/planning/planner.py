@@ -13,13 +13,13 @@ from mlprune.planning.machine import Machine, share_of
 from mlprune.planning.memory import (
     CHUNK_BYTES,
     Chunks,
-    Holding,
+    ResidencyPlan,
     Work,
     WorkerMemory,
     copies_of_hidden,
     worker_memory,
 )
-from mlprune.planning.model_size import ModelShape
+from mlprune.planning.model_size import ModelSize
 from mlprune.spec.schema import PipelineSpec
 
 # Of a machine's memory, what hidden states on their way may take under ZeRO (Ray's object store has 30%).
@@ -32,38 +32,38 @@ class Plan:
     """Which layers go where, how they are held, and what that takes."""
 
     spans: tuple[Span, ...]
-    holding: Holding
+    residency: ResidencyPlan
     chunks: Chunks
     replicas: int  # of the whole pipeline
     trials: int  # at once on a replica: one a shard, or as many as there is room for the masks of
     memory: tuple[WorkerMemory, ...]  # of one rank of each shard
-    why: str  # of the residency, in one line
+    reason: str  # of the residency, in one line
 
 
-def make_plan(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec, name: str) -> Plan:
+def make_plan(size: ModelSize, work: Work, machine: Machine, asked: PipelineSpec, name: str) -> Plan:
     """The plan that fits: resident if that does, else offloaded to host memory, else to disk; or what is asked.
 
     Raises ModelError when nothing fits, SpecError when what is asked cannot be.
     """
     machine = _share(machine, asked.replicas)
     if machine.elastic and asked.shards == "auto":
-        return _fewest(shape, work, machine, asked, name)
-    spans = cut(shape, _shards(shape, machine, asked))
+        return _fewest(size, work, machine, asked, name)
+    spans = cut(size, _shards(size, machine, asked))
     _check_ranks(len(spans), machine, asked)
     reasons: list[str] = []
-    for holding in _candidates(asked, machine):
+    for residency in _candidates(asked, machine):
         for trials in range(max(1, min(len(spans), -(-work.variants // asked.replicas))), 0, -1):
-            plan = _plan(shape, spans, work, machine, holding, asked, trials)
+            plan = _plan(size, spans, work, machine, residency, asked, trials)
             short = shortage(plan, machine, asked)
             if short is None:
-                return replace(plan, why=f"{', '.join(reasons)}, so {holding}" if reasons else "")
-        reasons.append(f"{holding} needs {short}")
+                return replace(plan, reason=f"{', '.join(reasons)}, so {residency}" if reasons else "")
+        reasons.append(f"{residency} needs {short}")
     if asked.residency != "auto":
         other = "take auto" if asked.residency == "resident" else "take more shards or fewer calibration tokens"
         raise ModelError(
             "pipeline.residency", asked.residency, f"{name!r} does not fit: {'; '.join(reasons)}; {other}"
         )
-    helps = ["more shards"] * (machine.all_gpus > len(spans)) + ["bfloat16"] * (shape.dtype.itemsize == 4)
+    helps = ["more shards"] * (machine.all_gpus > len(spans)) + ["bfloat16"] * (size.dtype.itemsize == 4)
     other = " or ".join(helps or ["larger machines, or more of them"])
     raise ModelError("model.path", repr(name), f"does not fit: {'; '.join(reasons)}; take {other}")
 
@@ -75,13 +75,13 @@ def _share(machine: Machine, replicas: int) -> Machine:
     return share
 
 
-def _fewest(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec, name: str) -> Plan:
+def _fewest(size: ModelSize, work: Work, machine: Machine, asked: PipelineSpec, name: str) -> Plan:
     """Where nodes are launched, and paid, as they are asked for: the fewest shards that are resident.
 
     If even the most cannot be, weights move, over as many shards as there may be.
     """
     most = min(
-        max(machine.all_gpus // asked.ranks_per_shard, 1 if machine.gpus else machine.nodes), len(shape.layers)
+        max(machine.all_gpus // asked.ranks_per_shard, 1 if machine.gpus else machine.nodes), len(size.layers)
     )
     fixed = replace(machine, elastic=False)
     wanted = "auto" if asked.residency == "zero" else "resident"
@@ -89,11 +89,11 @@ def _fewest(shape: ModelShape, work: Work, machine: Machine, asked: PipelineSpec
         on_nodes = replace(fixed, nodes=min(machine.nodes, -(-shards // max(1, machine.gpus))))
         one = asked.model_copy(update={"shards": shards, "replicas": 1, "residency": wanted})
         try:
-            return replace(make_plan(shape, work, on_nodes, one, name), replicas=asked.replicas)
+            return replace(make_plan(size, work, on_nodes, one, name), replicas=asked.replicas)
         except ModelError:
             continue
     all_of_them = asked.model_copy(update={"shards": most, "replicas": 1})
-    return replace(make_plan(shape, work, fixed, all_of_them, name), replicas=asked.replicas)
+    return replace(make_plan(size, work, fixed, all_of_them, name), replicas=asked.replicas)
 
 
 def _check_ranks(shards: int, machine: Machine, asked: PipelineSpec) -> None:
@@ -104,17 +104,17 @@ def _check_ranks(shards: int, machine: Machine, asked: PipelineSpec) -> None:
         raise SpecError("pipeline.ranks_per_shard", ranks, f"{remedy}: take fewer of either")
 
 
-def _shards(shape: ModelShape, machine: Machine, asked: PipelineSpec) -> int:
+def _shards(size: ModelSize, machine: Machine, asked: PipelineSpec) -> int:
     """As many shards as there are GPUs for; one shard where there is none."""
     if asked.shards != "auto":
         return asked.shards
-    return min(max(1, machine.all_gpus // asked.ranks_per_shard), len(shape.layers))
+    return min(max(1, machine.all_gpus // asked.ranks_per_shard), len(size.layers))
 
 
-def _candidates(asked: PipelineSpec, machine: Machine) -> list[Holding]:
+def _candidates(asked: PipelineSpec, machine: Machine) -> list[ResidencyPlan]:
     """What may be taken, best first. Without a GPU, offloading to host memory saves nothing."""
     ranks = asked.ranks_per_shard
-    resident = [Holding("resident")] if asked.residency != "zero" and ranks == 1 else []
+    resident = [ResidencyPlan("resident")] if asked.residency != "zero" and ranks == 1 else []
     if asked.residency == "resident":
         return resident
     places: list[Literal["cpu", "nvme"]] = ["cpu", "nvme"]
@@ -122,38 +122,38 @@ def _candidates(asked: PipelineSpec, machine: Machine) -> list[Holding]:
         places = [asked.offload]
     elif resident and not machine.gpus:
         places = ["nvme"]
-    return resident + [Holding("zero", place, ranks) for place in places]
+    return resident + [ResidencyPlan("zero", place, ranks) for place in places]
 
 
 def _plan(
-    shape: ModelShape,
+    size: ModelSize,
     spans: tuple[Span, ...],
     work: Work,
     machine: Machine,
-    holding: Holding,
+    residency: ResidencyPlan,
     asked: PipelineSpec,
     trials: int,
 ) -> Plan:
     def memory(chunks: Chunks) -> tuple[WorkerMemory, ...]:
         on_gpu = machine.gpus > 0
         return tuple(
-            worker_memory(shape, span, len(spans), work, holding, chunks, on_gpu, trials) for span in spans
+            worker_memory(size, span, len(spans), work, residency, chunks, on_gpu, trials) for span in spans
         )
 
-    chunks = Chunks(CHUNK_BYTES // shape.token_bytes, few=False)
-    if holding.offload:  # a whole pass in one chunk, or what there is room for
+    chunks = Chunks(CHUNK_BYTES // size.token_bytes, few=False)
+    if residency.offload:  # a whole pass in one chunk, or what there is room for
         bare = memory(Chunks(work.micro_batch, few=True))
-        room = device_bytes(machine, len(spans) * holding.ranks, asked) - max(part.total for part in bare)
-        beside = machine.host_memory - of_a_node([part.host for part in bare], machine, holding.ranks)
-        limit = work.micro_batch + room * holding.ranks // (
-            shape.token_bytes * copies_of_hidden(len(spans), machine.gpus > 0)
+        room = device_bytes(machine, len(spans) * residency.ranks, asked) - max(part.total for part in bare)
+        beside = machine.host_memory - of_a_node([part.host for part in bare], machine, residency.ranks)
+        limit = work.micro_batch + room * residency.ranks // (
+            size.token_bytes * copies_of_hidden(len(spans), machine.gpus > 0)
         )
         if len(spans) > 1:  # a chunk a shard is on its way at once
             on_the_way = min(int(machine.host_memory * HIDDEN_SHARE), beside) // (2 * len(spans))
-            limit = min(limit, on_the_way // shape.token_bytes)
+            limit = min(limit, on_the_way // size.token_bytes)
         longest = max(sum(work.calibration), work.evaluation)
         chunks = Chunks(max(work.micro_batch, min(longest, limit)), few=True)
-    return Plan(spans, holding, chunks, asked.replicas, trials, memory(chunks), "")
+    return Plan(spans, residency, chunks, asked.replicas, trials, memory(chunks), "")
 
 
 def device_bytes(machine: Machine, workers: int, asked: PipelineSpec) -> int:
@@ -174,7 +174,7 @@ def of_a_node(parts: Sequence[int], machine: Machine, ranks: int) -> int:
 
 def shortage(plan: Plan, machine: Machine, asked: PipelineSpec) -> str | None:
     """What the plan lacks, as `31 GiB of 24 GiB a worker`; None if it fits."""
-    ranks, memory = plan.holding.ranks, plan.memory
+    ranks, memory = plan.residency.ranks, plan.memory
     limit = None if asked.worker_memory is None else int(asked.worker_memory)
     if machine.gpus:
         limit = device_bytes(machine, len(plan.spans) * ranks, asked)
@@ -190,15 +190,15 @@ def shortage(plan: Plan, machine: Machine, asked: PipelineSpec) -> str | None:
     return None
 
 
-def cut(shape: ModelShape, shards: int) -> tuple[Span, ...]:
+def cut(size: ModelSize, shards: int) -> tuple[Span, ...]:
     """Contiguous spans whose largest is as small as can be, in bytes; every shard gets a layer."""
-    count = len(shape.layers)
+    count = len(size.layers)
     if not 1 <= shards <= count:
         raise SpecError("pipeline.shards", shards, f"the model has {count} layers; write 1 to {count}")
-    sizes = list(shape.layers)
+    sizes = list(size.layers)
     if shards > 1:  # one shard holds all, in whatever way
-        sizes[0] += shape.ends[0]
-        sizes[-1] += shape.ends[1]
+        sizes[0] += size.ends[0]
+        sizes[-1] += size.ends[1]
     starts = _starts(sizes, shards)
     return tuple(Span(a, b, count) for a, b in zip(starts, [*starts[1:], count], strict=True))
 

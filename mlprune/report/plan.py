@@ -14,10 +14,10 @@ from mlprune.report.tables import memory_table, new_table, shard_values
 
 def show_scale(planned: ScalePlan) -> None:
     """How the model would be held, how long each phase would take, and what would help."""
-    machine, shape, work = planned.machine, planned.shape, planned.work
+    machine, size, work = planned.machine, planned.model_size, planned.work
     out.print(
-        f"{planned.name}: {len(shape.layers)} layers, {shape.pruned_total / 1e9:.3g}B weights in matrices, "
-        f"{size_text(shape.total)} in {str(shape.dtype).removeprefix('torch.')}",
+        f"{planned.name}: {len(size.layers)} layers, {size.pruned_total / 1e9:.3g}B weights in matrices, "
+        f"{size_text(size.total)} in {str(size.dtype).removeprefix('torch.')}",
         style="bold",
         soft_wrap=True,
     )
@@ -36,10 +36,10 @@ def show_scale(planned: ScalePlan) -> None:
         f"{max(work.calibration, default=0):,} tokens, {work.evaluation:,} tokens of evaluation"
     )
     if planned.plan is None:
-        out.print(planned.why_not, style="red", soft_wrap=True)
+        out.print(planned.reason, style="red", soft_wrap=True)
     else:
-        if planned.plan.why:
-            out.print(f"residency: {planned.plan.why}", soft_wrap=True)
+        if planned.plan.reason:
+            out.print(f"residency: {planned.plan.reason}", soft_wrap=True)
         out.print(memory_table(planned.plan))
         out.print(_phases_table(planned))
     better = "it would fit with" if planned.plan is None else "the weights would stay where they are used with"
@@ -63,8 +63,8 @@ def scale_values(planned: ScalePlan) -> dict[str, Any]:
         "machine": vars(planned.machine),
         "work": vars(planned.work),
         "fits": planned.plan is not None,
-        "why_not": planned.why_not or None,
-        "residency": str(planned.plan.holding) if planned.plan else None,
+        "why_not": planned.reason or None,
+        "residency": str(planned.plan.residency) if planned.plan else None,
         "shards": shard_values(planned.plan) if planned.plan else [],
         "phases": [vars(phase) for phase in planned.phases],
         "changes": list(planned.changes),

@@ -27,7 +27,7 @@ OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", 
 def show_plan(plan: SweepPlan) -> None:
     """What a dry run prints: trials, passes, memory and disk."""
     prepared, spec = plan.prepared, plan.prepared.spec
-    out.print(f"{spec.name}: {spec.model.path}, {len(prepared.shape.layers)} layers", style="bold")
+    out.print(f"{spec.name}: {spec.model.path}, {len(prepared.model_size.layers)} layers", style="bold")
     trials = new_table(f"{len(plan.variants)} trials and the dense model", "trial", "finished before")
     finished = {result.variant for result in plan.finished}
     for variant in plan.variants:
@@ -49,7 +49,7 @@ def plan_values(plan: SweepPlan) -> dict[str, Any]:
         "trials": [{"key": prepared.result_key(v), "variant": vars(v)} for v in plan.variants],
         "finished": [result.key for result in plan.finished],
         "passes": plan.passes,
-        "residency": str(prepared.plan.holding),
+        "residency": str(prepared.plan.residency),
         "shards": shard_values(prepared.plan),
         "disk_bytes": plan.disk,
     }

@@ -36,8 +36,8 @@ def memory_table(plan: Plan) -> Table:
     beside = {kind: kinds.pop(kind) for kind in ("host", "disk")}
     kinds |= {"total": [need.total for need in plan.memory]} | {k: v for k, v in beside.items() if any(v)}
     unit, name = (2**30, "GiB") if max(kinds["total"]) > 10 * 2**30 else (2**20, "MiB")
-    ranks = f", {plan.holding.ranks} ranks a shard" if plan.holding.ranks > 1 else ""
-    table = new_table(f"memory of each worker, {name}: {plan.holding}{ranks}", "layers", *kinds)
+    ranks = f", {plan.residency.ranks} ranks a shard" if plan.residency.ranks > 1 else ""
+    table = new_table(f"memory of each worker, {name}: {plan.residency}{ranks}", "layers", *kinds)
     table.padding = (0, 1, 0, 0)  # many columns
     sizes = list(zip(*kinds.values(), strict=True))
     for row, alike in groupby(range(len(sizes)), key=lambda number: sizes[number]):

@@ -49,7 +49,7 @@ class Replica:
             if not _alive(self._actors[shard]):
                 if self._actors[shard] is not None:
                     ray.kill(self._actors[shard])  # it may live, with ranks that do not, and hold its bundle
-                span, ranks = self._plan.spans[shard], self._plan.holding.ranks
+                span, ranks = self._plan.spans[shard], self._plan.residency.ranks
                 self._actors[shard], loaded = start_shard(self._setup, span, ranks, self._place, bundle)
                 loading.append(loaded)
         return loading
@@ -84,8 +84,8 @@ class Fleet:
     """All replicas."""
 
     def __init__(self, setup: Setup, plan: Plan, machine: Machine, wait_minutes: float | None) -> None:
-        workers = len(plan.spans) * plan.holding.ranks * plan.replicas
-        bundle = bundle_for(machine, workers, plan.holding.ranks, _memory(plan, machine))
+        workers = len(plan.spans) * plan.residency.ranks * plan.replicas
+        bundle = bundle_for(machine, workers, plan.residency.ranks, _memory(plan, machine))
         self._plan, self._wait_minutes = plan, wait_minutes
         # all are asked for at once, so that an autoscaler sees all that is wanted
         self._replicas = [Replica(setup, plan, Place.ask(len(plan.spans), bundle)) for _ in range(plan.replicas)]
@@ -138,7 +138,7 @@ class Fleet:
 @contextmanager
 def fleet_on_ray(setup: Setup, plan: Plan, machine: Machine, wait_minutes: float | None) -> Iterator[Fleet]:
     """The model as Ray actors, for as long as the block runs; Ray is started where none runs."""
-    ranks, replicas = plan.holding.ranks, plan.replicas
+    ranks, replicas = plan.residency.ranks, plan.replicas
     with contextlib.ExitStack() as stack:
         with step("finding Ray"):
             stack.enter_context(ray_for(_memory(plan, machine) * ranks * replicas * len(plan.spans)))

@@ -38,7 +38,7 @@ def make_masks(
     recipe = prepared.recipe(variant)
     if variant.allocation == "owl":
         shares = pipeline.outlier_shares(recipe)
-        recipe = replace(recipe, ratios=owl(shares, prepared.shape.pruned, variant.sparsity))
+        recipe = replace(recipe, ratios=owl(shares, prepared.model_size.pruned, variant.sparsity))
     if variant.propagation == "sequential":
         return pipeline.prune_sequentially(recipe, prepared.sets_of(variant), progress)
     return pipeline.prune(recipe)

@@ -20,7 +20,7 @@ from mlprune.models.source import ModelSource, find_model
 from mlprune.models.zero import disk_access
 from mlprune.planning.machine import Machine, this_machine, with_disk
 from mlprune.planning.memory import Work
-from mlprune.planning.model_size import ModelShape, check_pattern, model_shape
+from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import Plan, make_plan
 from mlprune.pruning.scores import Solver, score_named
 from mlprune.runtime.ray_cluster import cluster_machine, on_cluster
@@ -38,7 +38,7 @@ class Prepared:
 
     spec: SweepSpec
     source: ModelSource
-    shape: ModelShape
+    model_size: ModelSize
     machine: Machine  # this one, or the nodes of the cluster that runs
     plan: Plan
     sets: dict[str, CalibrationSet]  # by demonstration
@@ -55,7 +55,7 @@ class Prepared:
         return self.plan.spans
 
     def store(self) -> MomentStore:
-        return MomentStore(Storage(self.spec.storage), self.fingerprint, str(self.shape.dtype))
+        return MomentStore(Storage(self.spec.storage), self.fingerprint, str(self.model_size.dtype))
 
     def results(self) -> ResultStore:
         return ResultStore(Storage(self.spec.storage))
@@ -74,7 +74,7 @@ class Prepared:
     def result_key(self, variant: Variant | None) -> str:
         """A content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
         assert self.evaluation is not None
-        content = [FORMAT, self.fingerprint, str(self.shape.dtype), self.evaluation.key]
+        content = [FORMAT, self.fingerprint, str(self.model_size.dtype), self.evaluation.key]
         if variant is not None:
             recipe = self.recipe(variant)
             content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
@@ -97,22 +97,22 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         progress=step,
     )
     config = source.config()
-    shape = model_shape(config, source.dtype(spec.model.dtype), source.name)
+    size = measure_model(config, source.dtype(spec.model.dtype), source.name)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
-        check_pattern(shape, Pattern.parse(pattern), "search.pattern")
-    sets, evaluation = _text(spec, variants, source, shape, evaluate)
+        check_pattern(size, Pattern.parse(pattern), "search.pattern")
+    sets, evaluation = _text(spec, variants, source, size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
-    plan = make_plan(shape, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
-    if plan.why:
-        say(f"  residency: {plan.why}")
-    if plan.holding.offload == "nvme" and not on_cluster():
+    plan = make_plan(size, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
+    if plan.reason:
+        say(f"  residency: {plan.reason}")
+    if plan.residency.offload == "nvme" and not on_cluster():
         check_place(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         disk_access(machine.device)
-    return Prepared(spec, source, shape, machine, plan, sets, evaluation)
+    return Prepared(spec, source, size, machine, plan, sets, evaluation)
 
 
 def _text(
-    spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, shape: ModelShape, evaluate: bool
+    spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, size: ModelSize, evaluate: bool
 ) -> tuple[dict[str, CalibrationSet], Suite | None]:
     """Every calibration set that the variants need, by demonstration, and what the model is asked."""
     demonstrations = dict.fromkeys(part for variant in variants for part in variant.demonstrations)
@@ -121,18 +121,18 @@ def _text(
     if not demonstrations and not evaluate:
         return {}, None
     if demonstrations:
-        _check_positions(spec, shape)
+        _check_positions(spec, size)
     corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(needed)) if needed else None
     tokenizer = source.tokenizer()
-    sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, shape)
+    sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, size)
     suite = None
     if evaluate:
         assert corpus is not None
-        suite = suite_of(spec, corpus, tokenizer, shape.positions, shape.has_experts)
+        suite = suite_of(spec, corpus, tokenizer, size.positions, size.has_experts)
     batches = [batch for made in sets.values() for batch in made.batches] + (
         [*suite.rows.batches] if suite else []
     )
-    _check_vocabulary(source, shape, batches)
+    _check_vocabulary(source, size, batches)
     return sets, suite
 
 
@@ -141,7 +141,7 @@ def _calibration_sets(
     demonstrations: Iterable[Demonstration],
     corpus: Corpus | None,
     tokenizer: Any,
-    shape: ModelShape,
+    size: ModelSize,
 ) -> dict[str, CalibrationSet]:
     check_template(asked.template, "calibration.template", needed=["text"], also=["language"])
     code = open_code(asked.code) if any(part.kind == "code" for part in demonstrations) else None
@@ -154,7 +154,7 @@ def _calibration_sets(
             shots=asked.shots,
             max_tokens=asked.max_tokens,
             seed=asked.seed,
-            pad_free=shape.has_experts,
+            pad_free=size.has_experts,
             template=asked.template,
             separator=asked.separator,
             count_padding=asked.count_padding,
@@ -164,10 +164,10 @@ def _calibration_sets(
     }
 
 
-def _check_vocabulary(source: ModelSource, shape: ModelShape, batches: Iterable[Batch]) -> None:
+def _check_vocabulary(source: ModelSource, size: ModelSize, batches: Iterable[Batch]) -> None:
     largest = max(int(batch.input_ids.max()) for batch in batches)
-    if largest >= shape.vocabulary:
-        remedy = f"its tokenizer makes token {largest}, its embedding has {shape.vocabulary}: not a pair"
+    if largest >= size.vocabulary:
+        remedy = f"its tokenizer makes token {largest}, its embedding has {size.vocabulary}: not a pair"
         raise ModelError("model.path", repr(source.name), remedy)
 
 
@@ -193,8 +193,8 @@ def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite
     )
 
 
-def _check_positions(spec: SweepSpec, shape: ModelShape) -> None:
+def _check_positions(spec: SweepSpec, size: ModelSize) -> None:
     asked = spec.calibration.max_tokens
-    if shape.positions is not None and asked > shape.positions:
-        remedy = f"the model takes {shape.positions} tokens at most"
+    if size.positions is not None and asked > size.positions:
+        remedy = f"the model takes {size.positions} tokens at most"
         raise SpecError("calibration.max_tokens", asked, remedy)

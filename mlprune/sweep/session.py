@@ -27,8 +27,8 @@ def worker_setup(prepared: Prepared) -> Setup:
     Where weights are offloaded to a disk of this machine, DeepSpeed's disk access is compiled first.
     """
     spec, device, offload = prepared.spec, prepared.machine.device, None
-    if target := prepared.plan.holding.offload:
-        offload = Offload(target, spec.offload_folder, prepared.shape.packed)
+    if target := prepared.plan.residency.offload:
+        offload = Offload(target, spec.offload_folder, prepared.model_size.packed)
         if target == "nvme" and not on_cluster():  # a cluster's nodes each compile it when they load
             with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
                 make_disk_ready(device)
@@ -63,7 +63,7 @@ def run_on_model(prepared: Prepared, what: str, work: Callable[[Pipeline], T]) -
     shard goes to the nodes, because this machine may be a small head node. Over Ray, `work` is called again when
     a worker dies while it runs; `what` names it in messages.
     """
-    if on_cluster() or len(prepared.spans) * prepared.plan.holding.ranks > 1:
+    if on_cluster() or len(prepared.spans) * prepared.plan.residency.ranks > 1:
         with open_replicas(prepared, replicas=1) as fleet:
             return fleet.steadily(what, work)
     with open_local(prepared) as pipeline:

@@ -68,7 +68,7 @@ class SweepPlan:
     def passes(self) -> dict[str, int]:
         """Passes over the model still to go, by kind. Calibration sets are counted singly; they pass together."""
         todo = self.unfinished
-        store, layers = self.prepared.store(), range(len(self.prepared.shape.layers))
+        store, layers = self.prepared.store(), range(len(self.prepared.model_size.layers))
         dense = {str(part) for variant in todo if needs_dense(variant) for part in variant.demonstrations}
         missing = [
             name for name in dense if not all(store.has(self.prepared.sets[name].key, layer) for layer in layers)
@@ -84,7 +84,7 @@ class SweepPlan:
     @property
     def disk(self) -> int:
         """Bytes that the storage will take, to within its small files: moments, results, pictures."""
-        moments = sum(self.prepared.shape.widths.values()) * 8 * len(self.prepared.sets)
+        moments = sum(self.prepared.model_size.widths.values()) * 8 * len(self.prepared.sets)
         return moments + 2**13 * len(self.variants) + 2**21
 
 
@@ -218,7 +218,7 @@ def _sweep_params(prepared: Prepared) -> dict[str, object]:
     return {
         "model": spec.model.path,
         "model.fingerprint": prepared.fingerprint,
-        "model.dtype": str(prepared.shape.dtype).removeprefix("torch."),
+        "model.dtype": str(prepared.model_size.dtype).removeprefix("torch."),
         "corpus": spec.calibration.corpus,
         "samples": spec.calibration.samples,
         "shots": spec.calibration.shots,

@@ -21,8 +21,8 @@ from mlprune.models.matrices import matrices
 from mlprune.models.replay import ReplayModel
 from mlprune.models.zero import Layout
 from mlprune.planning import machine
-from mlprune.planning.memory import Chunks, Holding, Work, worker_memory
-from mlprune.planning.model_size import ModelShape, check_pattern, model_shape
+from mlprune.planning.memory import Chunks, ResidencyPlan, Work, worker_memory
+from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import cut
 from mlprune.spec.variants import Pattern
 from tests.tiny_models import config, source
@@ -32,8 +32,8 @@ BOTH = pytest.mark.parametrize("tied", [True, False])
 ATTENTION, MLP = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48  # weights of a tiny llama's layer
 
 
-def shape(family: str, dtype: torch.dtype = torch.float32, /, **changes: Any) -> ModelShape:
-    return model_shape(config(family, **changes), dtype, "some/model")
+def shape(family: str, dtype: torch.dtype = torch.float32, /, **changes: Any) -> ModelSize:
+    return measure_model(config(family, **changes), dtype, "some/model")
 
 
 LLAMA = shape("llama")
@@ -131,7 +131,7 @@ def test_a_pattern_that_divides_every_width_passes(pattern: str, width: int) -> 
 @pytest.mark.parametrize("family", ["t5", "bert", "mamba"])
 def test_a_family_that_is_not_known_is_refused_by_name(family: str) -> None:
     with pytest.raises(ModelError) as caught:
-        model_shape(AutoConfig.for_model(family), torch.float32, "some/model")
+        measure_model(AutoConfig.for_model(family), torch.float32, "some/model")
     known = f"unsupported family; supported: {', '.join(FAMILIES)}"
     assert str(caught.value) == f"model.path: 'some/model' ({family}): {known}"
 
@@ -181,9 +181,9 @@ def test_shards_that_cannot_be_are_answered(shards: int) -> None:
     assert str(caught.value) == f"pipeline.shards: {shards}: the model has 4 layers; write 1 to 4"
 
 
-def weights(found: ModelShape, shards: int) -> list[int]:
+def weights(found: ModelSize, shards: int) -> list[int]:
     """Bytes that are planned for the weights of each resident shard."""
-    given = (shards, Work((), 0, 0, 0), Holding("resident"), Chunks(1, few=False), False, 1)
+    given = (shards, Work((), 0, 0, 0), ResidencyPlan("resident"), Chunks(1, few=False), False, 1)
     return [worker_memory(found, span, *given).weights for span in cut(found, shards)]
 
 

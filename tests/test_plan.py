@@ -42,7 +42,14 @@ def row(name: str, nodes: int) -> str:
     host = max(need.host for need in found.plan.memory) / GIB
     disk = max(need.disk for need in found.plan.memory) / GIB
     sizes = [most.weights, most.working, most.hidden + most.activations, most.moments, most.masks, most.total]
-    cells = [name, nodes, shards, found.plan.trials, found.plan.holding, *(f"{size / GIB:.1f}" for size in sizes)]
+    cells = [
+        name,
+        nodes,
+        shards,
+        found.plan.trials,
+        found.plan.residency,
+        *(f"{size / GIB:.1f}" for size in sizes),
+    ]
     cells += [f"{host:.1f}", f"{disk:.1f}", time_text(sum(phase.seconds for phase in found.phases))]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -60,15 +67,15 @@ def test_the_worked_example_adds_up() -> None:
     need, width, words = found.plan.memory[3], 14336, 250880
     matrices = 3 * width**2 + width**2 + 2 * 4 * width**2  # query_key_value, dense, two of the MLP
     small = 3 * width + width + 4 * width + width + 4 * width  # biases, and two norms of a weight and a bias
-    assert found.shape.layers[60] == 2 * (matrices + small)
+    assert found.model_size.layers[60] == 2 * (matrices + small)
     assert need.weights == 2 * words * width  # head and embedding are one, and both ends of the model have it
-    assert need.working == 2 * found.shape.packed * 2 + 14 * 4 * width**2  # two layers; scores of the largest
+    assert need.working == 2 * found.model_size.packed * 2 + 14 * 4 * width**2  # two layers; scores of the largest
     assert need.hidden == 4 * 8192 * width * 2  # four sets of 8192 tokens at once
     assert need.moments == (4 * 17 + 1) * (width + width + width + 4 * width) * 8
     assert need.masks == 2 * 17 * matrices // 8
     assert need.logits == 512 * words * (2 + 8)
     process = (400 + 90 + 64) * 2**20
-    assert need.host == pytest.approx(process + 2 * need.hidden + 17 * found.shape.layers[60])
+    assert need.host == pytest.approx(process + 2 * need.hidden + 17 * found.model_size.layers[60])
 
 
 def test_time_by_hand() -> None:
@@ -79,18 +86,18 @@ def test_time_by_hand() -> None:
     flops = 362e12 * EFFICIENCY["gpu"]
     tokens, shards, layers = 4 * 8192, 32, 3
     chunk = tokens / (4 * shards)
-    turn = 2 * chunk * (found.shape.active + 2 * 256 * 8192 * 80) * layers / 80 / flops
+    turn = 2 * chunk * (found.model_size.active + 2 * 256 * 8192 * 80) * layers / 80 / flops
     assert phases["calibration"].seconds == pytest.approx((4 * shards + shards - 1) * turn)
     assert phases["calibration"].weights_moved == 0
     assert phases["calibration"].hidden_moved == tokens * 8192 * 2
     assert phases["masks"].seconds == pytest.approx(10 * layers * 855638016 / MASKED_PER_SECOND["gpu"])
-    assert phases["loading the model"].seconds == pytest.approx(found.shape.total / 8 / DISK_BYTES_PER_SECOND)
+    assert phases["loading the model"].seconds == pytest.approx(found.model_size.total / 8 / DISK_BYTES_PER_SECOND)
 
 
 def test_weights_that_move_bound_a_pass() -> None:
     found = planned("qwen3-235b-a22b", nodes=1)
     assert found.plan is not None
-    assert str(found.plan.holding) == "zero/nvme"
+    assert str(found.plan.residency) == "zero/nvme"
     calibration = next(phase for phase in found.phases if phase.name == "calibration")
     shard = max(need.disk for need in found.plan.memory)
     assert calibration.bound == "weights from disk"
@@ -101,7 +108,7 @@ def test_weights_that_move_bound_a_pass() -> None:
 def test_what_would_have_to_change_is_said_and_true() -> None:
     found = planned("bloom-176b", nodes=1, gpu_memory=24 * 10**9)
     assert found.plan is None
-    assert "zero/nvme needs" in found.why_not
+    assert "zero/nvme needs" in found.reason
     bigger = planned("llama-3.1-70b", nodes=1, gpu_memory=24 * 10**9, host_memory=64 * GIB)
     assert bigger.plan is not None
     (change,) = bigger.changes
@@ -110,7 +117,7 @@ def test_what_would_have_to_change_is_said_and_true() -> None:
     too_few = planned("llama-3.1-70b", nodes=nodes // 2, gpu_memory=24 * 10**9, host_memory=64 * GIB)
     assert enough.plan is not None
     assert too_few.plan is not None
-    assert (str(enough.plan.holding), too_few.plan.holding.residency) == ("resident", "zero")
+    assert (str(enough.plan.residency), too_few.plan.residency.kind) == ("resident", "zero")
     forced = planned("bloom-176b", "pipeline.residency=resident", nodes=1)
     assert forced.plan is None
     assert any("pipeline.residency=auto: zero/cpu" in change for change in forced.changes)
