@@ -28,7 +28,7 @@ from mlprune.shards.decoding import Session, Step, grouped, waves
 from mlprune.shards.pipeline import LocalPipeline
 from mlprune.shards.worker import Setup, ShardWorker
 from mlprune.storage.files import Storage
-from mlprune.storage.results import MomentStore
+from mlprune.storage.moments import MomentStore
 from mlprune.sweep.masks import make_masks
 from tests.tiny_models import config, save
 from tests.work import RANDOM, masks_of, opened, ready

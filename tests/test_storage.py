@@ -27,7 +27,8 @@ from typing import Any
 import pytest
 
 from mlprune.errors import StorageError
-from mlprune.storage.files import Storage, check_storage, sweep_lock, write_whole
+from mlprune.storage.files import Storage, check_storage, write_whole
+from mlprune.storage.lock import sweep_lock
 from tests.servers import free_port
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -85,7 +86,7 @@ def files(protocol: str) -> Any:
     """The file system that a Storage uses."""
     from mlprune.storage import files as storage
 
-    return storage._files(f"{protocol}://bucket")
+    return storage._file_system(f"{protocol}://bucket")
 
 
 def forget(protocol: str) -> None:
@@ -196,8 +197,8 @@ def test_a_check_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None
 
 ADDRESSES = {
     "ftp://host/x": ("ftp://host/x", "s3://bucket/folder"),
-    "file:///x": ("file:///x", "name a folder"),
-    "simplecache::s3://bucket/x": ("no storage of this kind",),
+    "file:///x": ("file:///x", "use a folder"),
+    "simplecache::s3://bucket/x": ("unknown kind of storage",),
     "s3://": ("names no bucket", "s3://bucket/folder"),
     "gs:///": ("names no bucket", "gs://bucket/folder"),
 }
@@ -243,8 +244,10 @@ def test_a_missing_package_is_told(protocol: str, module: str, monkeypatch: pyte
 def test_a_bucket_that_is_not_there_is_told(protocol: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(protocol)
     address = f"{protocol}://nobucket/x"
-    assert str(refused(lambda: check_storage(address))).startswith(f"storage: {address}: there is no such bucket")
-    assert "not there" in str(refused(lambda: Storage(address).write_whole("a", b"1")))
+    assert str(refused(lambda: check_storage(address))).startswith(
+        f"storage: {address}: the bucket does not exist"
+    )
+    assert "no longer exists" in str(refused(lambda: Storage(address).write_whole("a", b"1")))
     with pytest.raises(FileNotFoundError):
         Storage(address).read("a")
 
@@ -325,7 +328,7 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("")
     for address in (taken, taken / "below"):
-        assert "is no folder" in str(refused(partial(check_storage, str(address))))
+        assert "is not a folder" in str(refused(partial(check_storage, str(address))))
         assert "cannot be used" in str(refused(partial(Storage(str(address)).write_whole, "a", b"")))
     check_storage(str(tmp_path / "not" / "yet" / "there"))
     assert list(tmp_path.iterdir()) == [taken]
@@ -350,7 +353,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
     monkeypatch.setattr(os, "fsync", fail(number))
     for name in ("folder/file.json", "folder/never"):
         told = refused(partial(storage.write_whole, name, b"new"))
-        assert str(told).startswith(f"storage: {tmp_path}: no space is left; ")
+        assert str(told).startswith(f"storage: {tmp_path}: no space left; ")
     with pytest.raises(OSError, match=os.strerror(number)):
         write_whole(tmp_path / "other", b"new")
     assert storage.read("folder/file.json") == b"old"
@@ -407,7 +410,7 @@ def test_a_full_disk_is_told_and_keeps_what_is_there(tmp_path: Path) -> None:
     lines = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
     assert (
         lines[:3]
-        == [f"storage: {tmp_path}/disk: no space is left; free some, or name another place; what is there is kept"]
+        == [f"storage: {tmp_path}/disk: no space left; free some, or use another storage; existing files are kept"]
         * 3
     )
     assert lines[3:] == ["['a 300000', 'd 1']", "True"]
@@ -472,7 +475,8 @@ def drive(storages: Sequence[Storage], driver: int) -> None:
     import torch
 
     from mlprune.pruning.moments import Moments
-    from mlprune.storage.results import MomentStore, Result, ResultStore
+    from mlprune.storage.moments import MomentStore
+    from mlprune.storage.results import Result, ResultStore
 
     for turn, storage in itertools.product(range(TURNS), storages):
         moments, results = MomentStore(storage, "model", "float32"), ResultStore(storage)
@@ -488,7 +492,7 @@ def drive(storages: Sequence[Storage], driver: int) -> None:
 
 
 def start_driving(storages: Sequence[Storage], started: Event, driver: int) -> None:
-    import mlprune.storage.results  # noqa: F401
+    import mlprune.storage.moments  # noqa: F401
 
     started.set()
     drive(storages, driver)
@@ -496,7 +500,8 @@ def start_driving(storages: Sequence[Storage], started: Event, driver: int) -> N
 
 def test_two_sweeps_share_a_store(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Two processes, this one and another."""
-    from mlprune.storage.results import MomentStore, ResultStore
+    from mlprune.storage.moments import MomentStore
+    from mlprune.storage.results import ResultStore
 
     storages = [opened(kind, tmp_path, request) for kind in SHARED]
     started = SPAWN.Event()
@@ -520,7 +525,8 @@ def test_two_sweeps_share_a_store(tmp_path: Path, request: pytest.FixtureRequest
 
 HOLD = """
 import sys
-from mlprune.storage.files import Storage, sweep_lock
+from mlprune.storage.files import Storage
+from mlprune.storage.lock import sweep_lock
 
 with sweep_lock(Storage(sys.argv[1]), "abc"):
     print("held", flush=True)
@@ -543,7 +549,7 @@ def test_a_second_driver_of_a_sweep_is_refused(driver: subprocess.Popen[str], tm
     storage = Storage(str(tmp_path))
     for _ in range(2):
         told = refused(lambda: sweep_lock(storage, "abc").__enter__())
-        assert f"running already (process {driver.pid} on {socket.gethostname()})" in str(told)
+        assert f"already running (process {driver.pid} on {socket.gethostname()})" in str(told)
         assert "mlprune status" in str(told)
     with sweep_lock(storage, "another"):
         pass
@@ -552,7 +558,7 @@ def test_a_second_driver_of_a_sweep_is_refused(driver: subprocess.Popen[str], tm
     for _ in range(2):
         with sweep_lock(storage, "abc"):
             assert json.loads(storage.read("locks/abc.json"))["pid"] == os.getpid()
-            assert "running already" in str(refused(lambda: sweep_lock(storage, "abc").__enter__()))
+            assert "already running" in str(refused(lambda: sweep_lock(storage, "abc").__enter__()))
     assert not storage.exists("locks/abc.json")
 
 

@@ -31,7 +31,7 @@ from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.languages import language_name
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Demonstration, Variant
-from mlprune.storage.files import check_place, write_whole
+from mlprune.storage.files import check_folder, write_whole
 from mlprune.sweep.grid import variant_of
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import run_on_model
@@ -135,7 +135,7 @@ def analyze(spec: SweepSpec, question: Question, output: Path) -> Findings:
 def _check_output(output: Path) -> None:
     if not os.path.lexists(output):
         check_output(output, 0)
-    check_place(output, "--output", output)
+    check_folder(output, "--output", output)
     if output.is_dir() and any(output.iterdir()):
         raise StorageError("--output", repr(str(output)), "is not empty; name a new folder")
 

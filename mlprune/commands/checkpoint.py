@@ -25,7 +25,7 @@ from mlprune.errors import StorageError
 from mlprune.models.hollow import meta_model
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
-from mlprune.storage.files import check_place
+from mlprune.storage.files import check_folder
 
 FILE_BYTES = 2 * 2**30  # of one weights file; a layer is never split
 NAME_BYTES = 255  # of a folder, on every common file system
@@ -36,7 +36,7 @@ def check_output(output: Path, weight_bytes: int) -> None:
     """Raise StorageError unless a checkpoint of `weight_bytes` can be written to the new folder `output`."""
     if len(os.fsencode(output.name)) > NAME_BYTES:
         raise StorageError("--output", repr(str(output)), "the name is too long; name another folder")
-    check_place(output.parent, "--output", output)
+    check_folder(output.parent, "--output", output)
     if os.path.lexists(output):
         raise StorageError("--output", repr(str(output)), "exists already; name a new folder")
     place = output.absolute().parent

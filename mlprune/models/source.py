@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from mlprune.errors import ModelError
 from mlprune.models.demo import Progress, cache_folder, demo_folder
+from mlprune.storage.files import write_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -282,7 +282,7 @@ def _file_hashes(files: Sequence[Path]) -> list[str]:
             news[key] = entry
         hashes.append(str(entry[2]))
     if news:
-        _remember({**known, **news})
+        _cache_hashes({**known, **news})
     return hashes
 
 
@@ -294,14 +294,10 @@ def _known_hashes() -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _remember(hashes: dict[str, Any]) -> None:
-    """Write the cache whole. Of two writers at once the last one wins; the other's hashes are made again."""
-    path = cache_folder() / "fingerprints.json"
-    temporary = path.with_name(f".fingerprints-{uuid.uuid4().hex}")
-    with contextlib.suppress(OSError):  # where nothing can be written, hashing is slow and still right
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(hashes))
-        temporary.replace(path)
+def _cache_hashes(hashes: dict[str, Any]) -> None:
+    """Write the cache whole. Of two concurrent writers one wins; the other's hashes are computed again."""
+    with contextlib.suppress(OSError):  # without a writable cache, hashing is slow and still correct
+        write_whole(cache_folder() / "fingerprints.json", json.dumps(hashes).encode())
 
 
 def _one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mlprune.data.calibration import Batch
 from mlprune.models.residency import Ranks, Residency
 from mlprune.pruning.moments import Moments
-from mlprune.storage.results import CorruptMomentsError, MomentStore
+from mlprune.storage.moments import CorruptMomentsError, MomentStore
 
 
 def real_tokens(batch: Batch, device: torch.device) -> Tensor | None:

@@ -29,7 +29,7 @@ from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
 from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
 from mlprune.shards.likelihood import row_likelihood
 from mlprune.shards.masking import Gathered, LayerMasks, Recipe, masks_of_layer, outliers_of_layer
-from mlprune.storage.results import MomentStore
+from mlprune.storage.moments import MomentStore
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,47 @@
-"""Where files are kept: a folder, or an object store. What is written is there whole or not at all.
+"""Storage: files in a local folder or an object store, each written whole or not at all.
 
-In a folder a file is written beside its name, brought to the disk, and renamed. In an object store one put does
-all of that: the object is there when the put has ended well and not before, and of two puts at the same time one
-is the last. Stores of which we do not know this are not taken.
+What the files hold is known to `moments`, `results` and `lock`, not here.
+
+A local file is written beside its name, synced to the disk, and renamed. In an object store one PUT does all of
+this: the object exists once the PUT has succeeded and not before, and of two PUTs at the same time one wins.
+Object stores that are not known to behave like this are refused.
 """
+
+from __future__ import annotations
 
 import errno
 import importlib
-import json
 import logging
 import os
-import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import filelock
+from typing import Protocol
 
 from mlprune.errors import StorageError
 
-# protocol, and our extra that brings it -> fsspec's implementation. Of gcsfs's two the plain one: the other shows
-# objects in zonal buckets before they are whole
+# Protocol (also the name of our extra that installs it) -> fsspec implementation. gcsfs has two; this is the plain
+# one, because the other lists objects in zonal buckets before they are complete.
 IMPLEMENTATIONS = {
     "s3": ("s3fs", "S3FileSystem"),
     "gs": ("gcsfs.core", "GCSFileSystem"),
     "memory": ("fsspec.implementations.memory", "MemoryFileSystem"),
 }
-FULL = (errno.ENOSPC, errno.EDQUOT)
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs, whole, what it raises
+# The version of everything that is stored, part of all keys: another version, and nothing older is read again.
+FORMAT = "2"
+# what parsing JSON, and reading values out of it, raises if it is not what was written
+DAMAGED_JSON = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder (an absolute path), or an address: `s3://bucket/folder`, `gs://bucket/folder`.
+    """A local folder (an absolute path), or an address: `s3://bucket/folder`, `gs://bucket/folder`.
 
-    `memory://x` is in this process alone, for tests. Names are relative paths and stay inside; what goes wrong in
-    the place itself is a StorageError that names the address.
+    `memory://x` exists in this process alone, for tests. File names are relative paths that stay inside the
+    storage. Failures of the storage itself raise StorageError, which names the address.
     """
 
     address: str
@@ -51,27 +54,27 @@ class Storage:
 
     @property
     def folder(self) -> Path | None:
-        """Of a local storage, else None."""
+        """The folder of a local storage; None for an object store."""
         return None if "://" in self.address else Path(self.address)
 
     def read(self, name: str) -> bytes:
-        """The content. Raises FileNotFoundError when there is no such file."""
-        place = self._place(name)
-        with _told("storage", self.address):
-            if isinstance(place, Path):
-                return place.read_bytes()
-            content: bytes = _files(self.address).cat_file(place)
-            return content
+        """Return the file's content. Raises FileNotFoundError if the file does not exist."""
+        path = self._path(name)
+        with storage_errors("storage", self.address):
+            if isinstance(path, Path):
+                return path.read_bytes()
+            return _file_system(self.address).cat_file(path)
 
     def size(self, name: str) -> int:
-        """Bytes. Raises FileNotFoundError when there is no such file."""
-        place = self._place(name)
-        with _told("storage", self.address):
-            if isinstance(place, Path):
-                return place.stat().st_size
-            return int(_files(self.address).info(place)["size"])
+        """Return the file's size in bytes. Raises FileNotFoundError if the file does not exist."""
+        path = self._path(name)
+        with storage_errors("storage", self.address):
+            if isinstance(path, Path):
+                return path.stat().st_size
+            return _file_system(self.address).info(path)["size"]
 
     def exists(self, name: str) -> bool:
+        """Return whether the file exists."""
         try:
             self.size(name)
         except FileNotFoundError:
@@ -79,68 +82,81 @@ class Storage:
         return True
 
     def write_whole(self, name: str, content: bytes) -> None:
-        """Write a file so that it is there whole or not at all, whoever dies or writes beside us."""
-        place = self._place(name)
+        """Write a file whole or not at all, even if this process is killed or another one writes the same file."""
+        path = self._path(name)
         try:
-            with _told("storage", self.address):
-                if isinstance(place, Path):
-                    write_whole(place, content)
+            with storage_errors("storage", self.address):
+                if isinstance(path, Path):
+                    write_whole(path, content)
                 else:
-                    _files(self.address).pipe_file(place, content)
+                    _file_system(self.address).pipe_file(path, content)
         except FileNotFoundError:
-            raise StorageError("storage", self.address, "is not there any more; make it again") from None
+            raise StorageError("storage", self.address, "no longer exists; create it again") from None
 
-    def _place(self, name: str) -> Path | str:
+    def _path(self, name: str) -> Path | str:
         parts = name.split("/")
-        if "\0" in name or {"", ".", ".."} & set(parts):  # names come out of files too, of anybody's making
-            raise StorageError("storage", self.address, f"{name!r} is no name of a file inside it")
+        # Names also come out of stored files, which anybody may have written.
+        if "\0" in name or {"", ".", ".."} & set(parts):
+            raise StorageError("storage", self.address, f"{name!r} is not the name of a file inside the storage")
         return f"{self.address.rstrip('/')}/{name}" if self.folder is None else self.folder.joinpath(*parts)
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a local file whole or not at all, even if this process is killed or another one writes the same file.
+
+    Missing parent folders are created. Raises OSError. Everything in mlprune that must not be read half written
+    goes through here.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())  # otherwise a power cut may leave the new name with no content
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_storage(address: str, key: str = "storage") -> None:
-    """Raise StorageError unless `address` can be read and written. Makes nothing and leaves nothing behind."""
+    """Raise StorageError unless `address` can be read and written. Creates nothing and leaves nothing behind."""
     _check_address(address, key)
     if "://" not in address:
-        check_place(Path(address), key, address)
+        check_folder(Path(address), key, address)
         return
     if address.startswith("memory://"):
         return
     probe = f"{address.rstrip('/')}/probe-{uuid.uuid4().hex}"
     try:
-        with _told(key, address):
-            _files(address).exists(probe)
-            # an upload that is begun and broken off: it is allowed where a put is, and no object ever appears
-            upload = _files(address).open(probe, "wb", autocommit=False)
+        with storage_errors(key, address):
+            _file_system(address).exists(probe)
+            # Start an upload and abort it: this needs the same permission as a PUT, and no object ever appears.
+            upload = _file_system(address).open(probe, "wb", autocommit=False)
             upload.write(b"probe")
             upload.close()
             upload.discard()
     except FileNotFoundError:
-        raise StorageError(key, address, "there is no such bucket; make it, or name another one") from None
+        raise StorageError(key, address, "the bucket does not exist; create it, or name another one") from None
 
 
-def _check_address(address: str, key: str) -> None:
-    protocol, remote, rest = address.partition("://")
-    if not remote:
-        return
-    if "@" in rest or "?" in rest:
-        remedy = "no secrets in specs; use the provider's own credentials"
-        raise StorageError(key, f"{protocol}://...", remedy)
-    if protocol not in IMPLEMENTATIONS:
-        remedy = "no storage of this kind is known; name a folder, s3://bucket/folder or gs://bucket/folder"
-        raise StorageError(key, address, remedy)
-    if not rest.strip("/"):
-        raise StorageError(key, address, f"names no bucket; write {protocol}://bucket/folder")
-
-
-def _files(address: str) -> Any:
-    """fsspec's file system, made once a process and thread. It remembers no listings: others write there too."""
-    module, name = IMPLEMENTATIONS[address.partition("://")[0]]
-    return getattr(importlib.import_module(module), name)(use_listings_cache=False)
+def check_folder(folder: Path, key: str, value: object) -> None:
+    """Raise StorageError unless `folder` is a writable folder or can be created. `key` and `value` name it."""
+    existing = folder.absolute()
+    try:
+        while not os.path.lexists(existing):
+            existing = existing.parent
+    except OSError as error:  # e.g. the name is too long
+        raise StorageError(key, repr(str(value)), f"cannot be created: {error.strerror}") from None
+    if not existing.is_dir():
+        raise StorageError(key, repr(str(value)), f"{existing} is not a folder; use another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(key, repr(str(value)), f"{existing} is not writable; use another path")
 
 
 @contextmanager
-def _told(key: str, address: str) -> Iterator[None]:
-    """What goes wrong in a storage as StorageError, but for files that are not there."""
+def storage_errors(key: str, address: str) -> Iterator[None]:
+    """Turn failures of a storage into StorageError. FileNotFoundError passes through unchanged."""
     try:
         yield
     except FileNotFoundError:
@@ -148,89 +164,66 @@ def _told(key: str, address: str) -> Iterator[None]:
     except ImportError:
         remedy = f"needs a package: pip install 'mlprune[{address.partition('://')[0]}]'"
         raise StorageError(key, address, remedy) from None
-    except Exception as error:  # of an object store: any of three libraries' own
-        if isinstance(error, OSError) and error.errno in FULL:
-            remedy = "no space is left; free some, or name another place; what is there is kept"
+    except Exception as error:  # an object store raises exceptions of three different libraries
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            remedy = "no space left; free some, or use another storage; existing files are kept"
         elif "://" not in address and isinstance(error, OSError):
-            remedy = f"cannot be used: {error.strerror}; mend it, or name another place"
+            remedy = f"cannot be used: {error.strerror}; fix it, or use another storage"
         elif "://" not in address:
             raise
         else:
-            remedy = f"cannot be used: {_kind(error)}; look at the network and the provider's credentials"
+            remedy = f"cannot be used: {_error_code(error)}; check the network and the provider's credentials"
         raise StorageError(key, address, remedy) from None
 
 
-def _kind(error: Exception) -> str:
-    """An object store's error by its kind and code alone: its text may hold what should not be shown."""
-    answer = getattr(error.__cause__ or error, "response", None)  # botocore's
-    if isinstance(answer, dict):
-        return str(answer["Error"]["Code"])
-    if str(error).startswith("Forbidden"):  # gcsfs's
+def _error_code(error: Exception) -> str:
+    """Return an object store's error as type and code only: its text may contain secrets."""
+    response = getattr(error.__cause__ or error, "response", None)  # set by botocore
+    if isinstance(response, dict):
+        return str(response["Error"]["Code"])
+    if str(error).startswith("Forbidden"):  # raised by gcsfs
         return "Forbidden"
     return f"{type(error).__name__} {getattr(error, 'code', None) or ''}".strip()
 
 
-@contextmanager
-def sweep_lock(storage: Storage, key: str) -> Iterator[None]:
-    """Hold the sweep `key` of a local storage for the block. Raises StorageError while another driver does.
-
-    The operating system lets go of a lock when its process ends, however it ends. An object store has nothing
-    like it (what a dead driver had put there would stay), so there is no lock: two drivers of one sweep do its
-    work twice, and each file is whole still.
-    """
-    if storage.folder is None:
-        yield
+def _check_address(address: str, key: str) -> None:
+    protocol, is_remote, rest = address.partition("://")
+    if not is_remote:
         return
-    place, note = storage.folder / "locks" / f"{key}.lock", f"locks/{key}.json"
-    lock = filelock.FileLock(place, timeout=0, fallback_to_soft=False)  # a soft one would outlive its process
-    with _told("storage", storage.address):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            who = _holder(storage, note)
-            remedy = f"this sweep is running already ({who}); look at it with mlprune status"
-            raise StorageError("storage", storage, remedy) from None
-    try:
-        holder = {"pid": os.getpid(), "host": socket.gethostname()}
-        storage.write_whole(note, json.dumps(holder).encode())
-        yield
-        (storage.folder / note).unlink(missing_ok=True)
-    finally:
-        lock.release()
+    if "@" in rest or "?" in rest:
+        remedy = "no secrets in specs; use the provider's own credentials"
+        raise StorageError(key, f"{protocol}://...", remedy)
+    if protocol not in IMPLEMENTATIONS:
+        remedy = "unknown kind of storage; use a folder, s3://bucket/folder or gs://bucket/folder"
+        raise StorageError(key, address, remedy)
+    if not rest.strip("/"):
+        raise StorageError(key, address, f"names no bucket; write {protocol}://bucket/folder")
 
 
-def _holder(storage: Storage, note: str) -> str:
-    try:
-        holder = json.loads(storage.read(note))
-        return f"process {int(holder['pid'])} on {holder['host']}"
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # taken a moment ago
-        return "in another process"
+class _Upload(Protocol):
+    """An upload that has been started, and becomes an object only when it is committed."""
+
+    def write(self, data: bytes) -> int: ...
+    def close(self) -> None: ...
+    def discard(self) -> None: ...
 
 
-def check_place(folder: Path, key: str, value: object) -> None:
-    """Raise StorageError unless `folder` is one, or can be made, and can be written to."""
-    place = folder.absolute()
-    try:
-        while not os.path.lexists(place):
-            place = place.parent
-    except OSError as error:  # a name that is too long, say
-        raise StorageError(key, repr(str(value)), f"no such folder can be made: {error.strerror}") from None
-    if not place.is_dir():
-        raise StorageError(key, repr(str(value)), f"{place} is no folder; name another place")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError(key, repr(str(value)), f"{place} cannot be written to; name another place")
+class _FileSystem(Protocol):
+    """The methods of an fsspec file system that are used here."""
+
+    def cat_file(self, path: str) -> bytes: ...
+    def pipe_file(self, path: str, value: bytes) -> object: ...
+    def info(self, path: str) -> dict[str, int]: ...
+    def exists(self, path: str) -> bool: ...
+    def open(self, path: str, mode: str, *, autocommit: bool) -> _Upload: ...
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a local file so that it is there whole or not at all, whoever dies or writes beside us."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+def _file_system(address: str) -> _FileSystem:
+    """Return the fsspec file system; fsspec keeps one per process and thread."""
+    protocol = address.partition("://")[0]
+    if protocol == "gs":
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs its errors in full, secrets included
+    module, name = IMPLEMENTATIONS[protocol]
+    # No listings cache: other processes write to the same place.
+    file_system: _FileSystem = getattr(importlib.import_module(module), name)(use_listings_cache=False)
+    return file_system

@@ -28,8 +28,9 @@ from mlprune.shards.masking import Recipe
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
 from mlprune.spec.templates import check_template
 from mlprune.spec.variants import Demonstration, Pattern, Variant
-from mlprune.storage.files import Storage, check_place, check_storage
-from mlprune.storage.results import FORMAT, MomentStore, ResultStore
+from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
+from mlprune.storage.moments import MomentStore
+from mlprune.storage.results import ResultStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     if plan.reason:
         say(f"  residency: {plan.reason}")
     if plan.residency.offload == "nvme" and not on_cluster():
-        check_place(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
+        check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         disk_access(machine.device)
     return Prepared(spec, source, size, machine, plan, sets, evaluation)
 

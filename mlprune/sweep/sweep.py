@@ -23,7 +23,8 @@ from mlprune.runtime.replicas import Fleet
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.schema import SearchSpec, SweepSpec
 from mlprune.spec.variants import Variant
-from mlprune.storage.files import Storage, sweep_lock
+from mlprune.storage.files import Storage
+from mlprune.storage.lock import sweep_lock
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import needs_dense, variants_of
 from mlprune.sweep.masks import gather_moments

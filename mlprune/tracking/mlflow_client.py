@@ -33,7 +33,7 @@ from sqlalchemy.exc import InterfaceError, SQLAlchemyError
 
 from mlprune.errors import SpecError
 from mlprune.spec.variants import Variant
-from mlprune.storage.files import check_place
+from mlprune.storage.files import check_folder
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it makes
 logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # and of errors that we tell of
@@ -136,7 +136,7 @@ def check_tracking(uri: str) -> None:
     """Raise SpecError or StorageError where `client_of` would fail; makes nothing."""
     file = _file(uri)
     if uri.startswith(SQLITE) and not file.exists():
-        check_place(file.parent, "tracking.uri", shown(uri))
+        check_folder(file.parent, "tracking.uri", shown(uri))
     else:
         client_of(uri)
 
