@@ -1,6 +1,6 @@
-"""The command line. Commands are thin: they make a spec, call one function, and show what it returns.
+"""The command line: each command builds a spec, calls one function and prints what it returns.
 
-Heavy imports are inside the commands, so that `--help` and a mistyped option answer at once.
+Heavy imports stand inside the commands, so that `--help` and mistyped options respond at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,73 +22,78 @@ if TYPE_CHECKING:
     from mlprune.remote.job_package import Parcel
     from mlprune.spec.schema import SweepSpec
 
+Values = dict[str, object]  # a command's result, as --json writes it
 VERBOSITY = {"quiet": -1, "normal": 0, "verbose": 1}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mlprune")
 def main() -> None:
-    """Prune multilingual language models, and find out which calibration text keeps your languages alive."""
+    """Prune multilingual language models, and find the calibration text that preserves your languages best."""
 
 
-def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a command of it: add --set, --json, --verbose, --quiet and --debug; print an error as one line."""
+def _command(function: Callable[..., Values]) -> click.Command:
+    """Turn a function into a command with the common options; an error of the user becomes one line."""
 
     @functools.wraps(function)
-    def run(debug: bool, verbosity: str, json_file: str | None, **options: Any) -> None:
+    def run(debug: bool, verbosity: str, json_file: str | None, **options: object) -> None:
         from mlprune.console import configure_logging
 
         configure_logging(VERBOSITY[verbosity])
         try:
             _check_json(json_file)
-            value = function(**options)
+            values = function(**options)
         except UserError as error:
             _fail(error, debug, 2)
         except MlpruneError as error:
             _fail(error, debug, 1)
         else:
             if json_file is not None:
-                _write_json(json_file, value)
-            if value.get("failed"):  # of a sweep's trials; the others are there
+                _write_json(json_file, values)
+            if values.get("failed"):  # some trials of a sweep failed; the results of the others are written
                 sys.exit(1)
 
-    decorators = [
-        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the spec."),
-        click.option(
-            "--json", "json_file", metavar="FILE", help="Write the result as JSON; - is standard output."
-        ),
-        click.option(
-            "-v",
-            "--verbose",
-            "verbosity",
-            flag_value="verbose",
-            default="normal",
-            help="Print debug messages too.",
-        ),
-        click.option(
-            "-q", "--quiet", "verbosity", flag_value="quiet", help="Print only warnings and errors; no progress."
-        ),
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-    ]
-    for decorator in reversed(decorators):
-        run = decorator(run)
-    return main.command(name=function.__name__)(run)
+    decorated: Callable[..., None] = run
+    for option in reversed(_COMMON_OPTIONS):
+        decorated = option(decorated)
+    return main.command(name=function.__name__)(decorated)
 
 
-_corpus = click.option("--corpus", metavar="PATH", help="Parallel text: sample, a folder, a file, or a data set.")
+_COMMON_OPTIONS = (
+    click.option(
+        "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set a key of the spec; may be repeated."
+    ),
+    click.option(
+        "--json", "json_file", metavar="FILE", help="Write the result as JSON to FILE; - is standard output."
+    ),
+    click.option(
+        "-v", "--verbose", "verbosity", flag_value="verbose", default="normal", help="Print debug messages too."
+    ),
+    click.option(
+        "-q", "--quiet", "verbosity", flag_value="quiet", help="Print only warnings and errors; no progress."
+    ),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+_corpus = click.option(
+    "--corpus", metavar="PATH", help="Parallel text: sample, a folder, a file, or a Hugging Face dataset."
+)
+_base_spec = click.option(
+    "--spec", default="quickstart", show_default=True, help="The spec that provides all other settings."
+)
+_new_folder = click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
 
 
 def _check_json(file: str | None) -> None:
-    """Before any work: whether the result can be written; with `-`, tables go to the error stream."""
+    """Raise StorageError before any work if the result cannot be written; with `-`, print tables on stderr."""
     from mlprune import console
 
     console.results.stderr = file == "-"
     if file not in (None, "-"):
         path = Path(file)
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise StorageError("--json", repr(file), "name a file in a folder that is there")
+            raise StorageError("--json", repr(file), "name a file in an existing folder")
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise StorageError("--json", repr(file), "cannot be written to; name another file")
+            raise StorageError("--json", repr(file), "not writable; name another file")
 
 
 def _fail(error: MlpruneError, debug: bool, code: int) -> None:
@@ -98,16 +103,16 @@ def _fail(error: MlpruneError, debug: bool, code: int) -> None:
     sys.exit(code)
 
 
-def _write_json(file: str, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+def _write_json(file: str, values: Values) -> None:
+    text = json.dumps(values, indent=1, ensure_ascii=False)
     if file == "-":
         click.echo(text)
     else:
         Path(file).write_text(text + "\n", encoding="utf-8")
 
 
-def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) -> SweepSpec:
-    """The spec of that name, with the options that were given and then every --set."""
+def _load_spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, object]) -> SweepSpec:
+    """Load the spec `name`; apply the options in `settings` and then every --set."""
     from mlprune.spec.loading import as_assignments, load_spec
 
     return load_spec(name, [*as_assignments(settings), *assignments])
@@ -115,9 +120,9 @@ def _spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, Any]) 
 
 @_command
 @click.argument("spec", required=False)
-@click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
-@click.option("--cluster", metavar="FILE", help="Run it on the cluster that `ray up FILE` made; from anywhere.")
-@click.option("--attach", is_flag=True, help="Come back to the cluster's sweep: the one that runs, or the last.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; run nothing.")
+@click.option("--cluster", metavar="FILE", help="Run on the cluster that `ray up FILE` started.")
+@click.option("--attach", is_flag=True, help="Watch the cluster's running sweep again, or else its last one.")
 @_corpus
 def sweep(
     spec: str | None,
@@ -126,18 +131,24 @@ def sweep(
     attach: bool,
     corpus: str | None,
     assignments: tuple[str, ...],
-) -> Any:
-    """Run the sweep SPEC: a file, or the name of one that comes with mlprune."""
+) -> Values:
+    """Run a sweep of pruning variants.
+
+    SPEC is a YAML file, or the name of a sweep that comes with mlprune (default: quickstart). An interrupted
+    sweep resumes where it stopped: run the same command again.
+    """
     if cluster is not None:
         from mlprune.remote.ssh import check_cluster_file
 
         check_cluster_file(cluster)
     if attach:
         if cluster is None or spec or dry_run or corpus or assignments:
-            raise SpecError("--attach", "given", "it goes with --cluster FILE, and besides that with --json alone")
+            raise SpecError(
+                "--attach", "given", "use it with --cluster FILE, and with no option other than --json"
+            )
         return _watch(cluster, None)
     spec = spec or "quickstart"
-    checked = _spec(spec, assignments, {"calibration.corpus": corpus})
+    checked = _load_spec(spec, assignments, {"calibration.corpus": corpus})
     if cluster is not None:
         from mlprune.remote.job_package import parcel
         from mlprune.spec.loading import as_assignments
@@ -159,31 +170,32 @@ def sweep(
     return report.outcome_values(outcome)
 
 
-def _watch(file: str, parcel: Parcel | None) -> Any:
-    """Send a sweep to the cluster of that file, or find the one there; watch it, and return its result."""
+def _watch(file: str, parcel: Parcel | None) -> Values:
+    """Submit a sweep to the cluster (None: find the one there), watch it, and return its result."""
     from mlprune.remote import jobs as remote
 
     context = click.get_current_context()
     cluster = context.with_resource(remote.connect(file))
-    code, value = cluster.watch(cluster.latest() if parcel is None else cluster.start(parcel))
+    values: Values | None
+    code, values = cluster.watch(cluster.latest() if parcel is None else cluster.start(parcel))
     if code != remote.INTERRUPTED:
         context.call_on_close(cluster.hold)  # after the result has been written
-    if value is None:
+    if values is None:
         sys.exit(code)
-    return value
+    return values
 
 
 @_command
 @click.argument("model", required=False)
-@click.option("--spec", help="Take what is not given here from this spec, not from quickstart.")
-@click.option("--run", "run_id", metavar="ID", help="The trial of a sweep, by its MLflow run.")
+@click.option("--spec", help="The spec that provides all other settings.  [default: quickstart]")
+@click.option("--run", "run_id", metavar="ID", help="Prune as a sweep's trial did: its MLflow run id.")
 @click.option("--calibration", metavar="KIND", help="mono:fr, translation:en-fr, code, mix:KIND=WEIGHT,...")
 @click.option("--score", help="wanda, magnitude, ria, sparsegpt, contrastive:KIND/KIND, ... (docs/spec.md).")
-@click.option("--sparsity", type=float, help="Share of weights to drop, in [0, 1).")
-@click.option("--pattern", help="unstructured, or n:m as 2:4.")
+@click.option("--sparsity", type=float, help="Share of the weights to drop, in [0, 1).")
+@click.option("--pattern", help="unstructured, or n:m, e.g. 2:4.")
 @click.option("--allocation", help="uniform or owl.")
 @click.option("--propagation", help="sequential or dense.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@_new_folder
 @_corpus
 def prune(
     model: str | None,
@@ -192,93 +204,117 @@ def prune(
     corpus: str | None,
     assignments: tuple[str, ...],
     output: Path,
-    **chosen: Any,
-) -> Any:
-    """Prune MODEL (a folder, a hub id, or demo) and write the checkpoint to a new folder.
+    **options: str | float | None,
+) -> Values:
+    """Prune a model and write the checkpoint to a new folder.
 
-    Without --propagation a layer's inputs come from the pruned layers before it (sequential).
+    MODEL is a folder, a Hugging Face model id, or demo. By default, the inputs of a layer come from the
+    pruned layers before it (--propagation sequential).
     """
     from mlprune.commands import prune as winner
 
     settings = {"model.path": model, "calibration.corpus": corpus}
     if run_id is not None:
         if spec is not None:
-            raise SpecError("--spec", repr(spec), "the run says which; leave it out, or --run")
-        checked, variant = winner.choose_run(run_id, chosen, settings, assignments)
+            raise SpecError("--spec", repr(spec), "the run determines the spec; leave out --spec or --run")
+        checked, variant = winner.choose_run(run_id, options, settings, assignments)
     else:
-        checked, variant = winner.choose(spec or "quickstart", chosen, settings, assignments)
+        checked, variant = winner.choose(spec or "quickstart", options, settings, assignments)
     manifest = winner.prune(checked, variant, output)
     click.echo(f"{variant.label}: {manifest['sparsity']['actual']:.2%} of the weights dropped", err=True)
-    click.echo(f"written to {output}; score it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
+    click.echo(f"written to {output}; evaluate it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
     return manifest
 
 
 @_command
 @click.argument("runs", nargs=2, metavar="RUN RUN")
-def compare(runs: tuple[str, str], assignments: tuple[str, ...]) -> Any:
-    """Compare two trials of sweeps, item by item: RUN RUN are their MLflow runs, the second against the first.
+def compare(runs: tuple[str, str], assignments: tuple[str, ...]) -> Values:
+    """Compare two trials of sweeps, item by item.
 
-    For each task and language the difference, its 95% interval, and whether it is more than chance.
+    Each RUN is an MLflow run id; the second is compared with the first. For each task and language: the
+    difference, its 95% confidence interval, and whether it is significant.
     """
     from mlprune.commands.compare import compare_runs
     from mlprune.report import comparison as report
 
-    found = compare_runs(_spec("quickstart", assignments, {}), runs)
-    report.show_comparison(found)
-    return report.comparison_values(found)
+    comparison = compare_runs(_load_spec("quickstart", assignments, {}), runs)
+    report.show_comparison(comparison)
+    return report.comparison_values(comparison)
 
 
 @_command
 @click.argument("model", required=False)
-@click.option("--spec", default="quickstart", help="The sweep to plan; MODEL takes the place of its model.")
-@click.option("--nodes", type=click.IntRange(1), help="Machines, all alike.")
-@click.option("--gpus-per-node", type=click.IntRange(0), help="0: cores alone.")
-@click.option("--gpu-memory", metavar="SIZE", help="Of one GPU, as 80GiB.")
-@click.option("--host-memory", metavar="SIZE", help="Of one node, as 1TiB.")
-@click.option("--host-to-device", metavar="SIZE", help="What a GPU is sent in a second, as 25GB.")
-@click.option("--flops", type=float, help="Of one GPU (or node of cores) in a second, as 312e12.")
+@click.option(
+    "--spec", default="quickstart", show_default=True, help="The sweep to plan; MODEL replaces its model."
+)
+@click.option("--nodes", type=click.IntRange(1), help="Number of nodes, all of the same kind.")
+@click.option("--gpus-per-node", type=click.IntRange(0), help="GPUs per node; 0: CPU cores only.")
+@click.option("--gpu-memory", metavar="SIZE", help="Memory per GPU, e.g. 80GiB.")
+@click.option("--host-memory", metavar="SIZE", help="Memory per node, e.g. 1TiB.")
+@click.option("--host-to-device", metavar="SIZE", help="Bytes per second from host to GPU, e.g. 25GB.")
+@click.option("--flops", type=float, help="FLOP/s per GPU (without GPUs: per node), e.g. 312e12.")
 @_corpus
-def plan(model: str | None, spec: str, corpus: str | None, assignments: tuple[str, ...], **machines: Any) -> Any:
-    """Plan MODEL on machines: a folder, a hub id, demo, or a config.json alone. No weights are read.
+def plan(
+    model: str | None,
+    spec: str,
+    corpus: str | None,
+    assignments: tuple[str, ...],
+    nodes: int | None,
+    gpus_per_node: int | None,
+    gpu_memory: str | None,
+    host_memory: str | None,
+    host_to_device: str | None,
+    flops: float | None,
+) -> Values:
+    """Plan how a model fits given machines.
 
-    Without options for machines: those of the Ray cluster that runs, or else this one.
+    Prints memory, time, and what to change if the model does not fit. MODEL is a folder, a Hugging Face
+    model id, demo, or only a config.json. No weights are read. Without machine options, the machines are
+    those of the running Ray cluster, or else this machine.
     """
-    checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
-    for name in ("gpu_memory", "host_memory", "host_to_device"):
-        machines[name] = _size(name, machines[name])
+    checked = _load_spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
+    sizes = (
+        _parse_size("--gpu-memory", gpu_memory),
+        _parse_size("--host-memory", host_memory),
+        _parse_size("--host-to-device", host_to_device),
+    )
     from mlprune.commands.plan import Asked, plan_scale
     from mlprune.report import plan as report
 
-    planned = plan_scale(checked, Asked(**machines))
-    report.show_scale(planned)
-    return report.scale_values(planned)
+    scale = plan_scale(checked, Asked(nodes, gpus_per_node, *sizes, flops))
+    report.show_scale(scale)
+    return report.scale_values(scale)
 
 
-def _size(name: str, text: str | None) -> int | None:
+def _parse_size(option: str, text: str | None) -> int | None:
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:
         return None if text is None else int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        raise SpecError("--" + name.replace("_", "-"), repr(text), "write a size, as 80GiB") from None
+        raise SpecError(option, repr(text), "write a size, e.g. 80GiB") from None
 
 
 @_command
 @click.argument("model")
-@click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
-@click.option("--languages", metavar="LIST", help="As en,fr; ISO 639 codes that the corpus has.")
+@_base_spec
+@click.option("--languages", metavar="LIST", help="ISO 639 codes of languages in the corpus, e.g. en,fr.")
 @_corpus
 def evaluate(
     model: str, spec: str, languages: str | None, corpus: str | None, assignments: tuple[str, ...]
-) -> Any:
-    """Score MODEL (a folder, a hub id, or demo): perplexity and bits per byte of held-out lines."""
-    listed = [code.strip() for code in languages.split(",")] if languages is not None else None
+) -> Values:
+    """Evaluate a model on held-out lines.
+
+    MODEL is a folder, a Hugging Face model id, or demo. Prints perplexity and bits per byte of each
+    language, and the metrics of the spec's other tasks.
+    """
+    codes = [code.strip() for code in languages.split(",")] if languages is not None else None
     settings = {
         "model.path": model,
         "calibration.corpus": corpus,
-        "evaluation.perplexity.languages": listed,
+        "evaluation.perplexity.languages": codes,
     }
-    checked = _spec(spec, assignments, settings)
+    checked = _load_spec(spec, assignments, settings)
     from mlprune.commands.prune import evaluate_checkpoint
     from mlprune.report import sweep as report
 
@@ -289,13 +325,15 @@ def evaluate(
 
 @_command
 @click.argument("model")
-@click.option("--spec", default="quickstart", help="Take what is not given here from this spec.")
-@click.option("--languages", required=True, metavar="LIST", help="As en,fr,hi; ISO 639 codes that the corpus has.")
-@click.option("--pivot", default="en", show_default=True, help="What the others are translated from.")
-@click.option("--layer", type=int, help="Of the picture of single channels; the middle one if not given.")
-@click.option("--ratio", default=0.3, show_default=True, help="Share of channels that are top, and bottom.")
-@click.option("--sparsity", default=0.5, show_default=True, help="Of the masks that are compared.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@_base_spec
+@click.option(
+    "--languages", required=True, metavar="LIST", help="ISO 639 codes of languages in the corpus, e.g. en,fr,hi."
+)
+@click.option("--pivot", default="en", show_default=True, help="The language that translations start from.")
+@click.option("--layer", type=int, help="Layer whose single channels are drawn.  [default: the middle layer]")
+@click.option("--ratio", default=0.3, show_default=True, help="Share of channels counted as top, and as bottom.")
+@click.option("--sparsity", default=0.5, show_default=True, help="Sparsity of the compared masks.")
+@_new_folder
 @_corpus
 def analyze(
     model: str,
@@ -304,37 +342,47 @@ def analyze(
     corpus: str | None,
     assignments: tuple[str, ...],
     output: Path,
-    **asked: Any,
-) -> Any:
-    """Look into MODEL (a folder, a hub id, or demo): which channels of its hidden states each calibration uses.
+    pivot: str,
+    layer: int | None,
+    ratio: float,
+    sparsity: float,
+) -> Values:
+    """Analyze which hidden channels each calibration uses.
 
-    Monolingual text of each language is set against translations from the pivot: how large channels are, whose
-    top channels are whose bottom ones, and how much of Wanda's mask two calibrations share.
+    MODEL is a folder, a Hugging Face model id, or demo. Compares monolingual text of each language with
+    translations from the pivot: how large each channel is, how top and bottom channels overlap, and how much
+    of Wanda's mask two calibrations share.
     """
-    checked = _spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
+    checked = _load_spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
     from mlprune.commands.analyze import Question
     from mlprune.commands.analyze import analyze as study
     from mlprune.report import analysis as report
 
-    listed = tuple(dict.fromkeys(code.strip() for code in languages.split(",")))
-    found = study(checked, Question(listed, **asked), output)
-    report.show_findings(found)
-    return report.findings_values(found)
+    codes = tuple(dict.fromkeys(code.strip() for code in languages.split(",")))
+    findings = study(checked, Question(codes, pivot, layer, ratio, sparsity), output)
+    report.show_findings(findings)
+    return report.findings_values(findings)
 
 
 @_command
-@click.option("--cluster", metavar="FILE", help="Those on the head of the cluster that `ray up FILE` made.")
-def status(cluster: str | None, assignments: tuple[str, ...]) -> Any:
-    """Show the sweeps that run on this machine: their trials under way, shards, and time left."""
+@click.option(
+    "--cluster", metavar="FILE", help="Show the sweeps on the head of the cluster that `ray up FILE` started."
+)
+def status(cluster: str | None, assignments: tuple[str, ...]) -> Values:
+    """Show the sweeps that run on this machine.
+
+    For each sweep: active trials, shards and remaining time.
+    """
     if assignments:
         raise SpecError("--set", repr(assignments[0]), "status reads no spec; leave it out")
     if cluster is not None:
         from mlprune.remote import jobs as remote
 
-        return remote.status(cluster)
+        values: Values = remote.status(cluster)
+        return values
     from mlprune.report import live as report
     from mlprune.sweep.status import running
 
-    found = running()
-    report.show_running(found)
-    return report.running_values(found)
+    sweeps = running()
+    report.show_running(sweeps)
+    return report.running_values(sweeps)
