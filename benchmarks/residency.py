@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mlprune.models.demo import demo_folder
 from mlprune.spec.loading import spec_from
-from mlprune.sweep.grid import variant_of
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import open_local
 
-WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
+WANDA = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 WAYS = {
     "resident": {"residency": "resident"},
     "zero/cpu": {"residency": "zero", "offload": "cpu"},

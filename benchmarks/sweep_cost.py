@@ -33,7 +33,7 @@ from mlprune.pruning.masks import dropped_per_row, keep_mask
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.loading import load_spec
 from mlprune.spec.variants import Pattern, Variant
-from mlprune.sweep.grid import variants_of
+from mlprune.sweep.grid import parse_variant, variants_of
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import open_local
@@ -46,7 +46,7 @@ SETTINGS = [
     "search.score=[magnitude, wanda]",
     "search.sparsity=[0.3, 0.5, 0.7]",
 ]
-SEQUENTIAL = Variant("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
+SEQUENTIAL = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
 
 
 def seconds(function: Callable[[], object]) -> float:

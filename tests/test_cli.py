@@ -294,7 +294,7 @@ def tracked(*settings: str) -> tuple[SweepTracker, SweepSpec, Variant]:
 def test_trial_of_a_sweep_is_exported_by_its_run(sparsity: str, model: str) -> None:
     tracker, _, variant = tracked(f"search.sparsity=[{sparsity}]")
     by_run = values_of("prune", "--run", tracker.run_of("key"), "--output", "by-run")
-    assert by_run["variant"] == vars(variant)
+    assert by_run["variant"] == variant.to_dict()
     options = ("--calibration", "mono:fr", "--sparsity", sparsity, "--propagation", "dense")
     assert by_run == values_of("prune", model, "--spec", "tiny.yaml", *options, "--output", "by-hand")
 
@@ -303,9 +303,9 @@ def test_trial_of_a_sweep_is_exported_by_its_run(sparsity: str, model: str) -> N
 def test_trial_of_any_score_is_exported_by_its_run(score: str) -> None:
     settings = (f"search.score=['{score}']", "search.sparsity=[0.3,0.5]", "search.allocation=[owl]")
     tracker, _, variant = tracked(*settings)
-    assert (variant.score, variant.allocation) == (score.partition(":")[0], "owl")
+    assert (variant.score.name, variant.allocation) == (score.partition(":")[0], "owl")
     manifest = values_of("prune", "--run", tracker.run_of("key"), "--output", "by-run")
-    assert manifest["variant"] == vars(variant)
+    assert manifest["variant"] == variant.to_dict()
     assert len(set(manifest["sparsity"]["layers"])) > 1
 
 

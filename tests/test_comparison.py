@@ -14,13 +14,14 @@ from mlprune.evaluation.items import Items, metrics_of, to_json
 from mlprune.spec.loading import load_spec
 from mlprune.spec.variants import Variant
 from mlprune.storage import results as store
+from mlprune.sweep.grid import parse_variant
 from mlprune.tracking.tracker import SweepTracker
 
 LINES = tuple(str(n) for n in range(200))
 
 
 def variant(sparsity: float) -> Variant:
-    return Variant("mono:en", "wanda", sparsity, "unstructured", "dense")
+    return parse_variant("mono:en", "wanda", sparsity, "unstructured", "dense")
 
 
 def likelihoods(language: str, more: float) -> Items:

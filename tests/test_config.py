@@ -11,6 +11,7 @@ from mlprune.errors import SpecError
 from mlprune.spec import loading as specs
 from mlprune.spec.loading import as_assignments, load_spec, read_yaml, spec_from, with_assignments
 from mlprune.spec.schema import SweepSpec
+from mlprune.spec.variants import Pattern, Scoring
 
 BASE = {"search": {"score": ["wanda"], "sparsity": [0.5], "calibration": ["mono:en"]}}
 
@@ -178,7 +179,7 @@ def test_set_reads_yaml_and_reaches_every_depth() -> None:
     assert made.evaluation.perplexity.lines == 7
     assert made.evaluation.perplexity.languages == ("en", "fr", "de")
     assert made.search.sparsity == (0.1, 0.2)
-    assert made.search.score == ("wanda",)
+    assert made.search.score == (Scoring("wanda"),)
     assert (made.model.revision, made.model.trust_remote_code) == (None, True)
     assert made.tracking.uri == "http://x/?a=b"
     assert made.pipeline.shards == 3
@@ -208,7 +209,7 @@ def test_a_value_that_yaml_cannot_construct_is_answered(text: str) -> None:
 def test_options_become_assignments() -> None:
     found = as_assignments({"search.pattern": ["2:4"], "name": "null", "none": None, "calibration.seed": 0})
     assert found == ['search.pattern=["2:4"]', 'name="null"', "calibration.seed=0"]
-    assert spec(*found).search.pattern == ("2:4",)
+    assert spec(*found).search.pattern == (Pattern(2, 4),)
     assert spec(*found).name == "null"
 
 
@@ -222,7 +223,7 @@ def test_norwegian_is_a_language_and_no_boolean() -> None:
 
 def test_a_pattern_needs_no_quotes() -> None:
     assert read_yaml("[unstructured, 2:4]") == ["unstructured", "2:4"]
-    assert spec("search.pattern=[2:4]").search.pattern == ("2:4",)
+    assert spec("search.pattern=[2:4]").search.pattern == (Pattern(2, 4),)
 
 
 def test_no_tag_runs_code(tmp_path: Path) -> None:

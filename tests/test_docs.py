@@ -14,6 +14,7 @@ from mlprune.cli import main
 from mlprune.models.hollow import FAMILIES
 from mlprune.spec.loading import load_spec, spec_from, sweeps_folder
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
+from mlprune.spec.variants import Pattern
 from mlprune.sweep.grid import variants_of
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,9 @@ def test_the_table_of_keys_is_that_of_the_spec() -> None:
     assert listed.keys() == keys.keys()
     for key, default in keys.items():
         shown = yaml.safe_load(listed[key]) if listed[key] else None
-        assert shown == (list(default) if isinstance(default, tuple) else default), key
+        if isinstance(default, tuple):
+            default = [str(item) if isinstance(item, Pattern) else item for item in default]
+        assert shown == default, key
     assert keys["storage"] == DEFAULT_STORAGE
 
 

@@ -35,7 +35,7 @@ from mlprune.pruning.masks import PackedMask
 from mlprune.shards.features import both_drop, kind_of, prompt_norms
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import ShardWorker
-from mlprune.sweep.grid import variant_of
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.session import worker_setup
@@ -145,7 +145,7 @@ def test_pads_that_are_no_numbers_count_nothing() -> None:
 def gathered(storage: Path, family: str, recipes: int) -> Iterator[tuple[Prepared, LocalPipeline, list[Any]]]:
     prepared = ready(storage, source(family))
     variants = [
-        variant_of(name, "wanda", sparsity, "unstructured", "dense")
+        parse_variant(name, "wanda", sparsity, "unstructured", "dense")
         for name, sparsity in (*((name, 0.5) for name in SETS), (SETS[0], 0.3))
     ]
     with opened(prepared) as pipeline:

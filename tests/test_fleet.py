@@ -21,13 +21,13 @@ from mlprune.runtime.ray_cluster import resources_text
 from mlprune.runtime.replicas import MOST_DEATHS, Fleet
 from mlprune.shards.pipeline import Pruned
 from mlprune.spec.schema import PipelineSpec
-from mlprune.sweep.grid import variant_of
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.session import open_local, open_replicas
 from mlprune.sweep.tune_runner import LOST_ALONE, Deaths
 from tests.work import WANDA, masks_of, ready
 
-A, B, C = (variant_of("mono:en", "wanda", sparsity, "unstructured", "dense") for sparsity in (0.1, 0.2, 0.3))
+A, B, C = (parse_variant("mono:en", "wanda", sparsity, "unstructured", "dense") for sparsity in (0.1, 0.2, 0.3))
 
 
 # the policy

@@ -1,5 +1,6 @@
 """The lists of a search to trials in canonical form."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import SCORES
 from mlprune.spec.loading import spec_from
-from mlprune.spec.variants import Demonstration, Scoring, Variant
-from mlprune.sweep.grid import needs_dense, variant_of, variants_of
+from mlprune.spec.variants import Allocation, Demonstration, Propagation, Scoring, Variant
+from mlprune.sweep.grid import needs_dense_moments, parse_variant, variants_of
 
 
 def search(**keys: Any) -> Any:
@@ -77,15 +78,16 @@ def test_allocation_needs_a_calibration_where_the_score_does_not_and_no_pattern(
 @pytest.mark.parametrize("propagation", ["dense", "sequential"])
 @pytest.mark.parametrize("allocation", ["uniform", "owl"])
 def test_a_trial_in_canonical_form_stays_what_it_is(
-    score: str, pattern: str, propagation: str, allocation: str
+    score: str, pattern: str, propagation: Propagation, allocation: Allocation
 ) -> None:
-    made = variant_of("mono:en", score, 0.3, pattern, propagation, allocation)
-    assert variant_of(**vars(made)) == made
-    assert Variant(**vars(made)).key == made.key
+    made = parse_variant("mono:en", score, 0.3, pattern, propagation, allocation)
+    assert parse_variant(**made.to_dict()) == made
+    assert Variant.from_dict(made.to_dict()) == made
+    assert Variant.from_dict(json.loads(json.dumps(made.to_dict()))).key == made.key
     if made.propagation == "sequential" and made.allocation == "uniform":
-        assert not needs_dense(made)
-    if made.calibration and (made.propagation == "dense" or made.allocation == "owl"):
-        assert needs_dense(made)
+        assert not needs_dense_moments(made)
+    if made.sides and (made.propagation == "dense" or made.allocation == "owl"):
+        assert needs_dense_moments(made)
 
 
 def test_the_sides_of_a_contrast_are_kept_in_their_order() -> None:

@@ -14,7 +14,7 @@ from mlprune.errors import ModelError
 from mlprune.pruning import sparsegpt
 from mlprune.pruning.moments import Moments
 from mlprune.spec.variants import Variant
-from mlprune.sweep.grid import variant_of
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
 from tests.tiny_models import source
 from tests.work import CONTRASTIVE, OWL, SPARSEGPT, masks_of, opened, ready
@@ -61,11 +61,11 @@ def test_sums_that_are_not_finite_name_their_layer(
 
 def test_changed_weights_make_up_for_those_that_went(tmp_path: Path) -> None:
     """On the calibration text, SparseGPT's model is closer to the dense one than Wanda's of the same sparsity."""
-    wanda = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
+    wanda = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
     dense = AutoModelForCausalLM.from_pretrained(source("llama").folder).eval()
     errors = {}
     for variant in (wanda, SPARSEGPT):
-        made, weights, prepared = pruned(tmp_path / variant.score, variant)
+        made, weights, prepared = pruned(tmp_path / variant.score.name, variant)
         assert made.sparsity == pytest.approx(0.5, abs=0.001)
         other = AutoModelForCausalLM.from_pretrained(source("llama").folder).eval()
         other.load_state_dict(weights, strict=False)
@@ -75,7 +75,7 @@ def test_changed_weights_make_up_for_those_that_went(tmp_path: Path) -> None:
                 [m.model(torch.tensor([p.ids])).last_hidden_state for m in (dense, other)]
                 for p in made_set.prompts
             ]
-        errors[variant.score] = sum(float((one - two).square().sum()) for one, two in states)
+        errors[variant.score.name] = sum(float((one - two).square().sum()) for one, two in states)
     assert errors["sparsegpt"] < 0.9 * errors["wanda"]
 
 
@@ -94,7 +94,7 @@ def test_owl_keeps_the_budget_and_gives_layers_their_own_share(tmp_path: Path) -
 
 def test_the_paper_s_padded_sums_are_others_and_said_to_be(tmp_path: Path) -> None:
     """With count_padding every prompt is as long as it may be, and its pads are tokens like any."""
-    wanda = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
+    wanda = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
     asked = {"samples": 6, "shots": 1, "max_tokens": 400, "seed": 3}
     digests = []
     for counted in (False, True):
@@ -107,9 +107,9 @@ def test_the_paper_s_padded_sums_are_others_and_said_to_be(tmp_path: Path) -> No
 
 def test_code_calibrates_and_the_manifest_says_which(tmp_path: Path) -> None:
     """Beside lines of text, in a mixture and as the side that is weighed against."""
-    mixed = variant_of("mix:code=0.5,mono:en=0.5", "wanda", 0.5, "unstructured", "dense")
-    against = variant_of(None, "contrastive:mono:en/code", 0.5, "unstructured", "sequential")
-    plain = variant_of("mono:en", "wanda", 0.5, "unstructured", "dense")
+    mixed = parse_variant("mix:code=0.5,mono:en=0.5", "wanda", 0.5, "unstructured", "dense")
+    against = parse_variant(None, "contrastive:mono:en/code", 0.5, "unstructured", "sequential")
+    plain = parse_variant("mono:en", "wanda", 0.5, "unstructured", "dense")
     spec = ready(tmp_path, calibration={"samples": 3, "shots": 2, "max_tokens": 60}).spec
     digests = set()
     for variant in (mixed, against, plain):

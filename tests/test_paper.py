@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from mlprune.cli import main
 from mlprune.spec.loading import load_spec
+from mlprune.spec.variants import Pattern, Scoring
 from tests.tiny_models import config, save
 
 FAMILIES = {
@@ -40,11 +41,11 @@ def test_the_papers_values(name: str) -> None:
     assert not given.count_padding
     assert 0.3 in spec.search.sparsity
     assert spec.search.propagation == ("sequential",)
-    assert spec.search.pattern == ("unstructured",)
+    assert spec.search.pattern == (Pattern(),)
     for code in ("fr", "es", "zh", "hi", "sw"):
-        assert {f"mono:{code}", f"translation:en-{code}"} < set(spec.search.calibration)
+        assert {f"mono:{code}", f"translation:en-{code}"} < set(map(str, spec.search.calibration))
         contrast = f"contrastive:translation:en-{code}/code"
-        assert (contrast in spec.search.score) == (name == "paper-bloom-3b")
+        assert (Scoring.parse(contrast) in spec.search.score) == (name == "paper-bloom-3b")
     xnli, translation = spec.evaluation.xnli, spec.evaluation.translation
     assert xnli is not None
     assert xnli.languages == XNLI
@@ -83,7 +84,9 @@ def test_a_dry_run_goes_through(name: str, tmp_path: Path) -> None:
 
 def test_the_demos_sweep_is_the_same_experiment_in_small() -> None:
     spec = load_spec("paper-demo")
-    assert {"mono:en", "mono:fr", "translation:en-fr", "translation:en-de"} < set(spec.search.calibration)
+    assert {"mono:en", "mono:fr", "translation:en-fr", "translation:en-de"} < set(
+        map(str, spec.search.calibration)
+    )
     assert spec.model.path == "demo"
     assert not any(path.startswith("/") for path in (spec.calibration.corpus, *spec.evaluation.tasks))
     assert spec.evaluation.xnli is None, "XNLI is not there without a network"

@@ -29,9 +29,9 @@ from mlprune.analysis.sweep_pictures import (
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import ranking_cells
 from mlprune.spec.loading import spec_from
-from mlprune.spec.variants import Variant
+from mlprune.spec.variants import Propagation, Variant
 from mlprune.storage.results import Result
-from mlprune.sweep.grid import variant_of
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.ranking import SweepOutcome
 from mlprune.tracking.tracker import TAG_LENGTH
 
@@ -46,8 +46,10 @@ def result(variant: Variant | None, bits: dict[str, float]) -> Result:
     return Result(variant.key if variant else "dense", variant, metrics | told | sparsity)
 
 
-def wanda(calibration: str, sparsity: float = 0.5, score: str = "wanda", propagation: str = "dense") -> Variant:
-    return variant_of(calibration, score, sparsity, "unstructured", propagation)
+def wanda(
+    calibration: str, sparsity: float = 0.5, score: str = "wanda", propagation: Propagation = "dense"
+) -> Variant:
+    return parse_variant(calibration, score, sparsity, "unstructured", propagation)
 
 
 def trials(
@@ -148,10 +150,10 @@ def test_names_leave_out_what_all_have_in_common() -> None:
 
     assert names(wanda("mono:en"), wanda("mono:fr", 0.3)) == ["mono:en", "mono:fr"]
     assert names(wanda("mono:en"), wanda("mono:en", score="ria")) == ["wanda", "ria"]
-    magnitude = variant_of(None, "magnitude", 0.5, "unstructured", "dense")
+    magnitude = parse_variant(None, "magnitude", 0.5, "unstructured", "dense")
     sequential = wanda("code", propagation="sequential")
     assert names(magnitude, wanda("code"), sequential) == ["magnitude", "wanda code", "wanda code sequential"]
-    half = variant_of("code", "wanda", 0.5, "2:4", "dense")
+    half = parse_variant("code", "wanda", 0.5, "2:4", "dense")
     assert names(half, wanda("code")) == ["2:4", "wanda"]
     assert names(wanda("code")) == ["wanda"]
 

@@ -62,8 +62,8 @@ def plain_scores(model: nn.Module, layer: nn.Module, parts: Sequence[tuple[Ids, 
 
 
 def dropped(score_OI: Tensor, variant: Variant) -> Tensor:
-    groups = score_OI.reshape(-1, 4) if variant.pattern == "2:4" else score_OI
-    count = 2 if variant.pattern == "2:4" else int(score_OI.shape[1] * variant.sparsity)
+    groups = score_OI.reshape(-1, 4) if variant.pattern.group else score_OI
+    count = 2 if variant.pattern.group else int(score_OI.shape[1] * variant.sparsity)
     order = groups.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).reshape(score_OI.shape)
 
@@ -108,7 +108,7 @@ def test_masks_equal_the_plain_ones(family: str, variant: Variant, tmp_path: Pat
             drop = (ours.T if isinstance(module, Conv1D) else ours) == 0
             score = scores[f"{index}.{name}"]
             other = drop != dropped(score, variant)
-            if variant.pattern == "unstructured":
+            if not variant.pattern.group:
                 assert not (other & ~near_threshold(score, drop)).any(), f"{index}.{name}"
                 assert torch.equal(drop.sum(1), dropped(score, variant).sum(1))
             else:

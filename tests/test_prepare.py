@@ -9,7 +9,7 @@ from mlprune.models.source import ModelSource
 from mlprune.spec.loading import spec_from
 from mlprune.spec.schema import ModelSpec
 from mlprune.spec.variants import Variant
-from mlprune.sweep.grid import variant_of, variants_of
+from mlprune.sweep.grid import parse_variant, variants_of
 from mlprune.sweep.prepare import Prepared, prepare
 from tests.tiny_models import config, save, source
 from tests.work import MIXED, RANDOM, WANDA, ready
@@ -24,12 +24,12 @@ def test_what_would_be_the_same_masks_is_one_trial() -> None:
         "propagation": ["dense", "sequential"],
     }
     variants = variants_of(spec_from({"search": search}).search)
-    magnitude = {(v.pattern, v.sparsity) for v in variants if v.score == "magnitude"}
+    magnitude = {(str(v.pattern), v.sparsity) for v in variants if v.score.name == "magnitude"}
     assert magnitude == {("unstructured", 0.5), ("unstructured", 0.25), ("2:4", 0.5)}
-    wanda = [v for v in variants if v.score == "wanda"]
+    wanda = [v for v in variants if v.score.name == "wanda"]
     assert len(wanda) == 2 * 2 * 3  # two different calibrations, two propagations
     assert len(variants) == 3 + 12
-    assert variant_of(**vars(variants[-1])) == variants[-1]
+    assert parse_variant(**variants[-1].to_dict()) == variants[-1]
 
 
 def key(storage: Path, variant: Variant | None, model: ModelSource | None = None, **changes: Any) -> str:
@@ -76,6 +76,6 @@ def test_another_model_has_other_results(tmp_path: Path) -> None:
 
 def test_a_mixtures_weights_are_part_of_its_key(tmp_path: Path) -> None:
     prepared: Prepared = ready(tmp_path)
-    other = variant_of("mix:translation:en-fr=0.26,mono:hi=0.74", "wanda", 0.3, "unstructured", "dense")
+    other = parse_variant("mix:translation:en-fr=0.26,mono:hi=0.74", "wanda", 0.3, "unstructured", "dense")
     assert prepared.result_key(MIXED) != prepared.result_key(other)
     assert len({prepared.result_key(variant) for variant in (WANDA, RANDOM, MIXED, None)}) == 4

@@ -10,12 +10,12 @@ import torch
 
 from mlprune.errors import StorageError
 from mlprune.pruning.moments import Moments
-from mlprune.spec.variants import Variant
 from mlprune.storage.files import Storage
 from mlprune.storage.moments import CorruptMomentsError, MomentStore
 from mlprune.storage.results import Result, ResultStore
+from mlprune.sweep.grid import parse_variant
 
-VARIANT = Variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
+VARIANT = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 
 
 def store(root: Path, fingerprint: str = "model", dtype: str = "torch.float32") -> MomentStore:
@@ -339,8 +339,8 @@ def test_a_result_of_another_variants_fields_is_none(tmp_path: Path) -> None:
 # stored by the version of mlprune before this layout of packages (November 2026)
 
 OLD_STORE = Path(__file__).parent / "old_store"
-OLD_MIXTURE = Variant("mix:code=0.5,translation:en-fr=0.5", "wanda", 0.5, "2:4", "dense")
-OLD_CONTRAST = Variant("translation:en-fr/code", "contrastive", 0.3, "unstructured", "sequential", "owl")
+OLD_MIXTURE = parse_variant("mix:code=0.5,translation:en-fr=0.5", "wanda", 0.5, "2:4", "dense")
+OLD_CONTRAST = parse_variant("translation:en-fr/code", "contrastive", 0.3, "unstructured", "sequential", "owl")
 OLD_RESULTS = (
     (Result("dense", None, {"bits_per_byte.en": 1.5, "sparsity.actual": 0.0}), "[]"),
     (

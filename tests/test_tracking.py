@@ -25,8 +25,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from mlprune.errors import SpecError
-from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.grid import parse_variant
 from mlprune.tracking.delivery import AwayError, Outbox
 from mlprune.tracking.tracker import (
     SweepTracker,
@@ -39,7 +39,7 @@ from mlprune.tracking.tracker import (
 )
 from tests.servers import Server, free_port
 
-WANDA = Variant("mono:en", "wanda", 0.5, "unstructured", "dense")
+WANDA = parse_variant("mono:en", "wanda", 0.5, "unstructured", "dense")
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
 from mlprune.spec.loading import spec_from
-from mlprune.spec.variants import Calibration, Demonstration, Pattern, Variant
-from mlprune.sweep.grid import variant_of, variants_of
+from mlprune.spec.variants import Allocation, Calibration, Demonstration, Pattern, Propagation, Scoring
+from mlprune.sweep.grid import parse_variant, variants_of
 
 HALF = Fraction(1, 2)
-VARIANT = Variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
+VARIANT = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
 FORMS = "write mono:fr, translation:en-fr, code or mix:KIND=WEIGHT,..."
 NO_CODE = "not an ISO 639 code of a language"
 
@@ -146,7 +146,7 @@ def test_a_pattern_is_read_and_written(text: str, canonical: str, sparsity: Frac
 def test_a_pattern_that_cannot_be_is_answered(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         Pattern.parse(text, "search.pattern[0]")
-    remedy = "write unstructured, or n:m (n weights kept of every m), as 2:4"
+    remedy = "write unstructured, or n:m (n weights kept of every m), e.g. 2:4"
     assert line_of(caught) == f"search.pattern[0]: {text!r}: {remedy}"
 
 
@@ -172,11 +172,11 @@ def test_codes_of_no_language_are_refused(code: str) -> None:
 
 def test_the_key_follows_every_field() -> None:
     others = [
-        replace(VARIANT, calibration="mono:fr"),
+        replace(VARIANT, calibration=Calibration.parse("mono:fr")),
         replace(VARIANT, calibration=None),
-        replace(VARIANT, score="magnitude"),
+        replace(VARIANT, score=Scoring("magnitude")),
         replace(VARIANT, sparsity=0.5000001),
-        replace(VARIANT, pattern="2:4"),
+        replace(VARIANT, pattern=Pattern(2, 4)),
         replace(VARIANT, propagation="sequential"),
     ]
     assert VARIANT.key == replace(VARIANT).key
@@ -186,7 +186,7 @@ def test_the_key_follows_every_field() -> None:
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
-    code = f"from mlprune.spec.variants import Variant; print({VARIANT!r}.key)"
+    code = f"from mlprune.spec.variants import Variant; print(Variant.from_dict({VARIANT.to_dict()!r}).key)"
     for seed in ("0", "1", "4242"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run(
@@ -198,8 +198,8 @@ def test_the_key_is_the_same_in_every_process() -> None:
 def test_the_label_can_be_read() -> None:
     assert VARIANT.label == "wanda 0.5 translation:en-fr"
     assert replace(VARIANT, propagation="sequential").label == "wanda 0.5 translation:en-fr sequential"
-    assert replace(VARIANT, calibration=None, score="magnitude", sparsity=0.3).label == "magnitude 0.3"
-    assert replace(VARIANT, pattern="2:4").label == "wanda 2:4 translation:en-fr"
+    assert replace(VARIANT, calibration=None, score=Scoring("magnitude"), sparsity=0.3).label == "magnitude 0.3"
+    assert replace(VARIANT, pattern=Pattern(2, 4)).label == "wanda 2:4 translation:en-fr"
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,14 @@ def test_the_label_can_be_read() -> None:
     ],
 )
 def test_short_names_begin_with_what_differs(
-    calibration: str | None, score: str, pattern: str, propagation: str, allocation: str, short: str | None
+    calibration: str | None,
+    score: str,
+    pattern: str,
+    propagation: Propagation,
+    allocation: Allocation,
+    short: str | None,
 ) -> None:
-    variant = variant_of(calibration, score, 0.5, pattern, propagation, allocation)
+    variant = parse_variant(calibration, score, 0.5, pattern, propagation, allocation)
     assert variant.short == (short or "hi.25+en-fr.75 0.5 ria")
 
 

@@ -11,7 +11,7 @@ from mlprune.models.source import ModelSource
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.loading import spec_from
 from mlprune.spec.variants import Variant
-from mlprune.sweep.grid import variant_of
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import open_local, open_replicas
 from tests.tiny_models import source
@@ -20,17 +20,17 @@ needs_libaio = pytest.mark.skipif(
     not Path("/usr/include/libaio.h").exists(), reason="nvme needs libaio's headers: apt install libaio-dev"
 )
 
-WANDA = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
-SEQUENTIAL = variant_of("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
-SPARSE_2_4 = variant_of("mono:hi", "wanda", 0.5, "2:4", "dense")
-MIXED = variant_of("mix:translation:en-fr=0.25,mono:hi=0.75", "wanda", 0.3, "unstructured", "dense")
-MIXED_SEQUENTIAL = variant_of(
+WANDA = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
+SEQUENTIAL = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
+SPARSE_2_4 = parse_variant("mono:hi", "wanda", 0.5, "2:4", "dense")
+MIXED = parse_variant("mix:translation:en-fr=0.25,mono:hi=0.75", "wanda", 0.3, "unstructured", "dense")
+MIXED_SEQUENTIAL = parse_variant(
     "mix:translation:en-fr=0.25,mono:hi=0.75", "wanda", 0.3, "unstructured", "sequential"
 )
-RANDOM = variant_of(None, "random", 0.4, "unstructured", "dense")
-CONTRASTIVE = variant_of(None, "contrastive:translation:en-fr/mono:hi", 0.4, "unstructured", "dense")
-OWL = variant_of("mono:hi", "wanda", 0.5, "unstructured", "sequential", "owl")
-SPARSEGPT = variant_of("translation:en-fr", "sparsegpt", 0.5, "unstructured", "sequential")
+RANDOM = parse_variant(None, "random", 0.4, "unstructured", "dense")
+CONTRASTIVE = parse_variant(None, "contrastive:translation:en-fr/mono:hi", 0.4, "unstructured", "dense")
+OWL = parse_variant("mono:hi", "wanda", 0.5, "unstructured", "sequential", "owl")
+SPARSEGPT = parse_variant("translation:en-fr", "sparsegpt", 0.5, "unstructured", "sequential")
 VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM, CONTRASTIVE, OWL, SPARSEGPT)
 
 

@@ -67,10 +67,10 @@ def _way(result: Result) -> tuple[str, ...]:
     """How it was pruned, all but the sparsity; what needs no word is empty."""
     variant = result.variant
     assert variant is not None
-    pattern = "" if variant.pattern == "unstructured" else variant.pattern
+    pattern = str(variant.pattern) if variant.pattern.group else ""
     allocation = "" if variant.allocation == "uniform" else variant.allocation
     propagation = "" if variant.propagation == "dense" else variant.propagation
-    return variant.score, variant.calibration or "", pattern, allocation, propagation
+    return variant.score.name, variant.calibration_text or "", pattern, allocation, propagation
 
 
 def short_names(results: Sequence[Result]) -> dict[str, str]:

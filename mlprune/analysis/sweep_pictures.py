@@ -133,7 +133,7 @@ def _of_several_calibrations(results: Sequence[Result]) -> dict[float, list[Resu
     return {
         sparsity: some
         for sparsity, some in found.items()
-        if len({r.variant.calibration for r in some if r.variant and r.variant.calibration}) > 1
+        if len({r.variant.sides for r in some if r.variant and r.variant.sides}) > 1
     }
 
 
@@ -241,7 +241,7 @@ def _draw_group(
 
 def _score(result: Result) -> str:
     assert result.variant is not None
-    return result.variant.score
+    return result.variant.score.name
 
 
 def _place(result: Result, dense: Result) -> tuple[float, float]:

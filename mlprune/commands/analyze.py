@@ -32,7 +32,6 @@ from mlprune.spec.languages import language_name
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Demonstration, Variant
 from mlprune.storage.files import check_folder, write_whole
-from mlprune.sweep.grid import variant_of
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import run_on_model
 from mlprune.sweep.trial import unseen_note
@@ -80,7 +79,8 @@ class Question:
     def variants(self) -> list[Variant]:
         """One a condition, in their order."""
         return [
-            variant_of(condition, "wanda", self.sparsity, "unstructured", "dense") for condition in self.conditions
+            parse_variant(condition, "wanda", self.sparsity, "unstructured", "dense")
+            for condition in self.conditions
         ]
 
 

@@ -117,7 +117,7 @@ def estimated_work(spec: SweepSpec, size: ModelSize) -> Work:
         variants=len(variants),
         sequential=len(sequential),
         sequential_tokens=max(sequential, default=0) * spec.calibration.samples * prompt,
-        solved=sum(isinstance(score_named(variant.score), Solver) for variant in variants),
+        solved=sum(isinstance(score_named(variant.score.name), Solver) for variant in variants),
     )
 
 

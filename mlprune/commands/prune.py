@@ -117,7 +117,7 @@ def _manifest(prepared: Prepared, variant: Variant, pruned: Pruned) -> dict[str,
     return {
         "mlprune": __version__,
         "model": {"path": spec.model.path, "fingerprint": prepared.fingerprint, "dtype": dtype},
-        "variant": vars(variant),
+        "variant": variant.to_dict(),
         "sparsity": {
             "actual": pruned.sparsity,
             "dropped": pruned.dropped,

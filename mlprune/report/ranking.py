@@ -32,7 +32,7 @@ def _row(rank: str, result: Result, outcome: SweepOutcome, shown: Sequence[str])
     worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
     return [
         rank,
-        variant.score if variant else "dense model",
+        variant.score.name if variant else "dense model",
         _shape(result),
         _calibration(result),
         *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in shown),
@@ -45,11 +45,11 @@ def _shape(result: Result) -> str:
     variant = result.variant
     if variant is None:
         return "0"
-    return f"{variant.sparsity:g}" if variant.pattern == "unstructured" else variant.pattern
+    return str(variant.pattern) if variant.pattern.group else f"{variant.sparsity:g}"
 
 
 def _calibration(result: Result) -> str:
     variant = result.variant
     if variant is None:
         return "-"
-    return (variant.calibration or "-") + (f" ({', '.join(variant.special)})" if variant.special else "")
+    return (variant.calibration_text or "-") + (f" ({', '.join(variant.special)})" if variant.special else "")

@@ -46,7 +46,7 @@ def plan_values(plan: SweepPlan) -> dict[str, Any]:
     prepared = plan.prepared
     return {
         "name": prepared.spec.name,
-        "trials": [{"key": prepared.result_key(v), "variant": vars(v)} for v in plan.variants],
+        "trials": [{"key": prepared.result_key(v), "variant": v.to_dict()} for v in plan.variants],
         "finished": [result.key for result in plan.finished],
         "passes": plan.passes,
         "residency": str(prepared.plan.residency),
@@ -129,7 +129,7 @@ def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
     def values(result: Result) -> dict[str, Any]:
         return {
             "run": outcome.runs[result.key],
-            "variant": vars(result.variant) if result.variant else None,
+            "variant": result.variant.to_dict() if result.variant else None,
             "metrics": dict(result.metrics),
             "masks": result.digest,
         }

@@ -18,7 +18,7 @@ from mlprune.pruning.masks import PackedMask, PackedWeights, keep_mask
 from mlprune.pruning.moments import Moments, mixed
 from mlprune.pruning.scores import SCORES, Score, Solver, score_named
 from mlprune.pruning.sparsegpt import SingularHessianError
-from mlprune.spec.variants import Pattern, Variant
+from mlprune.spec.variants import Variant
 
 Side = tuple[tuple[str, Fraction], ...]  # of a calibration: key of each set, and its weight
 UNSEEN = cast(Score, SCORES["magnitude"])  # what is left to a solver of an expert that no token reached
@@ -41,7 +41,7 @@ class Recipe:
 
     @property
     def rule(self) -> Score | Solver:
-        return score_named(self.variant.score)
+        return score_named(self.variant.score.name)
 
     @property
     def gram(self) -> bool:
@@ -96,7 +96,7 @@ def _weight(layer: torch.nn.Module, matrix: Matrix) -> Tensor:
 def _mask(
     index: int, name: str, weight_OI: Tensor, recipe: Recipe, sides: Sequence[Moments]
 ) -> PackedMask | PackedWeights:
-    rule, pattern, sparsity = recipe.rule, Pattern.parse(recipe.variant.pattern), recipe.sparsity(index)
+    rule, pattern, sparsity = recipe.rule, recipe.variant.pattern, recipe.sparsity(index)
     where = f"layer {index}, {name}"
     for side in sides:
         _check_finite(side.sumsq_I, "the sums of its inputs", where)
@@ -105,7 +105,7 @@ def _mask(
             keep_OI, changed_OI = rule.function(weight_OI, sides[0], sparsity, pattern)
         except SingularHessianError:
             remedy = "its Hessian is not positive definite; raise calibration.samples, or load it in float32"
-            raise ModelError("search.score", f"{recipe.variant.score} at {where}", remedy) from None
+            raise ModelError("search.score", f"{recipe.variant.score.name} at {where}", remedy) from None
         changed_OI = changed_OI.to(weight_OI.dtype)
         _check_finite(changed_OI, "the changed weights", where)
         return PackedWeights.pack(keep_OI, changed_OI)

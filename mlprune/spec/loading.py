@@ -127,6 +127,7 @@ _REMEDIES = {
     "model_type": "must be a section of keys",
     "dict_type": "must be a section of keys",
     "string_type": "must be text; put it in quotes",
+    "is_instance_of": "must be text; put it in quotes",
     "string_pattern_mismatch": "must be of letters, digits, dots, dashes and underscores",
 }
 

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
 
 from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
-from mlprune.spec.variants import Calibration, Pattern, Scoring, two_sides
+from mlprune.spec.variants import Allocation, Calibration, Pattern, Propagation, Scoring, two_sides
 
 DEFAULT_STORAGE = "mlprune-store"
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+# text in a file, parsed objects in the spec, and text again wherever the spec is written
+_AS_TEXT = PlainSerializer(str, return_type=str)
+CalibrationItem = Annotated[InstanceOf[Calibration], _AS_TEXT]
+ScoringItem = Annotated[InstanceOf[Scoring], _AS_TEXT]
+PatternItem = Annotated[InstanceOf[Pattern], _AS_TEXT]
 
 
 class _Section(BaseModel):
@@ -85,32 +100,32 @@ class CalibrationSpec(_Section):
 class SearchSpec(_Section):
     """The lists whose product is the grid; with `samples`, that many of it, by `searcher`."""
 
-    calibration: tuple[str, ...] = ()
-    score: Annotated[tuple[str, ...], Field(min_length=1)]
+    calibration: tuple[CalibrationItem, ...] = ()
+    score: Annotated[tuple[ScoringItem, ...], Field(min_length=1)]
     sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)]
-    pattern: Annotated[tuple[str, ...], Field(min_length=1)] = ("unstructured",)
-    allocation: Annotated[tuple[Literal["uniform", "owl"], ...], Field(min_length=1)] = ("uniform",)
-    propagation: Annotated[tuple[Literal["sequential", "dense"], ...], Field(min_length=1)] = ("sequential",)
+    pattern: Annotated[tuple[PatternItem, ...], Field(min_length=1)] = (Pattern(),)
+    allocation: Annotated[tuple[Allocation, ...], Field(min_length=1)] = ("uniform",)
+    propagation: Annotated[tuple[Propagation, ...], Field(min_length=1)] = ("sequential",)
     samples: Count | None = None
     searcher: Literal["random", "optuna"] = "random"
     objective: Literal["mean", "worst"] = "mean"
 
-    @field_validator("calibration")
+    @field_validator("calibration", mode="before")
     @classmethod
-    def _calibrations(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(Calibration.parse(text, f"search.calibration[{n}]")) for n, text in enumerate(values))
+    def _calibrations(cls, values: object) -> object:
+        return _parse_items(values, Calibration.parse, "search.calibration")
 
     @field_validator("score", mode="before")
     @classmethod
-    def _scores(cls, values: Any) -> Any:
-        if not isinstance(values, list | tuple):
-            return values
-        return [_score_text(value, f"search.score[{n}]") for n, value in enumerate(values)]
+    def _scores(cls, values: object) -> object:
+        if isinstance(values, list | tuple):
+            values = [_score_text(value, f"search.score[{n}]") for n, value in enumerate(values)]
+        return _parse_items(values, Scoring.parse, "search.score")
 
-    @field_validator("pattern")
+    @field_validator("pattern", mode="before")
     @classmethod
-    def _patterns(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(Pattern.parse(text, f"search.pattern[{n}]")) for n, text in enumerate(values))
+    def _patterns(cls, values: object) -> object:
+        return _parse_items(values, Pattern.parse, "search.pattern")
 
     @model_validator(mode="after")
     def _optuna_needs_samples(self) -> SearchSpec:
@@ -121,14 +136,21 @@ class SearchSpec(_Section):
         return self
 
 
-def _score_text(value: Any, key: str) -> Any:
-    """`contrastive: {keep: K, against: A}` as `contrastive:K/A`."""
-    if isinstance(value, dict) and len(value) == 1:
-        (name, sides), *_ = value.items()
-        if not isinstance(sides, dict) or set(sides) != {"keep", "against"}:
-            raise SpecError(key, repr(value), f"{name} needs both sides; write {two_sides(name)}")
-        value = f"{name}:{sides['keep']}/{sides['against']}"
-    return str(Scoring.parse(value, key)) if isinstance(value, str) else value
+def _parse_items(values: object, parse: Callable[[str, str], object], key: str) -> object:
+    """Parse each text of a list, and let pydantic refuse whatever else there is."""
+    if not isinstance(values, list | tuple):
+        return values
+    return [parse(value, f"{key}[{n}]") if isinstance(value, str) else value for n, value in enumerate(values)]
+
+
+def _score_text(value: object, key: str) -> object:
+    """Return `{contrastive: {keep: K, against: A}}` as `contrastive:K/A`, and anything else as it is."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return value
+    (name, sides), *_ = value.items()
+    if not isinstance(sides, dict) or set(sides) != {"keep", "against"}:
+        raise SpecError(key, repr(value), f"{name} needs both sides; write {two_sides(name)}")
+    return f"{name}:{sides['keep']}/{sides['against']}"
 
 
 class PerplexitySpec(_Section):

@@ -1,28 +1,36 @@
-"""What one trial is, and how it is written: calibration x score x sparsity x pattern x allocation x propagation.
+"""What one trial is: a variant, with its calibration, score, sparsity, pattern, allocation and propagation.
 
-calibration   mono:fr | translation:en-fr | code | mix:translation:en-fr=0.5,code=0.5
-score         wanda | ... | contrastive:KEEP/AGAINST (two calibrations)
-pattern       unstructured | n:m (n weights kept of every m along a row)
-allocation    uniform | owl
-propagation   sequential | dense
+Holds the objects and their text form. What is allowed in combination is decided in `sweep/grid.py`, and the scores
+themselves are in `pruning/scores.py`. The text form, as users write it:
+
+    calibration   mono:fr | translation:en-fr | code | mix:translation:en-fr=0.5,code=0.5
+    score         wanda | ... | contrastive:KEEP/AGAINST (two calibrations)
+    pattern       unstructured | n:m (n weights kept of every m along a row)
+    allocation    uniform | owl
+    propagation   sequential | dense
 """
 
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from typing import Literal, TypedDict, cast
 
 from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
+
+Propagation = Literal["sequential", "dense"]
+Allocation = Literal["uniform", "owl"]
 
 LANGUAGES_OF_KIND = {"mono": 1, "translation": 2, "code": 0}
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """Text set out as prompts: lines of a corpus, each in every one of `languages`, in order; or source code."""
+    """Text laid out as prompts: corpus lines, each in all of `languages` in order; or source code."""
 
     kind: str
     languages: tuple[str, ...]
@@ -32,6 +40,7 @@ class Demonstration:
 
     @classmethod
     def parse(cls, text: str, key: str = "calibration") -> "Demonstration":
+        """Parse `mono:fr`, `translation:en-fr` or `code`. Raises SpecError, naming `key`."""
         kind, colon, rest = text.partition(":")
         languages = tuple(rest.split("-")) if colon else ()
         if len(languages) != LANGUAGES_OF_KIND.get(kind):
@@ -45,9 +54,9 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One demonstration, or a mixture of several: each counts for its weight; the weights sum to 1.
+    """One demonstration, or a mixture of several with weights that sum to 1.
 
-    A mixture's parts are kept in one order, so that it is the same trial however it was written.
+    The parts of a mixture are sorted, so that it is the same trial in whatever order it was written.
     """
 
     parts: tuple[tuple[Demonstration, Fraction], ...]
@@ -63,15 +72,16 @@ class Calibration:
 
     @property
     def short(self) -> str:
-        """Its languages: `fr`, `en-fr`, `en-fr+hi`, of unequal parts `en-fr.75+hi.25`. How many tells the kind."""
-        alike = len({weight for _, weight in self.parts}) == 1
+        """Its languages: `fr`, `en-fr`, `en-fr+hi`, with unequal weights `en-fr.75+hi.25`."""
+        equal = len({weight for _, weight in self.parts}) == 1
         return "+".join(
-            ("-".join(part.languages) or part.kind) + ("" if alike else _decimal(weight).lstrip("0"))
+            ("-".join(part.languages) or part.kind) + ("" if equal else _decimal(weight).lstrip("0"))
             for part, weight in self.parts
         )
 
     @classmethod
     def parse(cls, text: str, key: str = "calibration") -> "Calibration":
+        """Parse a demonstration or `mix:PART=WEIGHT,...`. Raises SpecError, naming `key`."""
         if not text.startswith("mix:"):
             return cls(((Demonstration.parse(text, key), Fraction(1)),))
         parts = []
@@ -85,21 +95,29 @@ class Calibration:
         total = sum((weight for _, weight in parts), Fraction(0))
         if abs(total - 1) > Fraction(1, 1000):  # thirds are written 0.333
             raise SpecError(key, repr(text), f"the weights sum to {float(total):g}; they must sum to 1")
+        if len(parts) == 1:  # 0.9999 of one part is that part: its text form has no weight
+            return cls(((parts[0][0], Fraction(1)),))
         return cls(tuple(sorted(parts, key=lambda part: str(part[0]))))
+
+
+def _decimal(weight: Fraction) -> str:
+    """Return the weight as the decimal that it was written as, to its last digit."""
+    return format((Decimal(weight.numerator) / Decimal(weight.denominator)).normalize(), "f")
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """A score's name; and for one that weighs two calibrations against each other, which two."""
+    """The name of a score, and the two calibrations that a contrastive score compares: (keep, against)."""
 
     name: str
-    sides: tuple[Calibration, ...] = ()  # keep, against
+    sides: tuple[Calibration, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}:{'/'.join(map(str, self.sides))}" if self.sides else self.name
 
     @classmethod
     def parse(cls, text: str, key: str = "score") -> "Scoring":
+        """Parse `NAME` or `NAME:KEEP/AGAINST`. Raises SpecError, naming `key`; the name is checked elsewhere."""
         name, colon, rest = text.partition(":")
         if not colon:
             return cls(name)
@@ -110,13 +128,8 @@ class Scoring:
 
 
 def two_sides(name: str) -> str:
-    """How a score that needs two calibrations is written."""
+    """Return an example of how a score with two calibrations is written."""
     return f"{name}: {{keep: translation:en-fr, against: code}}, or {name}:translation:en-fr/code"
-
-
-def _decimal(weight: Fraction) -> str:
-    """The weight as the decimal that it was written as, to the last digit."""
-    return format((Decimal(weight.numerator) / Decimal(weight.denominator)).normalize(), "f")
 
 
 @dataclass(frozen=True)
@@ -131,65 +144,122 @@ class Pattern:
 
     @property
     def sparsity(self) -> Fraction | None:
-        """The sparsity that the pattern fixes; None when it leaves it open."""
+        """The sparsity that the pattern fixes; None for unstructured, where it is free."""
         return 1 - Fraction(self.kept, self.group) if self.group else None
 
     @classmethod
     def parse(cls, text: str, key: str = "pattern") -> "Pattern":
+        """Parse `unstructured` or `n:m`. Raises SpecError, naming `key`."""
         if text == "unstructured":
             return cls()
         match = re.fullmatch(r"(\d+):(\d+)", text)
         if not match or not 0 < int(match[1]) < int(match[2]) <= 64:
-            raise SpecError(key, repr(text), "write unstructured, or n:m (n weights kept of every m), as 2:4")
+            raise SpecError(key, repr(text), "write unstructured, or n:m (n weights kept of every m), e.g. 2:4")
         return cls(int(match[1]), int(match[2]))
+
+
+class VariantValues(TypedDict):
+    """A variant as plain values, for JSON, YAML, MLflow and Ray Tune."""
+
+    calibration: str | None  # KEEP/AGAINST for a score with two sides
+    score: str
+    sparsity: float
+    pattern: str
+    propagation: Propagation
+    allocation: Allocation
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One trial, in canonical form: a score that reads no moments has no calibration.
+    """One trial, in canonical form: see `sweep.grid.canonical_variant`.
 
-    Of a score with two sides, `calibration` is `KEEP/AGAINST`.
+    `calibration` is None for a score that needs none, and for one that names its own two sides.
     """
 
-    calibration: str | None
-    score: str
+    calibration: Calibration | None
+    score: Scoring
     sparsity: float
-    pattern: str
-    propagation: str
-    allocation: str = "uniform"
+    pattern: Pattern = Pattern()
+    propagation: Propagation = "dense"
+    allocation: Allocation = "uniform"
+
+    def to_dict(self) -> VariantValues:
+        """Return the variant as plain values, from which `from_dict` makes an equal one."""
+        return {
+            "calibration": self.calibration_text,
+            "score": self.score.name,
+            "sparsity": self.sparsity,
+            "pattern": str(self.pattern),
+            "propagation": self.propagation,
+            "allocation": self.allocation,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "Variant":
+        """Return the variant that `to_dict` wrote. Raises KeyError or ValueError for anything else."""
+        if unknown := values.keys() - VariantValues.__annotations__.keys():
+            raise ValueError(f"a variant has no {', '.join(sorted(unknown))}")
+        propagation, allocation = values["propagation"], values["allocation"]
+        if propagation not in ("sequential", "dense") or allocation not in ("uniform", "owl"):
+            raise ValueError(f"{propagation} and {allocation} are not a propagation and an allocation")
+        try:
+            calibration, score = parse_sides(cast(str | None, values["calibration"]), str(values["score"]))
+            pattern = Pattern.parse(str(values["pattern"]))
+        except SpecError as error:
+            raise ValueError(str(error)) from error
+        return cls(calibration, score, float(cast(float, values["sparsity"])), pattern, propagation, allocation)
+
+    @property
+    def calibration_text(self) -> str | None:
+        """All that it is calibrated on, as text: `mono:fr`, `KEEP/AGAINST`, or None."""
+        return "/".join(map(str, self.sides)) or None
 
     @property
     def key(self) -> str:
-        """A content hash, the same in every process."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """A content hash of the plain values, the same in every process and version."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
-        """A name that a person can read: `wanda 0.5 translation:en-fr`."""
-        shape = f"{self.sparsity:.4g}" if self.pattern == "unstructured" else self.pattern
-        parts = [self.score, shape, self.calibration, *self.special]
+        """A readable name: `wanda 0.5 translation:en-fr`."""
+        parts = [self.score.name, self.shape, self.calibration_text, *self.special]
         return " ".join(filter(None, parts))
 
     @property
     def short(self) -> str:
-        """The same for narrow columns, what differs most first: `en-fr 0.5 wanda`."""
-        shape = f"{self.sparsity:.4g}" if self.pattern == "unstructured" else self.pattern
-        read = "/".join(side.short for side in self.sides)
+        """A readable name for narrow columns, what differs most first: `en-fr 0.5 wanda`."""
+        calibration = "/".join(side.short for side in self.sides)
         special = [word.replace("sequential", "seq") for word in self.special]
-        return " ".join(filter(None, [read, shape, self.score, *special]))
+        return " ".join(filter(None, [calibration, self.shape, self.score.name, *special]))
+
+    @property
+    def shape(self) -> str:
+        """The sparsity, or the n:m pattern that fixes it."""
+        return str(self.pattern) if self.pattern.group else f"{self.sparsity:.4g}"
 
     @property
     def special(self) -> tuple[str, ...]:
-        """What sets the trial apart beside calibration, score and shape, in words."""
+        """Allocation and propagation where they are not the plain ones."""
         sequential = ("sequential",) if self.propagation == "sequential" else ()
         return (*(() if self.allocation == "uniform" else (self.allocation,)), *sequential)
 
     @property
     def sides(self) -> tuple[Calibration, ...]:
-        """The calibrations that it reads: none, one, or `keep` and `against`."""
-        return tuple(Calibration.parse(side) for side in self.calibration.split("/")) if self.calibration else ()
+        """The calibrations that it reads: none, one, or (keep, against)."""
+        return self.score.sides or ((self.calibration,) if self.calibration else ())
 
     @property
     def demonstrations(self) -> tuple[Demonstration, ...]:
-        """All that its calibrations are made of, each once."""
+        """The parts of all its calibrations, each once."""
         return tuple(dict.fromkeys(part for side in self.sides for part, _ in side.parts))
+
+
+def parse_sides(calibration: str | None, score: str, key: str = "score") -> tuple[Calibration | None, Scoring]:
+    """Parse a calibration and a score, where `KEEP/AGAINST` as the calibration belongs to the score.
+
+    Raises SpecError; its key is `key` for the score and its sides, "calibration" for a calibration.
+    """
+    scoring = Scoring.parse(score, key)
+    if calibration is not None and "/" in calibration and not scoring.sides:
+        return None, Scoring.parse(f"{score}:{calibration}", key)
+    return (Calibration.parse(calibration) if calibration else None), scoring

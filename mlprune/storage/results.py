@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mlprune.errors import StorageError
 from mlprune.spec.variants import Variant
@@ -95,7 +95,7 @@ class ResultStore:
         checksum = values.pop("sha256")
         if checksum != _checksum(values) or values["key"] != key:
             raise ValueError("the checksum or the key does not match")
-        variant = Variant(**values["variant"]) if values["variant"] else None
+        variant = Variant.from_dict(values["variant"]) if values["variant"] else None
         result = Result(key, variant, values["metrics"], values["digest"], tuple(values["unseen"]))
         return _Stored(result, values["items"]["bytes"], values["items"]["sha256"])
 
@@ -104,7 +104,7 @@ def _to_dict(stored: _Stored) -> dict[str, object]:
     result = stored.result
     return {
         "key": result.key,
-        "variant": asdict(result.variant) if result.variant else None,
+        "variant": result.variant.to_dict() if result.variant else None,
         "metrics": dict(result.metrics),
         "digest": result.digest,
         "unseen": result.unseen,

@@ -1,4 +1,8 @@
-"""The lists of a search to trials in canonical form, so that what would be the same masks is the same trial."""
+"""The lists of a search, as trials in canonical form: variants that would have the same masks are one trial.
+
+Knows which score needs which calibration, so it reads the score registry. How variants are written is in
+`spec/variants.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,43 @@ from itertools import product
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import Solver, score_named
 from mlprune.spec.schema import SearchSpec
-from mlprune.spec.variants import Pattern, Scoring, Variant, two_sides
+from mlprune.spec.variants import (
+    Allocation,
+    Calibration,
+    Pattern,
+    Propagation,
+    Scoring,
+    Variant,
+    parse_sides,
+    two_sides,
+)
 
-# the alpha of a group of m is that of Wanda, whose order within the group it keeps
+# within a group of m, the order of wanda-alpha's scores is that of Wanda's
 SAME_IN_GROUPS = {"wanda-alpha": "wanda"}
 
 
-def variant_of(
-    calibration: str | None,
-    score: str,
+def canonical_variant(
+    calibration: Calibration | None,
+    score: Scoring,
     sparsity: float,
-    pattern: str,
-    propagation: str,
-    allocation: str = "uniform",
+    pattern: Pattern,
+    propagation: Propagation,
+    allocation: Allocation = "uniform",
     key: str = "score",
 ) -> Variant:
-    """A trial in canonical form; `score` is a name, or `NAME:KEEP/AGAINST`.
+    """Return the trial in canonical form.
 
-    What reads no moments needs no calibration and no propagation; a rule that changes weights goes layer by layer,
-    as its authors' does; an n:m pattern fixes the sparsity of every layer. Raises SpecError for an unknown score,
-    or one whose calibrations are not those that it needs.
+    A score that reads no moments has no calibration and no propagation. A rule that changes weights goes layer by
+    layer, as its authors' does. An n:m pattern fixes the sparsity of every layer. Raises SpecError, naming `key`,
+    for an unknown score, or one whose calibrations are not those that it needs.
     """
-    scoring = Scoring.parse(score, key)
-    name, rule = scoring.name, score_named(scoring.name, key)
-    fixed = Pattern.parse(pattern).sparsity
+    rule = score_named(score.name, key)
+    fixed = pattern.sparsity
     if fixed is not None:
-        name, allocation = SAME_IN_GROUPS.get(name, name), "uniform"
-    if scoring.sides and rule.sides != 2:
-        raise SpecError(key, repr(score), f"{name} reads one calibration at most; write {name} alone")
-    if scoring.sides:
-        calibration = "/".join(map(str, scoring.sides))
-    if rule.sides == 2 and "/" not in (calibration or ""):
-        raise SpecError(key, repr(score), f"{name} needs both sides; write {two_sides(name)}")
+        score, allocation = Scoring(SAME_IN_GROUPS.get(score.name, score.name), score.sides), "uniform"
+    _check_sides(score, rule.sides, key)
+    if score.sides:
+        calibration = None
     if not rule.sides:
         propagation = "dense"
         if allocation == "uniform":
@@ -46,19 +55,42 @@ def variant_of(
     if isinstance(rule, Solver):
         propagation = "sequential"
     return Variant(
-        calibration, name, float(sparsity if fixed is None else fixed), pattern, propagation, allocation
+        calibration, score, float(sparsity if fixed is None else fixed), pattern, propagation, allocation
     )
 
 
+def _check_sides(score: Scoring, needed: int, key: str) -> None:
+    if score.sides and needed != 2:
+        raise SpecError(
+            key, repr(str(score)), f"{score.name} reads one calibration at most; write {score.name} alone"
+        )
+    if needed == 2 and not score.sides:
+        raise SpecError(key, repr(str(score)), f"{score.name} needs both sides; write {two_sides(score.name)}")
+
+
+def parse_variant(
+    calibration: str | None,
+    score: str,
+    sparsity: float,
+    pattern: str,
+    propagation: Propagation,
+    allocation: Allocation = "uniform",
+) -> Variant:
+    """Return the canonical trial of plain values, such as a search space's or `Variant.to_dict`'s."""
+    parsed, scoring = parse_sides(calibration, score)
+    return canonical_variant(parsed, scoring, sparsity, Pattern.parse(pattern), propagation, allocation)
+
+
 def variants_of(search: SearchSpec) -> tuple[Variant, ...]:
-    """The grid, each different trial once, in the order of the spec. Raises SpecError for an unknown score."""
-    rules = {n: score_named(Scoring.parse(text).name, f"search.score[{n}]") for n, text in enumerate(search.score)}
-    for n, rule in rules.items():
+    """Return the grid in the order of the spec, each different trial once.
+
+    Raises SpecError for an unknown score, or where a calibration is missing.
+    """
+    rules = [score_named(score.name, f"search.score[{n}]") for n, score in enumerate(search.score)]
+    for score, rule in zip(search.score, rules, strict=True):
         if rule.sides == 1 and not search.calibration:
-            raise SpecError(
-                "search.calibration", "[]", f"{search.score[n]} needs calibration; write [mono:en], say"
-            )
-    if "owl" in search.allocation and not search.calibration and any(rule.sides != 2 for rule in rules.values()):
+            raise SpecError("search.calibration", "[]", f"{score} needs calibration; write [mono:en], say")
+    if "owl" in search.allocation and not search.calibration and any(rule.sides != 2 for rule in rules):
         raise SpecError("search.calibration", "[]", "owl allocates by calibration; write [mono:en], say")
     grid = product(
         search.calibration or (None,),
@@ -68,13 +100,15 @@ def variants_of(search: SearchSpec) -> tuple[Variant, ...]:
         search.propagation,
         search.allocation,
     )
-    points = [
-        variant_of(calibration, search.score[n], sparsity, pattern, propagation, allocation, f"search.score[{n}]")
+    variants = [
+        canonical_variant(
+            calibration, search.score[n], sparsity, pattern, propagation, allocation, f"search.score[{n}]"
+        )
         for calibration, n, sparsity, pattern, propagation, allocation in grid
     ]
-    return tuple(dict.fromkeys(points))
+    return tuple(dict.fromkeys(variants))
 
 
-def needs_dense(variant: Variant) -> bool:
-    """Whether the variant reads moments of the unpruned model."""
-    return bool(variant.calibration) and (variant.propagation == "dense" or variant.allocation != "uniform")
+def needs_dense_moments(variant: Variant) -> bool:
+    """Return whether the variant reads moments of the unpruned model."""
+    return bool(variant.sides) and (variant.propagation == "dense" or variant.allocation != "uniform")

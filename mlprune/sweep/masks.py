@@ -12,13 +12,13 @@ from mlprune.console import step, warn
 from mlprune.pruning.allocation import owl
 from mlprune.shards.pipeline import Pipeline, Progress, Pruned
 from mlprune.spec.variants import Variant
-from mlprune.sweep.grid import needs_dense
+from mlprune.sweep.grid import needs_dense_moments
 from mlprune.sweep.prepare import Prepared
 
 
 def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
     """Load the dense moments that the variants need from the store; gather missing ones, all in one pass."""
-    names = {str(part) for variant in variants if needs_dense(variant) for part in variant.demonstrations}
+    names = {str(part) for variant in variants if needs_dense_moments(variant) for part in variant.demonstrations}
     missing = {}
     for name in prepared.sets.keys() & names:
         complete, corrupt = pipeline.restore(prepared.sets[name].key)

@@ -27,7 +27,7 @@ from mlprune.runtime.ray_cluster import cluster_machine, on_cluster
 from mlprune.shards.masking import Recipe
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
 from mlprune.spec.templates import check_template
-from mlprune.spec.variants import Demonstration, Pattern, Variant
+from mlprune.spec.variants import Demonstration, Variant
 from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
@@ -79,7 +79,7 @@ class Prepared:
         if variant is not None:
             recipe = self.recipe(variant)
             content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
-            content += [str(recipe.seed)] if variant.score == "random" else []
+            content += [str(recipe.seed)] if variant.score.name == "random" else []
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
 
@@ -100,7 +100,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     config = source.config()
     size = measure_model(config, source.dtype(spec.model.dtype), source.name)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
-        check_pattern(size, Pattern.parse(pattern), "search.pattern")
+        check_pattern(size, pattern, "search.pattern")
     sets, evaluation = _text(spec, variants, source, size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
     plan = make_plan(size, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
@@ -189,7 +189,7 @@ def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite
         variants=len(variants),
         sequential=len(sequential),
         sequential_tokens=max(together, default=0),
-        solved=sum(isinstance(score_named(variant.score), Solver) for variant in variants),
+        solved=sum(isinstance(score_named(variant.score.name), Solver) for variant in variants),
         written=max((task.written for task in asking), default=0),
     )
 

@@ -26,7 +26,7 @@ from mlprune.spec.variants import Variant
 from mlprune.storage.files import Storage
 from mlprune.storage.lock import sweep_lock
 from mlprune.storage.results import Result
-from mlprune.sweep.grid import needs_dense, variants_of
+from mlprune.sweep.grid import needs_dense_moments, variants_of
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.monitor import LOOK_SECONDS, TRIALS, Show, Watch
 from mlprune.sweep.prepare import Prepared, prepare
@@ -70,7 +70,7 @@ class SweepPlan:
         """Passes over the model still to go, by kind. Calibration sets are counted singly; they pass together."""
         todo = self.unfinished
         store, layers = self.prepared.store(), range(len(self.prepared.model_size.layers))
-        dense = {str(part) for variant in todo if needs_dense(variant) for part in variant.demonstrations}
+        dense = {str(part) for variant in todo if needs_dense_moments(variant) for part in variant.demonstrations}
         missing = [
             name for name in dense if not all(store.has(self.prepared.sets[name].key, layer) for layer in layers)
         ]

@@ -28,7 +28,7 @@ from mlprune.runtime.placement import slots
 from mlprune.runtime.replicas import MOST_DEATHS, Fleet
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
-from mlprune.sweep.grid import variant_of
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.trial import run_trial
@@ -144,7 +144,7 @@ def _round(
         function = tune.with_parameters(tune_trial, prepared=prepared, objective=objective, **given)
         tuner = tune.Tuner(
             tune.with_resources(function, {"CPU": 0, **slots(at_once)}),
-            param_space=None if optuna else {"variant": tune.grid_search([vars(v) for v in batch])},
+            param_space=None if optuna else {"variant": tune.grid_search([v.to_dict() for v in batch])},
             tune_config=tune.TuneConfig(
                 metric=objective if optuna else None,
                 mode="min" if optuna else None,
@@ -170,7 +170,8 @@ def _optuna(prepared: Prepared, objective: str) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search, seed = prepared.spec.search, prepared.spec.calibration.seed
     names = ("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
-    space = {name: tune.choice(list(getattr(search, name)) or [None]) for name in names}
+    values = search.model_dump(mode="json")
+    space = {name: tune.choice(values[name] or [None]) for name in names}
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=5)
     return OptunaSearch({"variant": space}, metric=objective, mode="min", sampler=sampler)
 
@@ -185,7 +186,7 @@ def tune_trial(
     """What Ray Tune runs: one variant, unless its result is there."""
     from ray import tune
 
-    variant = variant_of(**config["variant"])
+    variant = parse_variant(**config["variant"])
     store = prepared.results()
     worst = {objective: float("inf")}
     if variant in given_up:
@@ -265,7 +266,7 @@ class Watcher:
         self.lost[variant] = "the trial's own process died"
 
     def _key_and_variant(self, trial: Any) -> tuple[str, Variant]:
-        variant = variant_of(**trial.config["variant"])
+        variant = parse_variant(**trial.config["variant"])
         return self._prepared.result_key(variant), variant
 
 

@@ -179,10 +179,10 @@ def trial_params(variant: Variant | None) -> dict[str, str]:
         none = dict.fromkeys(("calibration", "pattern", "propagation", "allocation"), "none")
         return {**none, "score": "dense", "sparsity": "0"}
     return {
-        "calibration": variant.calibration or "none",
-        "score": variant.score,
+        "calibration": variant.calibration_text or "none",
+        "score": variant.score.name,
         "sparsity": repr(variant.sparsity),
-        "pattern": variant.pattern,
+        "pattern": str(variant.pattern),
         "propagation": variant.propagation,
         "allocation": variant.allocation,
     }
