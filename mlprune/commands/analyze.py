@@ -32,6 +32,7 @@ from mlprune.spec.languages import language_name
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Demonstration, Variant
 from mlprune.storage.files import check_folder, write_whole
+from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import run_on_model
 from mlprune.sweep.trial import unseen_note
