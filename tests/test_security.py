@@ -36,6 +36,7 @@ from mlprune.runtime.ray_cluster import running_cluster
 from mlprune.spec.loading import load_spec, read_yaml, spec_from
 from mlprune.spec.templates import check_template
 from tests.test_sweep import spec as tiny_spec
+from tests.test_urls import WITH_SECRETS, WITHOUT
 from tests.tiny_models import source
 
 SEARCH = {"score": ["magnitude"], "sparsity": [0.5]}
@@ -99,23 +100,6 @@ def test_what_is_granted_is_one_key_and_not_the_others(tmp_path: Path) -> None:
 
 
 # secrets, and where they go
-
-WITH_SECRETS = [
-    "http://me:hunter2@server:5000",
-    "https://hunter2@server",
-    "HTTPS://me:hunter2@server",
-    "postgresql://me:hunter2@db/mlflow",
-    "postgresql+psycopg2://me:hun/hunter2@db/mlflow",
-    "mysql://:hunter2@db/mlflow",
-    "postgresql://db/mlflow?user=me&password=hunter2",
-    "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Dhunter2",
-]
-WITHOUT = [
-    "http://server:5000/a@b",
-    "postgresql://me@db/mlflow?sslmode=require",
-    "sqlite:////home/me@work:1/a@b.db",
-    "databricks",
-]
 
 
 @pytest.mark.parametrize("uri", WITH_SECRETS)

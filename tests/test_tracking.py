@@ -35,7 +35,6 @@ from mlprune.tracking.tracker import (
     log_analysis,
     parallel_coordinates_link,
     recall_items,
-    shown,
 )
 from tests.servers import Server, free_port
 
@@ -559,24 +558,6 @@ def test_a_description_keeps_whole_lines(opened: Opened, database: str) -> None:
     text = MlflowClient(database).get_run(tracker.parent_id).data.tags["mlflow.note.content"]
     assert set(text.splitlines()) == {"| 0123456789 |"}
     assert 7900 < len(text) <= 8000
-
-
-@pytest.mark.parametrize(
-    ("uri", "told"),
-    [
-        ("http://host:5000", "http://host:5000"),
-        ("https://me:pw@host:5000/a", "https://me:***@host:5000/a"),
-        ("postgresql+psycopg2://me:p@w/x:y@host/db", "postgresql+psycopg2://me:***@host/db"),
-        (
-            "postgresql://host/db?user=me&password=pw&sslmode=off",
-            "postgresql://host/db?user=me&password=***&sslmode=off",
-        ),
-        ("sqlite:////a:b@c/mlflow.db", "sqlite:////a:b@c/mlflow.db"),
-        ("at http://me:pw@host/a, and mail a@b", "at http://me:***@host/a, and mail a@b"),
-    ],
-)
-def test_no_password_is_shown(uri: str, told: str) -> None:
-    assert shown(uri) == told
 
 
 def test_the_page_that_compares_runs() -> None:

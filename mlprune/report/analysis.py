@@ -9,7 +9,7 @@ from mlprune.commands.analyze import Findings
 from mlprune.console import results as out
 from mlprune.report.tables import new_table, show_tracking
 from mlprune.spec.languages import language_name
-from mlprune.tracking.mlflow_client import shown
+from mlprune.spec.urls import redact
 
 
 def show_findings(found: Findings) -> None:
@@ -53,5 +53,5 @@ def findings_values(found: Findings) -> dict[str, Any]:
         "masks": shares(total(found.shared)).tolist(),
         "files": [str(found.output / name) for name in found.files],
         "run": found.run,
-        "tracking_uri": shown(found.spec.tracking_uri),
+        "tracking_uri": redact(found.spec.tracking_uri),
     }

@@ -15,10 +15,10 @@ from mlprune.report.ranking import ranking_cells
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
 from mlprune.spec.languages import language_name
 from mlprune.spec.schema import DEFAULT_STORAGE
+from mlprune.spec.urls import redact
 from mlprune.storage.results import Result
 from mlprune.sweep.ranking import SweepOutcome
 from mlprune.sweep.sweep import SweepPlan
-from mlprune.tracking.mlflow_client import shown
 
 TASK_COLUMNS = 4
 OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", "agreement")
@@ -83,7 +83,7 @@ def export_command(outcome: SweepOutcome, result: Result) -> str:
     assert variant is not None
     words = [program("mlprune"), "prune", "--run", outcome.runs[result.key]]
     if spec.tracking.uri is not None:
-        words += ["--set", f"tracking.uri={shown(spec.tracking.uri)}"]
+        words += ["--set", f"tracking.uri={redact(spec.tracking.uri)}"]
     if spec.storage != str(Path(DEFAULT_STORAGE).absolute()):
         words += ["--set", f"storage={spec.storage}"]
     return shlex.join([*words, "--output", f"{spec.name}-{variant.sparsity:g}"])
@@ -141,7 +141,7 @@ def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
         "ranking": [values(result) for result in outcome.ranking],
         "winner": outcome.runs[outcome.ranking[0].key],
         "failed": dict(outcome.failed),
-        "tracking_uri": shown(outcome.spec.tracking_uri),
+        "tracking_uri": redact(outcome.spec.tracking_uri),
         "parent_run": outcome.parent_run,
         "pictures": [str(picture) for picture in outcome.pictures],
         "nodes": list(outcome.nodes),

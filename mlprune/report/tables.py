@@ -16,7 +16,7 @@ from rich.table import Table
 from mlprune.console import results as out
 from mlprune.planning.planner import Plan
 from mlprune.spec.schema import SweepSpec
-from mlprune.tracking.mlflow_client import shown
+from mlprune.spec.urls import redact
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -59,9 +59,9 @@ def shard_values(plan: Plan) -> list[dict[str, Any]]:
 
 def show_tracking(spec: SweepSpec) -> None:
     """Where the runs are, and the command that shows them."""
-    out.print(f"tracking   {shown(spec.tracking_uri)}", soft_wrap=True)
+    out.print(f"tracking   {redact(spec.tracking_uri)}", soft_wrap=True)
     if not spec.tracking_uri.startswith("http"):
-        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", shown(spec.tracking_uri)])
+        ui = shlex.join([program("mlflow"), "ui", "--backend-store-uri", redact(spec.tracking_uri)])
         out.print(f"compare    {ui}", soft_wrap=True)
 
 

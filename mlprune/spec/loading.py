@@ -15,13 +15,13 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import unquote
 
 import yaml
 from pydantic import ValidationError
 
 from mlprune.errors import SpecError
 from mlprune.spec.schema import SweepSpec
+from mlprune.spec.urls import is_server, scheme_only, tracking_has_secret
 
 # keys that let code run which others wrote (of a model, a pickle, a task's file), and their harmless value
 GRANTED: Mapping[str, object] = {
@@ -70,35 +70,13 @@ def spec_from(values: Mapping[str, Any]) -> SweepSpec:
         made = SweepSpec.model_validate(values)
     except ValidationError as error:
         raise _spec_error(error) from None
-    if made.tracking.uri is not None and _holds_secret(made.tracking.uri):
+    if made.tracking.uri is not None and tracking_has_secret(made.tracking.uri):
         remedy = (
             "no secrets in specs, which are logged: give the whole address in the environment, as "
             "MLFLOW_TRACKING_URI, or leave the password to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
-        raise SpecError(_TRACKING, _scheme(made.tracking.uri), remedy)
+        raise SpecError(_TRACKING, repr(scheme_only(made.tracking.uri)), remedy)
     return made
-
-
-def _holds_secret(uri: str) -> bool:
-    """A password, or of a server anything before an @, since a token may stand there alone."""
-    if _is_server(uri):
-        return "@" in re.split(r"[/?#]", uri.partition("://")[2], maxsplit=1)[0] or _has_secret_field(uri)
-    return re.match(r"[^:/]*://[^:/@?]*:[^@]*@", uri) is not None or _has_secret_field(uri)
-
-
-def _has_secret_field(uri: str) -> bool:
-    fields = unquote(uri.partition("?")[2])  # once more, for a whole connection string in one field
-    return re.search(r"(password|passwd|pwd|token|secret)\w*\s*=", fields, re.IGNORECASE) is not None
-
-
-def _is_server(uri: str) -> bool:
-    return uri.strip().lower().startswith(("http://", "https://"))
-
-
-def _scheme(uri: str) -> str:
-    """All of an address that may be shown whatever it holds."""
-    scheme = re.match(r"\s*[\w+.-]+://", uri)
-    return repr(f"{scheme[0] if scheme else ''}...")
 
 
 def _spec_error(error: ValidationError) -> SpecError:
@@ -217,9 +195,9 @@ def _check_granted(values: Mapping[str, Any], assigned: Sequence[str]) -> None:
             remedy = "lets code of others run, so no file grants it; if you trust it, give: --set "
             raise SpecError(key, _shown(kept[key]), remedy + _setting(key, kept[key]))
     uri = str(kept.get(_TRACKING))
-    if _is_server(uri) and uri != os.environ.get("MLFLOW_TRACKING_URI") and _credentials():
+    if is_server(uri) and uri != os.environ.get("MLFLOW_TRACKING_URI") and _credentials():
         remedy = "your credentials for MLflow would go there; if they are meant for it, give: --set "
-        raise SpecError(_TRACKING, _scheme(uri), remedy + f"{_TRACKING}=...")
+        raise SpecError(_TRACKING, repr(scheme_only(uri)), remedy + f"{_TRACKING}=...")
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pydantic import (
 
 from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
+from mlprune.spec.urls import scheme_only, storage_has_secret
 from mlprune.spec.variants import Allocation, Calibration, Pattern, Propagation, Scoring, two_sides
 
 DEFAULT_STORAGE = "mlprune-store"
@@ -266,11 +267,10 @@ class SweepSpec(_Section):
     @classmethod
     def _absolute(cls, value: str) -> str:
         """A folder made absolute: trials run in directories of their own. Other addresses stay as they are."""
-        protocol, remote, rest = value.partition("://")
-        if remote and ("@" in rest or "?" in rest):
+        if storage_has_secret(value):
             remedy = "no secrets in specs; use the provider's own credentials"
-            raise SpecError("storage", f"{protocol}://...", remedy)
-        return value if remote else str(Path(value).expanduser().absolute())
+            raise SpecError("storage", scheme_only(value), remedy)
+        return value if "://" in value else str(Path(value).expanduser().absolute())
 
     def yaml(self) -> str:
         """The whole spec, defaults written out, as YAML."""

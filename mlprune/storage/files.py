@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mlprune.errors import StorageError
+from mlprune.spec.urls import scheme_only, storage_has_secret
 
 # Protocol (also the name of our extra that installs it) -> fsspec implementation. gcsfs has two; this is the plain
 # one, because the other lists objects in zonal buckets before they are complete.
@@ -190,9 +191,9 @@ def _check_address(address: str, key: str) -> None:
     protocol, is_remote, rest = address.partition("://")
     if not is_remote:
         return
-    if "@" in rest or "?" in rest:
+    if storage_has_secret(address):
         remedy = "no secrets in specs; use the provider's own credentials"
-        raise StorageError(key, f"{protocol}://...", remedy)
+        raise StorageError(key, scheme_only(address), remedy)
     if protocol not in IMPLEMENTATIONS:
         remedy = "unknown kind of storage; use a folder, s3://bucket/folder or gs://bucket/folder"
         raise StorageError(key, address, remedy)

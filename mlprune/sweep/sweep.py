@@ -22,6 +22,7 @@ from mlprune.evaluation.items import signatures
 from mlprune.runtime.replicas import Fleet
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.schema import SearchSpec, SweepSpec
+from mlprune.spec.urls import redact
 from mlprune.spec.variants import Variant
 from mlprune.storage.files import Storage
 from mlprune.storage.lock import sweep_lock
@@ -34,7 +35,7 @@ from mlprune.sweep.ranking import Interval, SweepOutcome, ranking_of
 from mlprune.sweep.session import open_replicas
 from mlprune.sweep.trial import run_dense, unseen_note
 from mlprune.sweep.tune_runner import Trials, run_trials
-from mlprune.tracking.mlflow_client import check_tracking, shown
+from mlprune.tracking.mlflow_client import check_tracking
 from mlprune.tracking.tracker import SweepTracker
 
 PATIENCE = 600  # seconds for an MLflow server that is away when all else is done
@@ -190,7 +191,7 @@ def _concluded(prepared: Prepared, ran: Ran, tracker: SweepTracker) -> SweepOutc
 
 def _without_password(spec: SweepSpec) -> SweepSpec:
     """To be read again from any folder, and by anyone."""
-    uri = spec.tracking.uri and shown(spec.tracking.uri)
+    uri = spec.tracking.uri and redact(spec.tracking.uri)
     return spec.anchored().model_copy(update={"tracking": spec.tracking.model_copy(update={"uri": uri})})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from requests import HTTPError
 from sqlalchemy.exc import InterfaceError, SQLAlchemyError
 
 from mlprune.errors import SpecError
+from mlprune.spec.urls import redact, without_credentials
 from mlprune.spec.variants import Variant
 from mlprune.storage.files import check_folder
 
@@ -42,13 +42,6 @@ T = TypeVar("T")
 SQLITE = "sqlite:///"
 TRIAL_TAG, PARENT_TAG = "mlprune.trial", "mlflow.parentRunId"
 ITEMS = "items.json"  # the artifact that holds what a trial answered
-
-
-def shown(uri: str) -> str:
-    """The address as it may be told: with *** for a password. Does the same for addresses within a text."""
-    hidden = re.sub(r"(://[^\s:/@]*:)\S*@", r"\1***@", uri)
-    hidden = re.sub(r"(?i)(https?://)[^\s:/@?#]+@", r"\1***@", hidden)  # a token alone
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", hidden)
 
 
 def client_of(uri: str) -> MlflowClient:
@@ -92,7 +85,7 @@ def answering(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError, SQLAlchemyError, ImportError) as error:  # the last: no driver for it
         raise SpecError(
-            "tracking.uri", repr(shown(uri)), f"MLflow does not answer there: {reason(error)}"
+            "tracking.uri", repr(redact(uri)), f"MLflow does not answer there: {reason(error)}"
         ) from None
 
 
@@ -109,7 +102,7 @@ def reason(error: BaseException) -> str:
             break
         error = below
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return shown(text.strip().splitlines()[0].split(". Response body")[0])[:200]
+    return redact(text.strip().splitlines()[0].split(". Response body")[0])[:200]
 
 
 def _wrapped(error: BaseException) -> BaseException | None:
@@ -136,7 +129,7 @@ def check_tracking(uri: str) -> None:
     """Raise SpecError or StorageError where `client_of` would fail; makes nothing."""
     file = _file(uri)
     if uri.startswith(SQLITE) and not file.exists():
-        check_folder(file.parent, "tracking.uri", shown(uri))
+        check_folder(file.parent, "tracking.uri", redact(uri))
     else:
         client_of(uri)
 
@@ -168,7 +161,7 @@ def parallel_coordinates_link(base: str, experiment_id: str, run_ids: Sequence[s
     """The page that compares runs, of the MLflow server at `base`; None if that is a database."""
     if not base.startswith("http"):
         return None
-    address = re.sub(r"://\S*@", "://", base).rstrip("/")
+    address = without_credentials(base).rstrip("/")
     runs, experiments = quote(json.dumps(list(run_ids))), quote(json.dumps([experiment_id]))
     return f"{address}/#/compare-runs?runs={runs}&experiments={experiments}"
 
@@ -203,7 +196,7 @@ def _find_trial(client: MlflowClient, uri: str, run_id: str, key: str) -> Trial:
     try:
         run = client.get_run(run_id)
     except MlflowException:
-        remedy = f"no such run in {shown(uri)}; give its database with --set tracking.uri=..."
+        remedy = f"no such run in {redact(uri)}; give its database with --set tracking.uri=..."
         raise SpecError(key, repr(run_id), remedy) from None
     parent = run.data.tags.get(PARENT_TAG)
     if TRIAL_TAG not in run.data.tags or parent is None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlprune.errors import SpecError
+from mlprune.spec.urls import redact
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
 from mlprune.tracking.delivery import AwayError, Outbox
@@ -35,7 +36,6 @@ from mlprune.tracking.mlflow_client import client_of as client_of
 from mlprune.tracking.mlflow_client import parallel_coordinates_link as parallel_coordinates_link
 from mlprune.tracking.mlflow_client import recall_items as recall_items
 from mlprune.tracking.mlflow_client import recall_trial as recall_trial
-from mlprune.tracking.mlflow_client import shown as shown
 from mlprune.tracking.mlflow_client import trial_params as trial_params
 
 # after tracking_server, which sets what MLflow reads when it is imported
@@ -246,7 +246,7 @@ class SweepTracker:
                 raise AwayError(reason(error)) from error
             if isinstance(error, (MlflowException, HTTPError)):
                 refused = f"MLflow refuses what is logged: {reason(error)}"
-                raise SpecError("tracking.uri", repr(shown(self._uri)), refused) from None
+                raise SpecError("tracking.uri", repr(redact(self._uri)), refused) from None
             raise
 
 
