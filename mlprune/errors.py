@@ -1,47 +1,48 @@
-"""What the user can get wrong, as exceptions.
+"""The exceptions that mlprune raises on purpose.
 
     MlpruneError
-    ├── UserError            the user can mend it; one line, exit code 2
+    ├── UserError            wrong input; shown in one line, exit code 2
     │   ├── SpecError        a key of the sweep spec, or a command's option
     │   ├── CorpusError      parallel text
     │   ├── ModelError       a model or its checkpoint
-    │   └── StorageError     a folder to write to
+    │   └── StorageError     a folder or an object store
     ├── SweepError           trials failed; the message says which and why
-    └── WorkerLostError      a worker died under a call; a new one can take its place
+    └── WorkerLostError      a worker died during a call; the call can be retried on a new worker
 
-Every `UserError` names the key, the value and the remedy, and survives pickling between processes.
+A `UserError` names the key, the value and the remedy. All of them survive pickling between processes.
 """
 
 
 class MlpruneError(Exception):
-    """The root of every exception that mlprune raises on purpose."""
+    """The root of all exceptions that mlprune raises on purpose."""
 
 
 class UserError(MlpruneError):
-    """A mistake in the input: `key: value: remedy`, in one line."""
+    """Wrong input, as one line: `key: value: remedy`. A `value` of None was not given, and is left out."""
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
         super().__init__(key, value, remedy)
         self.key, self.value, self.remedy = key, value, remedy
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.value}: {self.remedy}"
+        value = "" if self.value is None else f" {self.value}:"
+        return f"{self.key}:{value} {self.remedy}"
 
 
 class SpecError(UserError):
-    """A key of the spec, or an option, has a value that cannot be."""
+    """A key of the spec, or an option, has an invalid value."""
 
 
 class CorpusError(UserError):
-    """The parallel text lacks a language, has unequal columns or too few lines."""
+    """The parallel text lacks a language, has columns of unequal length or too few lines."""
 
 
 class ModelError(UserError):
-    """The model cannot be found, read or held."""
+    """The model cannot be found, read or held in memory."""
 
 
 class StorageError(UserError):
-    """A place to write to is taken, full or not writable."""
+    """A place to write to is in use, full or not writable."""
 
 
 class SweepError(MlpruneError):
@@ -49,11 +50,11 @@ class SweepError(MlpruneError):
 
 
 class WorkerLostError(MlpruneError):
-    """A shard's worker, or its node, died: what was asked of it must be asked again of a new one."""
+    """A shard's worker or its node died. `drained`: the work had not begun when that was noticed."""
 
     def __init__(self, cause: str, drained: bool = False) -> None:
         super().__init__(cause, drained)
-        self.cause, self.drained = cause, drained  # drained: nothing had begun yet
+        self.cause, self.drained = cause, drained
 
     def __str__(self) -> str:
         return self.cause

@@ -208,8 +208,8 @@ MISTAKES = [
     option("--pattern", "prune", ("--pattern", "2-4"), "--pattern: '2-4': ", "as 2:4"),
     option("--propagation", "prune", ("--propagation", "x"), "", "propagation", "'x'", "'sequential' or 'dense'"),
     option("contradiction", "prune", ("--pattern", "1:4"), "--sparsity: 0.5: ", "pattern 1:4 drops 0.75"),
-    option("no --calibration", "bare prune", ("--sparsity", "0.5"), "--calibration: nothing: ", "wanda needs it"),
-    option("no --sparsity", "bare prune", ("--score", "random"), "--sparsity: nothing: ", "--sparsity 0.5"),
+    option("no --calibration", "bare prune", ("--sparsity", "0.5"), "--calibration: ", "wanda needs it"),
+    option("no --sparsity", "bare prune", ("--score", "random"), "--sparsity: ", "--sparsity 0.5"),
     option("taken output", "prune", ("--output", "PLACE/taken"), "--output: 'PLACE/taken': ", "exists already"),
     option("output in a file", "prune", ("--output", "PLACE/file.txt/out"), "--output: 'PLACE/file.txt/out': "),
     option(

@@ -151,8 +151,8 @@ def rename(file: Path) -> Path:
 
 MISTAKES = {
     "--host-memory=much": "--host-memory: 'much': write a size, as 80GiB",
-    "--gpus-per-node=8": "--gpu-memory: nothing: say how much a GPU has",
-    "--nodes=2": "--host-memory: nothing: say how much a node has",
+    "--gpus-per-node=8": "--gpu-memory: missing; give the memory of one GPU",
+    "--nodes=2": "--host-memory: missing; give the memory of one node",
     "--set=pipeline.shards=900": "pipeline.shards: 900: the model has 80 layers",
     "--set=pipeline.offload=tape": "pipeline.offload: 'tape': must be 'cpu' or 'nvme'",
 }

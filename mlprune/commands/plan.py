@@ -90,9 +90,9 @@ def machine_of(asked: Asked, dtype: torch.dtype) -> Machine:
 def _described(asked: Asked) -> Machine:
     gpus = asked.gpus_per_node or 0
     if gpus and asked.gpu_memory is None:
-        raise SpecError("--gpu-memory", "nothing", "say how much a GPU has, as --gpu-memory 80GiB")
+        raise SpecError("--gpu-memory", None, "missing; give the memory of one GPU, e.g. --gpu-memory 80GiB")
     if asked.host_memory is None:
-        raise SpecError("--host-memory", "nothing", "say how much a node has, as --host-memory 1TiB")
+        raise SpecError("--host-memory", None, "missing; give the memory of one node, e.g. --host-memory 1TiB")
     return Machine(
         nodes=asked.nodes or 1,
         gpus=gpus,

@@ -33,12 +33,12 @@ def choose(
     fixed = Pattern.parse(pattern, "--pattern").sparsity
     sparsity = chosen["sparsity"]
     if sparsity is None and fixed is None:
-        raise SpecError("--sparsity", "nothing", "say which share of the weights to drop, as --sparsity 0.5")
+        raise SpecError("--sparsity", None, "missing; give the share of weights to drop, e.g. --sparsity 0.5")
     if sparsity is not None and fixed is not None and sparsity != fixed:
         raise SpecError("--sparsity", sparsity, f"pattern {pattern} drops {float(fixed):g} of the weights")
     rule = score_named(Scoring.parse(score, "--score").name, "--score")
     if rule.sides == 1 and chosen["calibration"] is None:
-        raise SpecError("--calibration", "nothing", f"{score} needs it; write --calibration translation:en-fr")
+        raise SpecError("--calibration", None, f"{score} needs it; write e.g. --calibration translation:en-fr")
     if chosen["calibration"] is not None:
         Calibration.parse(chosen["calibration"], "--calibration")
     search = {

@@ -179,7 +179,7 @@ def cluster_machine(wait_minutes: float | None = None, launch: bool = True) -> M
     if wanted and not _has(usable_nodes(), wanted):
         if not launch:
             remedy = "the cluster launches its nodes when a sweep wants them: say how many, and what one has"
-            raise SpecError("--nodes", "nothing", remedy)
+            raise SpecError("--nodes", None, remedy)
         _first_node(wanted, wait_minutes)
     told = "waiting for a node of the cluster that has GPUs or CPUs"
     wait_until(lambda: bool(usable_nodes()), lambda: told, wait_minutes)

@@ -86,7 +86,7 @@ def _spec_error(error: ValidationError) -> SpecError:
     if first["type"] == "extra_forbidden":
         return SpecError(key, _shown(first["input"]), f"unknown key; {_known_beside(names)}")
     if first["type"] == "missing":
-        return SpecError(key, "nothing", "this key is needed")
+        return SpecError(key, None, "missing required key")
     remedy = _REMEDIES.get(first["type"]) or first["msg"].replace("Input should be", "must be")
     if names[-1:] == ["labels"] and first["type"] in ("too_short", "too_long"):
         remedy = f"must be {first['ctx'].get('min_length') or first['ctx']['max_length']} words, one an answer"
