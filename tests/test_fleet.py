@@ -12,8 +12,8 @@ import ray
 
 from mlprune.errors import ModelError, SpecError, SweepError, WorkerLostError
 from mlprune.planning.machine import Machine, share_of
-from mlprune.planning.memory import Work
 from mlprune.planning.planner import make_plan
+from mlprune.planning.work import Work
 from mlprune.runtime import placement as places
 from mlprune.runtime.actors import RayPipeline, admitted, cause_of_death
 from mlprune.runtime.placement import Place, bundle_for

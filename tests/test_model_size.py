@@ -21,9 +21,10 @@ from mlprune.models.matrices import matrices
 from mlprune.models.replay import ReplayModel
 from mlprune.models.zero import Layout
 from mlprune.planning import machine
-from mlprune.planning.memory import Chunks, ResidencyPlan, Work, worker_memory
+from mlprune.planning.memory import Chunks, ResidencyPlan, worker_memory
 from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import cut
+from mlprune.planning.work import Work
 from mlprune.spec.variants import Pattern
 from tests.tiny_models import config, source
 

@@ -239,13 +239,13 @@ def test_chunks_are_under_way_in_every_shard_at_once() -> None:
 
 
 def test_chunks_are_bounded_and_whole() -> None:
-    made = list(Chunks(2**20, few=False).of(batches(23), 3, masked=False))
+    made = list(Chunks(2**20, few=False).split(batches(23), 3, masked=False))
     assert [row for chunk in made for batch in chunk for row in batch.rows] == list(range(23))
     assert len(made) >= DENSE_CHUNKS * 3
-    only_one = list(Chunks(2**20, few=True).of(batches(23), 3, masked=True))
+    only_one = list(Chunks(2**20, few=True).split(batches(23), 3, masked=True))
     assert len(only_one) == 1
     for few in (False, True):  # two micro-batches of 8 tokens are all that a chunk may hold
-        assert [len(chunk) for chunk in Chunks(16, few).of(batches(5), 1, masked=True)] == [2, 2, 1]
+        assert [len(chunk) for chunk in Chunks(16, few).split(batches(5), 1, masked=True)] == [2, 2, 1]
 
 
 # what a worker holds

@@ -1,4 +1,4 @@
-"""What a worker holds, and which residency is chosen before a weight is loaded. (Cutting: test_shape.py.)"""
+"""What a worker holds, and which residency is chosen before a weight is loaded. (Cutting: test_model_size.py.)"""
 
 import bisect
 import itertools
@@ -16,9 +16,10 @@ from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
 from mlprune.planning import planner
 from mlprune.planning.machine import Machine
-from mlprune.planning.memory import Chunks, ResidencyPlan, Work, WorkerMemory, worker_memory
+from mlprune.planning.memory import Chunks, ResidencyPlan, WorkerMemory, worker_memory
 from mlprune.planning.model_size import ModelSize, measure_model
 from mlprune.planning.planner import Plan, cut
+from mlprune.planning.work import Work
 from mlprune.spec.loading import spec_from, with_assignments
 from mlprune.spec.schema import PipelineSpec
 from tests.tiny_models import config
@@ -46,7 +47,7 @@ def test_a_pass_is_cut_for_all_shards_to_be_busy_or_by_the_limit() -> None:
 @given(st.lists(st.integers(1, 900)), st.builds(Chunks, st.integers(1, 3000)), st.integers(1, 4), st.booleans())
 def test_chunks_are_consecutive_and_full(sizes: list[int], cutter: Chunks, shards: int, masked: bool) -> None:
     batches = [Batch(torch.zeros((1, size), dtype=torch.int64), (size,), (0,)) for size in sizes]
-    chunks = list(cutter.of(batches, shards, masked))
+    chunks = list(cutter.split(batches, shards, masked))
     assert [id(batch) for chunk in chunks for batch in chunk] == [id(batch) for batch in batches]
     most = cutter.size(sum(sizes), shards, masked)
     tokens = [[batch.input_ids.numel() for batch in chunk] for chunk in chunks]

@@ -83,7 +83,7 @@ def test_a_chunk_brings_each_layer_once_ahead(place: str, tmp_path: Path, monkey
     events: list[tuple[int, int, int]] = []  # the layer that works, how many were sent for, and are coming
     run, prepared = ReplayModel.run, offloaded(tmp_path, place)
     chunks, evaluation = Chunks(2 * MICRO_BATCH_TOKENS, few=True), cast(Suite, prepared.evaluation).rows
-    count = len(list(chunks.of(evaluation.batches, 1, masked=True)))
+    count = len(list(chunks.split(evaluation.batches, 1, masked=True)))
     assert 1 < count < len(evaluation.batches)
     with opened(prepared) as pipeline:
         zero = pipeline._workers[0]._residency  # type: ignore[attr-defined]

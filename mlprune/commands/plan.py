@@ -15,15 +15,14 @@ from mlprune.errors import ModelError, SpecError
 from mlprune.models.source import find_model
 from mlprune.planning.forecast import Phase, forecast
 from mlprune.planning.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
-from mlprune.planning.memory import Work
 from mlprune.planning.model_size import ModelSize, measure_model
-from mlprune.planning.planner import Plan, make_plan, of_a_node
-from mlprune.pruning.scores import Solver, score_named
+from mlprune.planning.planner import Plan, largest_node_sum, make_plan
+from mlprune.planning.work import Work, build_work
 from mlprune.runtime.ray_cluster import cluster_machine
 from mlprune.spec.schema import PipelineSpec, SweepSpec
 from mlprune.sweep.grid import variants_of
 
-TOKENS_OF_A_LINE = 64  # of news text; a language that the tokenizer hardly knows takes several times as many
+TOKENS_PER_LINE = 64  # of news text; a language that the tokenizer hardly knows takes several times as many
 MOST_NODES = 64
 
 
@@ -63,7 +62,7 @@ def plan_scale(spec: SweepSpec, asked: Asked) -> ScalePlan:
     )
     size = measure_model(source.config(), source.dtype(spec.model.dtype), source.name)
     machine = machine_of(asked, size.dtype)
-    work = estimated_work(spec, size)
+    work = _estimated_work(spec, size)
     try:
         plan, reason = make_plan(size, work, machine, spec.pipeline, source.name), ""
     except ModelError as error:
@@ -103,21 +102,17 @@ def _described(asked: Asked) -> Machine:
     )
 
 
-def estimated_work(spec: SweepSpec, size: ModelSize) -> Work:
-    """What the spec asks for, each prompt as long as it may be."""
+def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
+    """Estimate the work of the spec: every prompt has the maximum length, every evaluation line the usual one."""
     variants = variants_of(spec.search)
-    parts = {part for variant in variants for part in variant.demonstrations}
-    prompt = min(spec.calibration.max_tokens, size.positions or spec.calibration.max_tokens)
-    sequential = [len(variant.demonstrations) for variant in variants if variant.propagation == "sequential"]
+    demonstrations = {str(part) for variant in variants for part in variant.demonstrations}
+    prompt = min(spec.calibration.max_tokens, model.positions or spec.calibration.max_tokens)
     lines = spec.evaluation.perplexity.lines * len(spec.evaluation.perplexity.languages)
-    return Work(
-        calibration=(spec.calibration.samples * prompt,) * len(parts),
-        evaluation=lines * TOKENS_OF_A_LINE,
-        longest=max(prompt, TOKENS_OF_A_LINE),
-        variants=len(variants),
-        sequential=len(sequential),
-        sequential_tokens=max(sequential, default=0) * spec.calibration.samples * prompt,
-        solved=sum(isinstance(score_named(variant.score.name), Solver) for variant in variants),
+    return build_work(
+        variants,
+        dict.fromkeys(demonstrations, spec.calibration.samples * prompt),
+        evaluation=lines * TOKENS_PER_LINE,
+        longest=max(prompt, TOKENS_PER_LINE),
     )
 
 
@@ -137,8 +132,8 @@ def _changes(
         roomy = replace(machine, host_memory=2**60, disk=None)
         wanted = asked.model_copy(update={"residency": "zero", "offload": place})
         if plan is None and machine.gpus and (other := _fits(size, work, roomy, wanted)):
-            host = of_a_node([part.host for part in other.memory], machine, other.residency.ranks)
-            disk = of_a_node([part.disk for part in other.memory], machine, other.residency.ranks)
+            host = largest_node_sum([part.host for part in other.memory], machine, other.residency.ranks)
+            disk = largest_node_sum([part.disk for part in other.memory], machine, other.residency.ranks)
             tail = f" and {size_text(disk)} of disk" if disk else ""
             yield f"{size_text(host)} of host memory a node{tail}: zero/{place} ({kind})"
     if plan is None and size.dtype == torch.float32:

@@ -1,4 +1,7 @@
-"""What there is to run on: this machine, or nodes that are all alike."""
+"""Describes what a job can run on: this machine, or several identical nodes.
+
+The nodes of a Ray cluster are read in `runtime`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-# Dense bf16 FLOP/s that the makers give, without sparsity.
+# Dense bf16 FLOP/s from the vendors' data sheets, without sparsity.
 GPU_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -27,43 +30,44 @@ GPU_FLOPS = {
     "V100": 125e12,
 }
 UNKNOWN_GPU_FLOPS = 100e12
-HOST_TO_DEVICE = 25e9  # bytes a second: PCIe 4.0 x16, from pinned memory
+HOST_TO_DEVICE = 25e9  # bytes per second: PCIe 4.0 x16, from pinned memory
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`nodes` machines, all alike. Memory in bytes, rates a second and a device."""
+    """`nodes` identical machines. Memory is in bytes, rates are per second and device."""
 
     nodes: int
-    gpus: int  # of a node; 0: its cores work
-    gpu_memory: int  # of a GPU
-    host_memory: int  # of a node
+    gpus: int  # per node; 0: its cores compute
+    gpu_memory: int  # per GPU
+    host_memory: int  # per node
     host_to_device: float
-    flops: float  # of a GPU, or of a node without
-    disk: int | None = None  # free for offloaded weights, of a node; None: not known
-    elastic: bool = False  # nodes are launched when they are asked for, `nodes` at most
+    flops: float  # per GPU; without GPUs, per node
+    disk: int | None = None  # free for offloaded weights, per node; None: unknown
+    elastic: bool = False  # an autoscaler launches nodes on demand, at most `nodes`
 
     @property
     def all_gpus(self) -> int:
+        """Return the number of GPUs of all nodes."""
         return self.nodes * self.gpus
 
     @property
     def device(self) -> torch.device:
-        """The kind of device that workers use here."""
+        """Return the kind of device that workers use."""
         return torch.device("cuda" if self.gpus else "cpu")
 
 
 def this_machine() -> Machine:
-    """What is free here now. What cores do is not measured: their `flops` is 0."""
+    """Return what is free on this machine now. The speed of cores is not measured: their `flops` is 0."""
     gpus = gpus_here(os.environ.get("CUDA_VISIBLE_DEVICES"))[: torch.cuda.device_count()]
-    if not gpus and torch.cuda.is_available():  # no tool to ask: torch knows, at the price of a context
+    if not gpus and torch.cuda.is_available():  # no nvidia-smi: ask torch, which makes a context
         every = range(torch.cuda.device_count())
         gpus = [(torch.cuda.get_device_name(n), torch.cuda.mem_get_info(n)[0]) for n in every]
     return machine_with(gpus)
 
 
 def machine_with(gpus: Sequence[tuple[str, int]]) -> Machine:
-    """This machine with GPUs of such names and free bytes."""
+    """Return this machine with the given GPUs: name and free bytes of each."""
     return Machine(
         nodes=1,
         gpus=len(gpus),
@@ -75,67 +79,67 @@ def machine_with(gpus: Sequence[tuple[str, int]]) -> Machine:
 
 
 def share_of(machine: Machine, replicas: int) -> Machine:
-    """What one of `replicas` has: nodes of its own, or else an even part of one."""
+    """Return the share of one of `replicas`: whole nodes if there are enough, otherwise an even part of one."""
     if replicas <= machine.nodes:
         return replace(machine, nodes=machine.nodes // replicas)
-    a_node = -(-replicas // machine.nodes)
+    per_node = -(-replicas // machine.nodes)
     return replace(
         machine,
         nodes=1,
-        gpus=machine.gpus // a_node,
-        host_memory=machine.host_memory // a_node,
-        disk=None if machine.disk is None else machine.disk // a_node,
+        gpus=machine.gpus // per_node,
+        host_memory=machine.host_memory // per_node,
+        disk=None if machine.disk is None else machine.disk // per_node,
     )
 
 
 def with_disk(machine: Machine, folder: Path) -> Machine:
-    """The same, and what is free where `folder` is or will be."""
+    """Return the machine with the free disk space where `folder` is or will be."""
     while not folder.exists():
         folder = folder.parent
     return replace(machine, disk=psutil.disk_usage(str(folder)).free)
 
 
 def gpus_here(visible: str | None = None) -> list[tuple[str, int]]:
-    """Name and free bytes of each GPU, or of the `visible` ones (as in CUDA_VISIBLE_DEVICES).
+    """Return name and free bytes of each GPU, or of the `visible` ones (as in CUDA_VISIBLE_DEVICES).
 
-    Asked of the driver's own tool, because torch would make a context on the GPU.
+    nvidia-smi is asked, because torch would make a context on the GPU.
     """
     if shutil.which("nvidia-smi") is None or visible == "":
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
     query += [f"--id={visible}"] if visible else []
     lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    found = [line.rpartition(",") for line in lines]
-    return [(name.strip(), int(free) * 2**20) for name, _, free in found if free.strip().isdigit()]
+    rows = [line.rpartition(",") for line in lines]
+    return [(name.strip(), int(free) * 2**20) for name, _, free in rows if free.strip().isdigit()]
 
 
 def host_memory_free() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group (version 2)."""
+    """Return the bytes that this process may still allocate: in the machine, or in its control group (v2)."""
     free = int(psutil.virtual_memory().available)
     try:
         name = Path("/proc/self/cgroup").read_text().partition("0::")[2].splitlines()[0]
         group = Path("/sys/fs/cgroup") / name.lstrip("/")
         limit, used = (int((group / f"memory.{kind}").read_text()) for kind in ("max", "current"))
-        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError, IndexError):  # no such group, or no limit ("max")
         return free
-    return min(free, limit - used + int(kept.get("inactive_file", 0)))  # the cache of files gives way
+    return min(free, limit - used + int(stat.get("inactive_file", 0)))  # the file cache is reclaimed on demand
 
 
 def own_cores() -> int:
-    """The cores that this process may use."""
+    """Return how many physical cores this process may use."""
     cores = psutil.cpu_count(logical=False) or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 def flops_of(gpu: str) -> float:
-    """The dense bf16 FLOP/s of a GPU by its name."""
-    known = (flops for name, flops in GPU_FLOPS.items() if re.search(rf"\b{name}\b", gpu))
-    return next(known, UNKNOWN_GPU_FLOPS)
+    """Return the dense bf16 FLOP/s of a GPU by its name."""
+    matches = (flops for name, flops in GPU_FLOPS.items() if re.search(rf"\b{name}\b", gpu))
+    return next(matches, UNKNOWN_GPU_FLOPS)
 
 
 def measured_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of this machine's cores, by multiplying matrices for a tenth of a second."""
+    """Measure the FLOP/s of this machine's cores by multiplying matrices for a tenth of a second."""
     width = 1024
     a, b = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
     a @ b

@@ -1,6 +1,6 @@
-"""What a worker holds, by kind, each kind by a formula of its own; tests hold the sum to the peak of real workers.
+"""Estimates the memory of a worker, one formula per kind of memory; tests compare the sum with real workers.
 
-Sizes are bytes, where not said otherwise.
+Sizes are in bytes unless a comment says otherwise. Which plan is chosen is decided in `planner`.
 """
 
 from __future__ import annotations
@@ -10,38 +10,39 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
+from mlprune.data.calibration import Batch
 from mlprune.models.hollow import Span
 from mlprune.models.memory import SLACK
 from mlprune.models.zero import BORROWED
 from mlprune.planning.model_size import ModelSize
+from mlprune.planning.work import Work
 
-# Logits are made for this many tokens at a time: 512 x 256k words x 4 bytes is half a gigabyte.
+# Logits are computed for this many tokens at a time: 512 x 256k vocabulary x 4 bytes is half a gigabyte.
 LOGIT_TOKENS = 512
-# hidden states on their way between two shards: as much as fits a modest object store many times over
+# Hidden states of one chunk between two shards: a modest object store holds many such chunks.
 CHUNK_BYTES = 256 * 2**20
-# Chunks a shard of a pass: more keep more shards busy, but each makes the masked layers anew.
+# Chunks of a pass per shard: more of them keep more shards busy, but each chunk makes the masked layers again.
 DENSE_CHUNKS, MASKED_CHUNKS = 4, 2
-# Measured: an interpreter with torch, transformers and Ray; DeepSpeed beside them. Not measured: a CUDA context.
+# Measured: an interpreter with torch, transformers and Ray; DeepSpeed in addition. Not measured: a CUDA context.
 PROCESS_BYTES, DEEPSPEED_BYTES = 400 * 2**20, 90 * 2**20
 GPU_PROCESS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a pass's micro-batches are cut: into chunks that follow each other through the shards."""
+    """How the micro-batches of a pass are grouped into chunks, which follow each other through the shards."""
 
-    limit: int  # tokens of a chunk at most, pads included; a micro-batch is never cut
-    few: bool  # each chunk brings every weight anew: as few as `limit` allows
+    limit: int  # maximum tokens of a chunk, padding included; a micro-batch is never cut
+    few: bool  # weights are transferred for each chunk, so make as few chunks as `limit` allows
 
     def size(self, tokens: int, shards: int, masked: bool) -> float:
-        """Tokens of a chunk of a pass of `tokens`."""
-        wanted = MASKED_CHUNKS if masked else DENSE_CHUNKS
-        one = self.few or (masked and shards == 1)
-        return min(tokens / (1 if one else wanted * shards), self.limit)
+        """Return the tokens per chunk for a pass of `tokens`."""
+        per_shard = MASKED_CHUNKS if masked else DENSE_CHUNKS
+        single = self.few or (masked and shards == 1)
+        return min(tokens / (1 if single else per_shard * shards), self.limit)
 
-    def of(self, batches: Sequence[Batch], shards: int, masked: bool) -> Iterator[Sequence[Batch]]:
-        """Consecutive micro-batches, in chunks of at most `size` tokens or of one micro-batch."""
+    def split(self, batches: Sequence[Batch], shards: int, masked: bool) -> Iterator[Sequence[Batch]]:
+        """Yield chunks of consecutive micro-batches: at most `size` tokens each, or a single micro-batch."""
         limit = self.size(sum(batch.input_ids.numel() for batch in batches), shards, masked)
         chunk: list[Batch] = []
         size = 0
@@ -56,27 +57,8 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What will be asked of the model. Tokens count pads."""
-
-    calibration: tuple[int, ...]  # tokens of each calibration set
-    evaluation: int  # tokens of the evaluation set
-    longest: int  # tokens of the longest row
-    variants: int  # trials in all
-    sequential: int = 0  # of them, those pruned layer by layer
-    sequential_tokens: int = 0  # of the largest such variant's calibration sets together
-    solved: int = 0  # of the variants, those whose weights are changed
-    written: int = 0  # tokens of rows that are written at the same time, their prompts included
-
-    @property
-    def micro_batch(self) -> int:
-        """Tokens of the largest micro-batch."""
-        return max(MICRO_BATCH_TOKENS, self.longest)
-
-
-@dataclass(frozen=True)
 class ResidencyPlan:
-    """How a shard's weights are held: on the device, or offloaded and partitioned over `ranks`."""
+    """Where the weights of a shard are held: on the device, or offloaded and partitioned over `ranks`."""
 
     kind: Literal["resident", "zero"]
     offload: Literal["cpu", "nvme"] | None = None
@@ -88,28 +70,28 @@ class ResidencyPlan:
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """The most bytes that one rank of one shard needs on its device, by kind; and beside the device."""
+    """Peak bytes of one rank of one shard: on its device by kind, and in host memory and on disk."""
 
-    process: int  # interpreter and libraries; on a GPU its context
-    weights: int  # what stays: with ZeRO only embedding and head
-    working: int  # borrowed layers, a masked copy of one, scores while masks are made
-    hidden: int  # hidden states of a chunk
-    activations: int  # within a layer, of a micro-batch
+    process: int  # interpreter and libraries; on a GPU the CUDA context
+    weights: int  # weights held all the time: with ZeRO only embedding and head
+    working: int  # layers borrowed from ZeRO, the masked copy of one layer, scores while masks are made
+    hidden: int  # hidden states of one chunk
+    activations: int  # within a layer, for one micro-batch
     moments: int
     masks: int
     logits: int
-    writing: int = 0  # keys and values while text is written, and the masked layers that are kept for it
-    host: int = 0  # in the machine's memory, where the device is a GPU
+    writing: int = 0  # while text is generated: key-value cache, and masked layers that are kept for it
+    host: int = 0  # in host memory, if the device is a GPU
     disk: int = 0
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """Return the bytes on the device."""
         return int(sum(vars(self).values())) - self.host - self.disk
 
 
 def worker_memory(
-    size: ModelSize,
+    model: ModelSize,
     span: Span,
     shards: int,
     work: Work,
@@ -118,101 +100,104 @@ def worker_memory(
     on_gpu: bool,
     trials: int,
 ) -> WorkerMemory:
-    """The memory of one rank of the shard that holds `span`, one of `shards`, with `trials` alive at once."""
-    ends = size.ends[0] * span.is_first + size.ends[1] * span.is_last
-    if size.tied and span.is_first and span.is_last:
-        ends = size.ends[0]
-    layers = sum(size.layers[index] for index in span.layers)
-    away = layers // residency.ranks if residency.offload else 0
-    here = away if residency.offload == "cpu" and not on_gpu else 0  # "offloaded" to where it is used
-    item, zero = size.dtype.itemsize, residency.offload is not None
-    widths = sum(size.layer_widths[index] for index in span.layers)
-    gathering = max(size.layer_widths[index] for index in span.layers)
-    pruned = sum(size.pruned[index] for index in span.layers)
-    told = min(LOGIT_TOKENS, size.positions or LOGIT_TOKENS, work.evaluation)
-    logits = told * size.vocabulary * (8 if item == 4 else item + 8)
-    hidden = _hidden(size, shards, work, residency, chunks, on_gpu)
-    on_the_way = 2 * hidden if shards > 1 else 0
-    beside = away if residency.offload == "cpu" else _disk_buffers(size, residency)
+    """Return the memory of one rank of the shard that holds `span`, one of `shards`, with `trials` in progress."""
+    ends = model.ends[0] * span.is_first + model.ends[1] * span.is_last
+    if model.tied and span.is_first and span.is_last:
+        ends = model.ends[0]
+    layers = sum(model.layers[index] for index in span.layers)
+    offloaded = layers // residency.ranks if residency.offload else 0
+    # without a GPU, host memory is the device: what is offloaded to it stays there
+    local = offloaded if residency.offload == "cpu" and not on_gpu else 0
+    item, zero = model.dtype.itemsize, residency.offload is not None
+    widths = sum(model.layer_widths[index] for index in span.layers)
+    gathering = max(model.layer_widths[index] for index in span.layers)
+    pruned = sum(model.pruned[index] for index in span.layers)
+    logit_tokens = min(LOGIT_TOKENS, model.positions or LOGIT_TOKENS, work.evaluation)
+    logits = logit_tokens * model.vocabulary * (8 if item == 4 else item + 8)
+    hidden = _hidden(model, shards, work, residency, chunks, on_gpu)
+    in_transit = 2 * hidden if shards > 1 else 0
+    beside = offloaded if residency.offload == "cpu" else _disk_buffers(model, residency)
     process = PROCESS_BYTES + DEEPSPEED_BYTES * zero + SLACK
     return WorkerMemory(
         process=GPU_PROCESS_BYTES if on_gpu else process,
-        weights=ends + (here if zero else layers),
-        working=_borrowed(size, residency, on_gpu)
-        + _working(size, work, max(size.pruned[index] for index in span.layers)),
+        weights=ends + (local if zero else layers),
+        working=_borrowed(model, residency, on_gpu)
+        + _working(model, work, max(model.pruned[index] for index in span.layers)),
         hidden=hidden,
-        activations=_activations(size, work),
-        moments=(len(work.calibration) * widths + gathering) * 8 + _grams(size, work),
+        activations=_activations(model, work),
+        moments=(len(work.calibration) * widths + gathering) * 8 + _grams(model, work),
         masks=trials * pruned // 8 + min(trials, work.solved) * pruned * item,
         logits=logits * span.is_last,
-        writing=_writing(size, work, len(span.layers), 0 if zero else layers) * trials,
-        host=(process + on_the_way + beside) * on_gpu,
-        disk=away if residency.offload == "nvme" else 0,
+        writing=_writing(model, work, len(span.layers), 0 if zero else layers) * trials,
+        host=(process + in_transit + beside) * on_gpu,
+        disk=offloaded if residency.offload == "nvme" else 0,
     )
 
 
-def _disk_buffers(size: ModelSize, residency: ResidencyPlan) -> int:
-    buffers = BORROWED * size.packed * size.dtype.itemsize // residency.ranks
+def _disk_buffers(model: ModelSize, residency: ResidencyPlan) -> int:
+    buffers = BORROWED * model.packed * model.dtype.itemsize // residency.ranks
     return buffers if residency.offload == "nvme" else 0
 
 
-def _borrowed(size: ModelSize, residency: ResidencyPlan, on_gpu: bool) -> int:
-    """Layers that are here because they are borrowed, or while they are handed over."""
+def _borrowed(model: ModelSize, residency: ResidencyPlan, on_gpu: bool) -> int:
+    """Return the bytes of layers on the device while they are borrowed from ZeRO or handed over to it."""
     if residency.offload is None:
         return 0
-    layer = size.packed * size.dtype.itemsize
+    layer = model.packed * model.dtype.itemsize
     if on_gpu:
         return BORROWED * layer
     gathered = BORROWED * layer if residency.ranks > 1 else 0
-    return _disk_buffers(size, residency) + max(gathered, BORROWED * layer)  # read from the checkpoint, and packed
+    loading = BORROWED * layer  # as read from the checkpoint, and packed
+    return _disk_buffers(model, residency) + max(gathered, loading)
 
 
-def _working(size: ModelSize, work: Work, largest_layer: int) -> int:
-    """A masked copy of a layer with one mask unpacked; or the scores of one matrix, and what sorts them.
+def _working(model: ModelSize, work: Work, largest_layer: int) -> int:
+    """Return the bytes of the largest step on one matrix or layer.
 
-    Or, where weights are changed, a Hessian with its factors, and the matrix with its errors.
+    The steps are: a masked copy of a layer with one mask unpacked; the scores of one matrix, sorted; and, where
+    weights are changed, a Hessian with its factors plus the matrix with its errors.
     """
-    matrix, item = size.largest_matrix, size.dtype.itemsize
-    solving = (size.intermediate**2 * 8 * 4 + matrix * 4 * 4) * (work.solved > 0)
+    matrix, item = model.largest_matrix, model.dtype.itemsize
+    solving = (model.intermediate**2 * 8 * 4 + matrix * 4 * 4) * (work.solved > 0)
     return max(largest_layer * item + 3 * matrix, matrix * (10 if item == 4 else 14), solving)
 
 
-def _writing(size: ModelSize, work: Work, layers: int, resident: int) -> int:
-    """Of one trial; and as it works a layer's keys and values once more, for all its heads."""
+def _writing(model: ModelSize, work: Work, layers: int, resident: int) -> int:
+    """Return the bytes of generating text, per trial; one layer's keys and values are expanded to all heads."""
     if not work.written:
         return 0
-    all_heads = 2 * size.hidden * work.micro_batch
-    return (layers * size.kept * work.written + all_heads) * size.dtype.itemsize + resident
+    all_heads = 2 * model.hidden * work.micro_batch
+    return (layers * model.cached * work.written + all_heads) * model.dtype.itemsize + resident
 
 
-def _grams(size: ModelSize, work: Work) -> int:
-    """Products of channels at the inputs of the largest layer's matrices, and those of one micro-batch."""
+def _grams(model: ModelSize, work: Work) -> int:
+    """Return the bytes of the input Gram matrices of the largest layer, and of those of one micro-batch."""
     if not work.solved:
         return 0
     squares: Counter[str] = Counter()
-    for name, width in size.widths.items():
+    for name, width in model.widths.items():
         squares[name.partition(".")[0]] += width**2
-    return (max(squares.values()) + 2 * size.intermediate**2) * 8
+    return (max(squares.values()) + 2 * model.intermediate**2) * 8
 
 
 def _hidden(
-    size: ModelSize, shards: int, work: Work, residency: ResidencyPlan, chunks: Chunks, on_gpu: bool
+    model: ModelSize, shards: int, work: Work, residency: ResidencyPlan, chunks: Chunks, on_gpu: bool
 ) -> int:
     dense = chunks.size(sum(work.calibration), shards, masked=False)
     masked = chunks.size(work.evaluation, shards, masked=True)
     most = max(dense, masked, work.sequential_tokens, work.written, work.micro_batch)
-    tokens = max(most / residency.ranks, work.micro_batch)  # a micro-batch is not shared out
-    return int(tokens * size.token_bytes * copies_of_hidden(shards, on_gpu))
+    tokens = max(most / residency.ranks, work.micro_batch)  # a micro-batch is not split over ranks
+    return int(tokens * model.token_bytes * copies_of_hidden(shards, on_gpu))
 
 
 def copies_of_hidden(shards: int, on_gpu: bool) -> int:
-    """Of hidden states, in a worker's memory: what came in and what goes out are shared memory on one machine."""
+    """Return how often a worker holds hidden states: input and output are shared memory on one machine."""
     return 1 if on_gpu or shards == 1 else 3
 
 
-def _activations(size: ModelSize, work: Work) -> int:
-    """Some [tokens, width] tensors, attention scores where they are made whole, squares for the moments."""
-    tokens, item = work.micro_batch, size.dtype.itemsize
-    attention = size.heads * tokens * work.longest * (item + 4)
-    squares = tokens * size.intermediate * 8
-    return tokens * (10 * size.hidden + 3 * size.intermediate) * item + attention + squares
+def _activations(model: ModelSize, work: Work) -> int:
+    """Return the bytes of some [tokens, width] tensors, full attention scores, and squares for the moments."""
+    tokens, item = work.micro_batch, model.dtype.itemsize
+    attention = model.heads * tokens * work.longest * (item + 4)
+    squares = tokens * model.intermediate * 8
+    return tokens * (10 * model.hidden + 3 * model.intermediate) * item + attention + squares

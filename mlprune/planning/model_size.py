@@ -1,6 +1,6 @@
-"""What the planner knows of a model, from its configuration alone: the model is built without weights.
+"""Measures a model from its configuration alone: it is built on the meta device, without weights.
 
-Sizes are bytes, where not said otherwise.
+Sizes are in bytes unless a comment says otherwise. What workers need beyond the weights is in `memory`.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from mlprune.spec.variants import Pattern
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a model in a dtype, and the input widths that an n:m pattern must divide."""
+    """Sizes of a model in a dtype, and the input widths that the group of an n:m pattern must divide."""
 
     layers: tuple[int, ...]  # bytes of each decoder layer
-    ends: tuple[int, int]  # bytes of the embedding, on the first shard, and of the head, on the last
-    tied: bool  # whether the two are the same weights
-    total: int  # bytes of the whole model, tied weights once
-    pruned: tuple[int, ...]  # weights in the matrices of each layer
-    active: int  # weights that one token meets, the head among them; of a mixture, those of its few experts
-    packed: int  # elements of the largest layer, packed for ZeRO
-    largest_matrix: int  # weights
+    ends: tuple[int, int]  # bytes of the embedding (first shard) and of the head (last shard)
+    tied: bool  # whether embedding and head are the same weights
+    total: int  # bytes of the whole model; tied weights are counted once
+    pruned: tuple[int, ...]  # number of weights in the matrices of each layer
+    active: int  # weights used per token, head included; of a mixture, only the experts that a token is routed to
+    packed: int  # elements of the largest layer when packed for ZeRO
+    largest_matrix: int  # number of weights
     widths: Mapping[str, int]  # matrix -> input channels
-    layer_widths: tuple[int, ...]  # their sum, a layer
+    layer_widths: tuple[int, ...]  # sum of the input channels of each layer's matrices
     hidden: int  # hidden width
-    intermediate: int  # the widest input of a matrix
+    intermediate: int  # input channels of the widest matrix
     heads: int
-    kept: int  # numbers that a layer keeps of a token: its keys and values
+    cached: int  # numbers in a layer's key-value cache per token
     vocabulary: int
-    positions: int | None  # tokens that the model takes at most
+    positions: int | None  # maximum context length in tokens
     has_experts: bool
     dtype: torch.dtype
 
     @property
     def pruned_total(self) -> int:
-        """Weights in all matrices."""
+        """Return the number of weights in all matrices."""
         return sum(self.pruned)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's hidden state."""
+        """Return the bytes of one token's hidden state."""
         return self.hidden * self.dtype.itemsize
 
 
@@ -76,14 +76,14 @@ def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mo
         largest = max(largest, *counts)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
-    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    used = getattr(text, "num_experts_per_tok", None) or 1
     return ModelSize(
         layers=tuple(_bytes_of(layer) for layer in layers),
         ends=(_bytes_of(embedding), head.weight.nbytes),
         tied=embedding.weight is head.weight,
         total=_bytes_of(model),
         pruned=tuple(pruned),
-        active=sum(pruned) - routed + routed * chosen // experts + head.weight.numel(),
+        active=sum(pruned) - routed + routed * used // experts + head.weight.numel(),
         packed=max(Layout.of(layer, dtype).elements for layer in layers),
         largest_matrix=largest,
         widths=widths,
@@ -91,7 +91,7 @@ def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mo
         hidden=int(text.hidden_size),
         intermediate=max(widths.values()),
         heads=int(text.num_attention_heads),
-        kept=_kept(text),
+        cached=_cached(text),
         vocabulary=len(embedding.weight),
         positions=getattr(text, "max_position_embeddings", None),
         has_experts=any(has_experts(layer) for layer in layers),
@@ -99,7 +99,7 @@ def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mo
     )
 
 
-def _kept(text: PretrainedConfig) -> int:
+def _cached(text: PretrainedConfig) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * heads * width)
@@ -109,9 +109,9 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def check_pattern(size: ModelSize, pattern: Pattern, key: str) -> None:
-    """Raise SpecError when a matrix's input width is no multiple of the pattern's group."""
-    for name, width in size.widths.items():
+def check_pattern(model: ModelSize, pattern: Pattern, key: str) -> None:
+    """Raise SpecError if the input width of a matrix is not a multiple of the pattern's group."""
+    for name, width in model.widths.items():
         if pattern.group and width % pattern.group:
             remedy = f"the {width} inputs of layer {name} are not divisible by {pattern.group}; use unstructured"
             raise SpecError(key, repr(str(pattern)), remedy)

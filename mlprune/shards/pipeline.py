@@ -240,7 +240,7 @@ class Pipeline(ABC):
                 progress(done, len(batches))
             return done, values
 
-        for chunk in self._chunks.of(batches, len(self.spans), masked=given.get("variant") is not None):
+        for chunk in self._chunks.split(batches, len(self.spans), masked=given.get("variant") is not None):
             if len(waiting) >= 2 * len(self.spans):
                 yield take()
             keys = gather[sent : sent + len(chunk)]

@@ -19,10 +19,9 @@ from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
 from mlprune.models.zero import disk_access
 from mlprune.planning.machine import Machine, this_machine, with_disk
-from mlprune.planning.memory import Work
 from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import Plan, make_plan
-from mlprune.pruning.scores import Solver, score_named
+from mlprune.planning.work import Work, build_work
 from mlprune.runtime.ray_cluster import cluster_machine, on_cluster
 from mlprune.shards.masking import Recipe
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
@@ -173,25 +172,21 @@ def _check_vocabulary(source: ModelSource, size: ModelSize, batches: Iterable[Ba
 
 
 def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None) -> Work:
-    def tokens(batches: Iterable[Batch]) -> int:
-        return sum(batch.input_ids.numel() for batch in batches)
-
-    asking = suite.asking if suite else ()
-    rows = suite.rows.batches if suite else ()
-    sequential = [variant for variant in variants if variant.propagation == "sequential"]
-    together = [sum(tokens(sets[str(part)].batches) for part in v.demonstrations) for v in sequential]
-    batches = [*(batch for made in sets.values() for batch in made.batches), *rows]
-    longest = [*(batch.input_ids.shape[1] for batch in batches), *(task.longest for task in asking)]
-    return Work(
-        calibration=tuple(tokens(made.batches) for made in sets.values()),
-        evaluation=tokens(rows) + sum(task.tokens for task in asking),
-        longest=max(longest, default=0),
-        variants=len(variants),
-        sequential=len(sequential),
-        sequential_tokens=max(together, default=0),
-        solved=sum(isinstance(score_named(variant.score.name), Solver) for variant in variants),
-        written=max((task.written for task in asking), default=0),
+    """Count the work from the real token counts of the calibration sets and the evaluation."""
+    tasks, rows = (suite.asking, suite.rows.batches) if suite else ((), ())
+    lengths = [batch.input_ids.shape[1] for made in sets.values() for batch in made.batches]
+    lengths += [*(batch.input_ids.shape[1] for batch in rows), *(task.longest for task in tasks)]
+    return build_work(
+        variants,
+        {name: _tokens(made.batches) for name, made in sets.items()},
+        evaluation=_tokens(rows) + sum(task.tokens for task in tasks),
+        longest=max(lengths, default=0),
+        written=max((task.written for task in tasks), default=0),
     )
+
+
+def _tokens(batches: Iterable[Batch]) -> int:
+    return sum(batch.input_ids.numel() for batch in batches)
 
 
 def _check_positions(spec: SweepSpec, size: ModelSize) -> None:

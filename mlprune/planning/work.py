@@ -1,0 +1,54 @@
+"""How much a job asks of the model: tokens, rows and trials. Memory and time follow from it in other modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mlprune.data.calibration import MICRO_BATCH_TOKENS
+from mlprune.pruning.scores import Solver, score_named
+from mlprune.spec.variants import Variant
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a job. Token counts include padding."""
+
+    calibration: tuple[int, ...]  # tokens of each calibration set
+    evaluation: int  # tokens of all evaluation tasks
+    longest: int  # tokens of the longest row
+    variants: int  # trials in all
+    sequential: int = 0  # trials that are pruned layer by layer
+    sequential_tokens: int = 0  # tokens of all calibration sets of the largest such trial
+    solved: int = 0  # trials whose remaining weights are changed (sparsegpt)
+    written: int = 0  # tokens of the rows that are generated at the same time, prompts included
+
+    @property
+    def micro_batch(self) -> int:
+        """Return the tokens of the largest micro-batch."""
+        return max(MICRO_BATCH_TOKENS, self.longest)
+
+
+def build_work(
+    variants: Sequence[Variant], tokens: Mapping[str, int], evaluation: int, longest: int, written: int = 0
+) -> Work:
+    """Count the work of the variants.
+
+    `tokens` maps each demonstration that they read, as text, to the tokens of its calibration set. `evaluation`,
+    `longest` and `written` are the fields of Work.
+    """
+    sequential = [
+        sum(tokens[str(part)] for part in variant.demonstrations)
+        for variant in variants
+        if variant.propagation == "sequential"
+    ]
+    return Work(
+        calibration=tuple(tokens.values()),
+        evaluation=evaluation,
+        longest=longest,
+        variants=len(variants),
+        sequential=len(sequential),
+        sequential_tokens=max(sequential, default=0),
+        solved=sum(isinstance(score_named(variant.score.name), Solver) for variant in variants),
+        written=written,
+    )
