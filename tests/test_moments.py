@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mlprune.pruning.moments import Moments, mixed
+from mlprune.pruning.moments import Moments, mix
 
 HALF = Fraction(1, 2)
 
@@ -102,7 +102,7 @@ def test_half_precision_is_not_summed_in_half_precision(dtype: torch.dtype) -> N
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=5), st.integers(0, 10**6))
 def test_weights_that_are_token_shares_give_the_plain_sum(counts: list[int], seed: int) -> None:
     parts = [Moments.of(tokens(seed + n, count, 5)) for n, count in enumerate(counts)]
-    found = mixed([(part, Fraction(part.tokens, sum(counts))) for part in parts])
+    found = mix([(part, Fraction(part.tokens, sum(counts))) for part in parts])
     plain = Moments.zeros(5)
     for part in parts:
         plain = plain + part
@@ -112,7 +112,7 @@ def test_weights_that_are_token_shares_give_the_plain_sum(counts: list[int], see
 
 def test_halves_weigh_the_same_whatever_their_tokens() -> None:
     few, many = Moments.of(torch.full((10, 1), 2.0)), Moments.of(torch.full((990, 1), 3.0))
-    found = mixed([(few, HALF), (many, HALF)])
+    found = mix([(few, HALF), (many, HALF)])
     assert found.tokens == 1000
     # the mean square of a token is the mean of the two parts' mean squares: (4 + 9) / 2
     assert found.sumsq_I.item() / found.tokens == pytest.approx(6.5, rel=1e-15)
@@ -126,7 +126,7 @@ def test_a_mixture_is_the_weighted_mean_of_mean_squares(shape: list[tuple[int, i
         (Moments.of(tokens(seed + n, count, 4)), Fraction(weight, whole))
         for n, (count, weight) in enumerate(shape)
     ]
-    found = mixed(parts)
+    found = mix(parts)
     means = [float(weight) * part.sumsq_I / part.tokens for part, weight in parts]
     # a product and a sum of float64 a part: a few times 2**-53
     assert close(found.sumsq_I / found.tokens, torch.stack(means).sum(0), 1e-14)
@@ -134,23 +134,23 @@ def test_a_mixture_is_the_weighted_mean_of_mean_squares(shape: list[tuple[int, i
 
 def test_a_single_part_is_returned_unchanged() -> None:
     moments = Moments.of(tokens(0, 8))
-    assert mixed([(moments, Fraction(1))]) is moments
-    assert mixed([(moments, Fraction(999, 1000))]) is moments
+    assert mix([(moments, Fraction(1))]) is moments
+    assert mix([(moments, Fraction(999, 1000))]) is moments
 
 
 def test_a_part_without_tokens_adds_nothing() -> None:
     moments, nothing = Moments.of(tokens(1, 8)), Moments.zeros(16)
-    found = mixed([(moments, HALF), (nothing, HALF)])
+    found = mix([(moments, HALF), (nothing, HALF)])
     assert found.tokens == 8
     assert torch.equal(found.sumsq_I, moments.sumsq_I * 0.5)  # one factor for all channels: the same masks
-    empty = mixed([(nothing, HALF), (nothing, HALF)])
+    empty = mix([(nothing, HALF), (nothing, HALF)])
     assert (empty.tokens, empty.sumsq_I.tolist()) == (0, [0.0] * 16)
 
 
 def test_a_mixture_leaves_its_parts_as_they_were() -> None:
     parts = [(Moments.of(tokens(n, 5 + n)), HALF) for n in range(2)]
     before = [part.sumsq_I.clone() for part, _ in parts]
-    mixed(parts)
+    mix(parts)
     assert all(torch.equal(part.sumsq_I, old) for (part, _), old in zip(parts, before, strict=True))
 
 
@@ -177,7 +177,7 @@ def test_a_worked_example_of_a_gram() -> None:
 
 def test_there_is_no_gram_unless_asked_for() -> None:
     first, second = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7))
-    for moments in (Moments.zeros(3), first, first + second, mixed([(first, HALF), (second, HALF)])):
+    for moments in (Moments.zeros(3), first, first + second, mix([(first, HALF), (second, HALF)])):
         assert moments.gram_II is None
         assert moments.to(torch.device("cpu")).gram_II is None
 
@@ -200,7 +200,7 @@ def test_a_gram_changes_no_bit_of_the_rest(count: int) -> None:
     assert torch.equal((plain + plain).sumsq_I, (with_gram + with_gram).sumsq_I)
     parts = [(Moments.of(tokens(n, 9), gram=True), Fraction(1, 3)) for n in range(3)]
     assert torch.equal(
-        mixed([(Moments.of(tokens(n, 9)), w) for n, (_, w) in enumerate(parts)]).sumsq_I, mixed(parts).sumsq_I
+        mix([(Moments.of(tokens(n, 9)), w) for n, (_, w) in enumerate(parts)]).sumsq_I, mix(parts).sumsq_I
     )
 
 
@@ -226,7 +226,7 @@ def test_what_is_merged_has_a_gram_throughout() -> None:
         with pytest.raises(AssertionError, match="throughout"):
             first + second
         with pytest.raises(ValueError):
-            mixed([(first, HALF), (second, HALF)])
+            mix([(first, HALF), (second, HALF)])
 
 
 @settings(max_examples=60, deadline=None)
@@ -237,7 +237,7 @@ def test_a_mixture_scales_its_grams_as_its_squares(shape: list[tuple[int, int]],
         (Moments.of(integers(seed + n, count), gram=True), Fraction(weight, whole))
         for n, (count, weight) in enumerate(shape)
     ]
-    found = mixed(parts)
+    found = mix(parts)
     assert torch.equal(gram(found).diagonal(), found.sumsq_I), "the same factors, to the bit"
     total = sum(count for count, _ in shape)
     means = [float(weight) * gram(part) / part.tokens for part, weight in parts if part.tokens]
@@ -249,6 +249,6 @@ def test_a_mixture_scales_its_grams_as_its_squares(shape: list[tuple[int, int]],
 def test_a_mixture_of_grams_leaves_its_parts_as_they_were() -> None:
     parts = [(Moments.of(tokens(n, 5 + n), gram=True), HALF) for n in range(2)]
     before = [gram(part).clone() for part, _ in parts]
-    mixed(parts)
+    mix(parts)
     parts[0][0] + parts[1][0]
     assert all(torch.equal(gram(part), old) for (part, _), old in zip(parts, before, strict=True))

@@ -187,9 +187,9 @@ def test_a_pass_borrows_each_layer_once_a_chunk(tmp_path: Path, monkeypatch: pyt
     borrowed: list[int] = []
     borrow = Resident.borrow
 
-    def counting(self: Resident, index: int, then: int | None = None) -> Any:
+    def counting(self: Resident, index: int, prefetch: int | None = None) -> Any:
         borrowed.append(index)
-        return borrow(self, index, then)
+        return borrow(self, index, prefetch)
 
     monkeypatch.setattr(Resident, "borrow", counting)
     prepared = ready(tmp_path)

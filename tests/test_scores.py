@@ -17,12 +17,12 @@ from mlprune.pruning.scores import (
     Score,
     Solver,
     contrastive,
+    find_score,
     inverse_magnitude,
     inverse_wanda,
     magnitude,
     random,
     ria,
-    score_named,
     wanda,
     wanda_alpha,
 )
@@ -356,9 +356,9 @@ def test_exactly_as_many_weights_go_as_asked(name: str, sparsity: float) -> None
 
 
 def test_an_unknown_score_is_answered_in_one_line() -> None:
-    assert score_named("wanda") is SCORES["wanda"]
+    assert find_score("wanda") is SCORES["wanda"]
     with pytest.raises(SpecError) as caught:
-        score_named("wnda", "search.score[1]")
+        find_score("wnda", "search.score[1]")
     assert str(caught.value) == (
         "search.score[1]: 'wnda': no such score; write one of random, magnitude, wanda, wanda-alpha, contrastive, "
         "inverse-magnitude, inverse-wanda, ria, sparsegpt"

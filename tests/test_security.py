@@ -28,9 +28,9 @@ from mlprune import console
 from mlprune.commands.prune import choose_run
 from mlprune.data.corpora import open_corpus
 from mlprune.errors import CorpusError, ModelError, SpecError
-from mlprune.models.hollow import Part, Span, load_hollow
+from mlprune.models.hollow import LoadedPart, Span, load_hollow
 from mlprune.models.source import find_model
-from mlprune.models.zero import _Folder, meeting_place
+from mlprune.models.zero import _Folder, open_rendezvous
 from mlprune.report.tables import show_tracking
 from mlprune.runtime.ray_cluster import running_cluster
 from mlprune.spec.loading import load_spec, read_yaml, spec_from
@@ -200,7 +200,7 @@ def loaded(folder: Path, allow_pickle: bool = False) -> None:
     found = find_model(str(folder), allow_pickle=allow_pickle)
     found.fingerprint()
     found.tokenizer()
-    load_hollow(found, Part.whole(Span(0, 4, 4)), torch.float32)
+    load_hollow(found, LoadedPart.whole(Span(0, 4, 4)), torch.float32)
 
 
 def test_a_strangers_model_runs_no_code(tmp_path: Path, mark: Path) -> None:
@@ -433,7 +433,7 @@ def test_what_others_left_in_the_offload_folder_stays(tmp_path: Path) -> None:
 
 
 def test_ranks_meet_on_loopback() -> None:
-    store, address = meeting_place("127.0.0.1", 2)
+    store, address = open_rendezvous("127.0.0.1", 2)
     port = int(address.rpartition(":")[2])
     listening = [one.laddr for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
     assert {one.ip for one in listening if one.port == port} <= set(LOOPBACK)

@@ -24,9 +24,9 @@ from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
 from mlprune.errors import WorkerLostError
 from mlprune.evaluation.suite import Suite
 from mlprune.models.replay import ReplayModel
-from mlprune.models.residency import ALONE, Ranks
+from mlprune.models.residency import SINGLE_RANK, Ranks
 from mlprune.models.source import ModelSource
-from mlprune.models.zero import ALIGNMENT, Layout, Offload, Zero, _Folder, meeting_place
+from mlprune.models.zero import ALIGNMENT, Layout, Offload, Zero, _Folder, open_rendezvous
 from mlprune.planning.memory import Chunks
 from mlprune.shards.pipeline import Pipeline, in_order
 from mlprune.sweep.masks import make_masks
@@ -120,13 +120,13 @@ def packed(index: int) -> Tensor:
     return flat
 
 
-def held(folder: Path, place: Any, layers: Iterable[Any] = (), ranks: Ranks = ALONE) -> closing[Zero]:
+def held(folder: Path, place: Any, layers: Iterable[Any] = (), ranks: Ranks = SINGLE_RANK) -> closing[Zero]:
     given = layers or ((index, layer(index)) for index in range(4))
     return closing(Zero(given, torch.float32, DEVICE, Offload(place, folder, len(packed(3))), ranks))
 
 
-def is_right(zero: Zero, index: int, then: int | None) -> bool:
-    with zero.borrow(index, then) as found:
+def is_right(zero: Zero, index: int, prefetch: int | None) -> bool:
+    with zero.borrow(index, prefetch) as found:
         return bits(found.state_dict()) == bits(layer(index).state_dict())
 
 
@@ -138,15 +138,16 @@ def is_empty(made: nn.Module) -> bool:
 def test_layers_are_borrowed_in_any_order_and_given_back_also_after_a_failure(place: str, tmp_path: Path) -> None:
     with held(tmp_path, place) as zero:
         # hints that are right, wrong and none, a layer twice, and at the end one that nobody comes for
-        for index, then in [(0, 1), (1, 2), (0, 3), (3, 0), (1, None), (1, 2), (1, 0), (3, 2)]:
-            assert is_right(zero, index, then)
+        for index, prefetch in [(0, 1), (1, 2), (0, 3), (3, 0), (1, None), (1, 2), (1, 0), (3, 2)]:
+            assert is_right(zero, index, prefetch)
             assert all(is_empty(one) for one in zero._layers.values())
-            assert {n for n, flat in zero._flats.items() if flat.numel()} <= {then}, "what nobody wants is here"
+            here = {n for n, flat in zero._flats.items() if flat.numel()}
+            assert here <= {prefetch}, "a layer that nobody needs is in memory"
         for index in (0, 2, 2):
-            with pytest.raises(ZeroDivisionError), zero.borrow(index, then=index + 1):
+            with pytest.raises(ZeroDivisionError), zero.borrow(index, prefetch=index + 1):
                 raise ZeroDivisionError
             assert is_empty(zero._layers[index])
-        assert all(is_right(zero, index, then) for index, then in [(0, 1), (1, 2), (2, 3), (3, 1)])
+        assert all(is_right(zero, index, prefetch) for index, prefetch in [(0, 1), (1, 2), (2, 3), (3, 1)])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -199,7 +200,7 @@ def test_weights_are_on_the_disk_and_arrive_while_another_layer_works(tmp_path: 
             assert file.read_bytes().startswith(packed(index).numpy().tobytes())
         swapper, coming, expected = flat.nvme_swapper, zero._flats[1].ds_id, packed(1)
         swapper.buffers.zero_()  # layers were handed over through them
-        with zero.borrow(0, then=1):
+        with zero.borrow(0, prefetch=1):
             buffer = swapper.param_id_to_swap_buffer[coming][: len(expected)]
             assert arrives(buffer, expected)
             assert swapper.pending_reads == 1, "somebody waited for it"
@@ -236,10 +237,12 @@ def test_a_shard_that_cannot_be_read_leaves_nothing_on_the_disk(tmp_path: Path) 
 
 def half(rank: int, address: str, folder: Path) -> list[int]:
     with held(folder, "cpu", ranks=Ranks(rank, 2, address)) as zero:
-        assert all(is_right(zero, index, then) for index, then in [(0, 1), (1, 3), (0, None), (2, 3), (3, None)])
+        assert all(
+            is_right(zero, index, prefetch) for index, prefetch in [(0, 1), (1, 3), (0, None), (2, 3), (3, None)]
+        )
         flat, expected = zero._flats[1], packed(1) + 1
         flat.ds_tensor.add_(1)  # what no memory has held as a whole
-        with zero.borrow(0, then=1):
+        with zero.borrow(0, prefetch=1):
             assert arrives(flat.data, expected)
             assert flat.ds_status.name == "INFLIGHT", "somebody waited for it"
         return [one.ds_tensor.numel() for one in zero._flats.values()]
@@ -247,7 +250,7 @@ def half(rank: int, address: str, folder: Path) -> list[int]:
 
 @needs_gpus
 def test_each_rank_holds_its_part_and_layers_arrive_while_another_works(tmp_path: Path) -> None:
-    _store, address = meeting_place("127.0.0.1", 2)
+    _store, address = open_rendezvous("127.0.0.1", 2)
     with get_context("spawn").Pool(2) as pool:
         found = pool.starmap(half, [(rank, address, tmp_path) for rank in range(2)], chunksize=1)
     assert found == [[len(packed(index)) // 2 for index in range(4)]] * 2

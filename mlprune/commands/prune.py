@@ -11,7 +11,7 @@ from mlprune import __version__
 from mlprune.commands.checkpoint import check_output, write_checkpoint
 from mlprune.console import step, warn
 from mlprune.errors import SpecError
-from mlprune.pruning.scores import score_named
+from mlprune.pruning.scores import find_score
 from mlprune.shards.pipeline import Pipeline, Pruned
 from mlprune.spec.loading import as_assignments, load_spec, read_values, spec_from, with_assignments
 from mlprune.spec.schema import SweepSpec
@@ -36,7 +36,7 @@ def choose(
         raise SpecError("--sparsity", None, "missing; give the share of weights to drop, e.g. --sparsity 0.5")
     if sparsity is not None and fixed is not None and sparsity != fixed:
         raise SpecError("--sparsity", sparsity, f"pattern {pattern} drops {float(fixed):g} of the weights")
-    rule = score_named(Scoring.parse(score, "--score").name, "--score")
+    rule = find_score(Scoring.parse(score, "--score").name, "--score")
     if rule.sides == 1 and chosen["calibration"] is None:
         raise SpecError("--calibration", None, f"{score} needs it; write e.g. --calibration translation:en-fr")
     if chosen["calibration"] is not None:

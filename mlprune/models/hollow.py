@@ -95,7 +95,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Part:
+class LoadedPart:
     """What a hollow model holds, beside the small things that every one of them has (norms, positions)."""
 
     layers: range
@@ -103,21 +103,21 @@ class Part:
     head: bool
 
     @classmethod
-    def whole(cls, span: Span) -> Part:
+    def whole(cls, span: Span) -> LoadedPart:
         """All of a shard."""
         return cls(span.layers, span.is_first, span.is_last)
 
     @classmethod
-    def shell(cls, span: Span) -> Part:
+    def shell(cls, span: Span) -> LoadedPart:
         """A shard without its layers."""
         return cls(range(0), span.is_first, span.is_last)
 
     @classmethod
-    def layer(cls, index: int) -> Part:
+    def layer(cls, index: int) -> LoadedPart:
         return cls(range(index, index + 1), False, False)
 
 
-class Absent(nn.Module):
+class Placeholder(nn.Module):
     """Stands where a layer is not: keeps the plain attributes that the model's forward reads of it."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -127,12 +127,12 @@ class Absent(nn.Module):
                 setattr(self, name, value)
 
 
-def hollow_out(model: PreTrainedModel, part: Part) -> None:
+def hollow_out(model: PreTrainedModel, part: LoadedPart) -> None:
     """Take away what is not the part's: other layers, the embedding, the head. The rest is small; it stays."""
     _, layers = decoder_layers(model, layer_count(model.config))
     for index, layer in enumerate(layers):
         if index not in part.layers:
-            layers[index] = Absent(layer)
+            layers[index] = Placeholder(layer)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     if not (part.embedding or (part.head and tied)):
         _replace(model, model.get_input_embeddings())
@@ -152,7 +152,7 @@ def _replace(model: nn.Module, gone: nn.Module) -> None:
 
 
 def load_hollow(
-    source: ModelSource, part: Part, dtype: torch.dtype, device: torch.device | str = "cpu"
+    source: ModelSource, part: LoadedPart, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """The model of `source` with only `part`'s weights in memory, in evaluation mode on `device`.
 

@@ -21,7 +21,7 @@ class Heap:
     def __init__(self) -> None:
         self._before = memory_held()
 
-    def tidy(self) -> None:
+    def trim(self) -> None:
         """Call between layers: returns what was freed, if the process has grown by more than SLACK."""
         if memory_held() - self._before > SLACK:
             _malloc_trim()(0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mlprune.models.cache import Past
-from mlprune.models.hollow import FAMILIES, Absent, Part, Span, decoder_layers, load_hollow
+from mlprune.models.hollow import FAMILIES, LoadedPart, Placeholder, Span, decoder_layers, load_hollow
 from mlprune.models.matrices import is_experts, run_experts
 from mlprune.models.source import ModelSource
 
@@ -37,7 +37,7 @@ class Recorded:
     calls: Mapping[int, Call]
 
 
-class Recorder(Absent):
+class Recorder(Placeholder):
     """Stands where a decoder layer was: notes its call, and hands the hidden states on."""
 
     def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
@@ -55,7 +55,7 @@ class Recorder(Absent):
 
 def load_layer(source: ModelSource, span: Span, index: int, dtype: torch.dtype) -> nn.Module:
     """One decoder layer on the CPU, ready to be run; nothing else of the model is read."""
-    model = load_hollow(source, Part.layer(index), dtype)
+    model = load_hollow(source, LoadedPart.layer(index), dtype)
     layer: nn.Module = decoder_layers(model, span.count)[1][index]
     return _ready(layer)
 
@@ -77,7 +77,7 @@ class ReplayModel:
         self, source: ModelSource, span: Span, dtype: torch.dtype, device: torch.device, shell: bool = False
     ) -> None:
         self.span, self.device, self.dtype = span, device, dtype
-        part = Part.shell(span) if shell else Part.whole(span)
+        part = LoadedPart.shell(span) if shell else LoadedPart.whole(span)
         self._model = load_hollow(source, part, dtype, device)
         config = self._model.config
         self._width = int(config.get_text_config().hidden_size)

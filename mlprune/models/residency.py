@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mlprune.models.matrices import matrices
 from mlprune.models.memory import Heap
-from mlprune.pruning.masks import PackedMask, PackedWeights
+from mlprune.pruning.masks import LayerMasks
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class Ranks:
     address: str = ""
 
     @property
-    def leads(self) -> bool:
+    def is_first(self) -> bool:
         return self.rank == 0
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 class Residency(ABC):
     """The layers of one shard."""
 
     @abstractmethod
-    def borrow(self, index: int, then: int | None = None) -> AbstractContextManager[nn.Module]:
+    def borrow(self, index: int, prefetch: int | None = None) -> AbstractContextManager[nn.Module]:
         """The layer with its dense weights in place, until the block ends.
 
-        `then` is the layer that will be borrowed next: it may be sent for while this one works.
+        `prefetch` is the layer that will be borrowed next: it may be sent for while this one works.
         """
 
     @abstractmethod
-    def total(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of `values` over the ranks that hold the shard; each of them must ask."""
 
     @abstractmethod
@@ -60,13 +60,13 @@ class Resident(Residency):
         self._heap = Heap()
 
     @contextmanager
-    def borrow(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
+    def borrow(self, index: int, prefetch: int | None = None) -> Iterator[nn.Module]:
         try:
             yield self._layers[index]
         finally:
-            self._heap.tidy()
+            self._heap.trim()
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Resident(Residency):
 
 
 @contextmanager
-def masked_by(layer: nn.Module, masks: Mapping[str, PackedMask | PackedWeights] | None) -> Iterator[None]:
+def masked_by(layer: nn.Module, masks: LayerMasks | None) -> Iterator[None]:
     """The borrowed layer with `masks` on until the block ends; None leaves it dense."""
     if masks is None:
         yield
@@ -94,7 +94,7 @@ def pruned_parameters(layer: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(matrix.parameter for matrix in matrices(layer).values()))
 
 
-def masked(layer: nn.Module, masks: Mapping[str, PackedMask | PackedWeights]) -> dict[str, Tensor]:
+def masked(layer: nn.Module, masks: LayerMasks) -> dict[str, Tensor]:
     """The variant's copies of the layer's pruned parameters: every dropped weight is +0."""
     copies = {
         name: layer.get_parameter(name).data.clone(memory_format=torch.preserve_format)

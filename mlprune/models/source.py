@@ -43,7 +43,7 @@ class ModelSource:
     allow_pickle: bool
     commit: str | None = None  # of a hub model
 
-    def here(self) -> "ModelSource":
+    def on_this_node(self) -> "ModelSource":
         """The same model on this machine, which may not be the one that found it."""
         if self.folder.exists():
             return self

@@ -133,26 +133,26 @@ class Zero(Residency):
             holder = nn.ParameterList([flat])
             self._deepspeed.zero.Init(module=holder, config_dict_or_path=self._config)
         self._layers[index], self._layouts[index], self._flats[index] = layer.to(self._device), layout, flat
-        self._heap.tidy()
+        self._heap.trim()
 
     def _empty(self, layer: nn.Module, layout: Layout) -> None:
         for name in layout.slots:
             layer.get_parameter(name).data = torch.empty(0, dtype=self._dtype, device=self._device)
 
     @contextmanager
-    def borrow(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
+    def borrow(self, index: int, prefetch: int | None = None) -> Iterator[nn.Module]:
         layer, layout, flat = self._layers[index], self._layouts[index], self._flats[index]
         self._bring(index)
         try:
-            if then is not None:
-                self._send_for(then)
+            if prefetch is not None:
+                self._send_for(prefetch)
             for name, view in layout.views(flat.data):
                 layer.get_parameter(name).data = view
             yield layer
         finally:
             self._empty(layer, layout)
             flat.partition(param_list=[flat], has_been_updated=False)
-            self._heap.tidy()
+            self._heap.trim()
 
     def _send_for(self, index: int) -> None:
         """Begin to bring a layer; `_bring` waits for it."""
@@ -190,7 +190,7 @@ class Zero(Residency):
         """On the stream of fetches, where there is one."""
         return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         if self._ranks.size > 1:
             dist.all_reduce(values)
         return values
@@ -245,7 +245,7 @@ def _deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def meeting_place(host: str, size: int) -> tuple[Any, str]:
+def open_rendezvous(host: str, size: int) -> tuple[Any, str]:
     """Where the ranks of a shard meet: a store, to be kept alive by who made it, and its address."""
     listening = socket.create_server((host, 0))  # given none, the store listens on every interface
     port = listening.getsockname()[1]
@@ -269,12 +269,12 @@ def _meet(ranks: Ranks, device: torch.device) -> None:
     _deepspeed(device).init_distributed(verbose=False)
 
 
-def make_disk_ready(device: torch.device) -> None:
+def compile_disk_access(device: torch.device) -> None:
     """Compile what reads and writes the disk, once a machine (minutes); before workers do it at the same time."""
-    disk_access(device).load(verbose=False)
+    disk_access_builder(device).load(verbose=False)
 
 
-def disk_access(device: torch.device) -> Any:
+def disk_access_builder(device: torch.device) -> Any:
     """DeepSpeed's builder of what reads and writes a disk. Raises SpecError where it cannot be compiled."""
     _deepspeed(device)
     from deepspeed.ops.op_builder import AsyncIOBuilder

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlprune.data.calibration import MICRO_BATCH_TOKENS
-from mlprune.pruning.scores import Solver, score_named
+from mlprune.pruning.scores import Solver, find_score
 from mlprune.spec.variants import Variant
 
 
@@ -49,6 +49,6 @@ def build_work(
         variants=len(variants),
         sequential=len(sequential),
         sequential_tokens=max(sequential, default=0),
-        solved=sum(isinstance(score_named(variant.score.name), Solver) for variant in variants),
+        solved=sum(isinstance(find_score(variant.score.name), Solver) for variant in variants),
         written=written,
     )

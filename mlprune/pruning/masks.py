@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -149,3 +150,6 @@ class PackedWeights:
     def apply_(self, weight_OI: Tensor) -> None:
         """Write the changed weights, and +0 elsewhere, in place; `weight_OI` may be a view."""
         weight_OI.zero_().masked_scatter_(self.mask.unpack(), self.values)
+
+
+LayerMasks = Mapping[str, PackedMask | PackedWeights]  # the masks of one decoder layer, by matrix name

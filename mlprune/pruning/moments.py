@@ -58,7 +58,7 @@ class Moments:
         return self.sumsq_I.sqrt().float()
 
 
-def mixed(parts: Sequence[tuple[Moments, Fraction]]) -> Moments:
+def mix(parts: Sequence[tuple[Moments, Fraction]]) -> Moments:
     """The moments of a mixture: each part counts for its weight, whatever its number of tokens.
 
     A part of n tokens out of N is scaled by weight * N / n: by 1 when the weights are the parts' shares of

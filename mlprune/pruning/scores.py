@@ -146,7 +146,7 @@ SCORES: dict[str, Score | Solver] = {
 }
 
 
-def score_named(name: str, key: str = "score") -> Score | Solver:
+def find_score(name: str, key: str = "score") -> Score | Solver:
     if name not in SCORES:
         raise SpecError(key, repr(name), f"no such score; write one of {', '.join(SCORES)}")
     return SCORES[name]

@@ -23,7 +23,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryErro
 from mlprune.errors import MlpruneError, WorkerLostError
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Ranks
-from mlprune.models.zero import meeting_place
+from mlprune.models.zero import open_rendezvous
 from mlprune.planning.memory import Chunks
 from mlprune.runtime.placement import Place
 from mlprune.shards.pipeline import Pipeline
@@ -63,7 +63,7 @@ class RankActor:
         if ranks is None:
             address = ""
             if size > 1:
-                self._store, address = meeting_place("127.0.0.1", size)
+                self._store, address = open_rendezvous("127.0.0.1", size)
             self._others = [rank_actor(options) for _ in range(1, size)]
             started = [
                 actor.load.remote(setup, span, size, options, Ranks(rank, size, address))
@@ -134,7 +134,7 @@ class RankActor:
         for actor in self._others:
             ray.kill(actor)
         assert self._worker is not None
-        if not self._worker.ranks.leads:
+        if not self._worker.ranks.is_first:
             traceback.print_exc()
             os._exit(1)
 

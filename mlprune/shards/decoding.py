@@ -21,7 +21,7 @@ from mlprune.data.calibration import MICRO_BATCH_TOKENS
 from mlprune.models.cache import KeyValues, Past
 from mlprune.models.replay import Call, ReplayModel
 from mlprune.models.residency import Ranks, Residency, Resident, masked_by
-from mlprune.pruning.masks import PackedMask, PackedWeights
+from mlprune.pruning.masks import LayerMasks
 
 # positions that a shard keeps keys and values of at a time, pads and tokens to come included; at least one row's
 CACHED_TOKENS = 2**14
@@ -124,9 +124,6 @@ def waves(groups: Sequence[Group]) -> Iterator[list[Group]]:
         yield wave
 
 
-Masks = Mapping[str, PackedMask | PackedWeights]  # a layer's, by matrix
-
-
 class Session:
     """One rank's side of a wave: what its groups have behind them, until the wave ends.
 
@@ -135,7 +132,7 @@ class Session:
     """
 
     def __init__(
-        self, model: ReplayModel, residency: Residency, ranks: Ranks, masks: Mapping[int, Masks] | None
+        self, model: ReplayModel, residency: Residency, ranks: Ranks, masks: Mapping[int, LayerMasks] | None
     ) -> None:
         self._model, self._residency, self._ranks, self._masks = model, residency, ranks, masks
         self._copies: dict[int, nn.Module] = {}
@@ -198,6 +195,6 @@ class Session:
         return tokens
 
 
-def _masked_copy(residency: Resident, index: int, masks: Masks) -> nn.Module:
+def _masked_copy(residency: Resident, index: int, masks: LayerMasks) -> nn.Module:
     with residency.borrow(index) as layer, masked_by(layer, masks):
         return copy.deepcopy(layer)

@@ -30,9 +30,9 @@ def over_ranks(residency: Residency, ranks: Ranks, moments: Mapping[str, Moments
         return moments
     sums = [seen.sumsq_I for seen in moments.values()]
     parts = [sums[0].new_tensor([seen.tokens for seen in moments.values()]), *sums]
-    total = residency.total(torch.cat(parts))
+    total = residency.sum_over_ranks(torch.cat(parts))
     counts, *sums = torch.split(total, [len(part) for part in parts])
-    grams = [None if seen.gram_II is None else residency.total(seen.gram_II) for seen in moments.values()]
+    grams = [None if seen.gram_II is None else residency.sum_over_ranks(seen.gram_II) for seen in moments.values()]
     return {
         name: Moments(int(count), sumsq_I, gram_II)
         for name, count, sumsq_I, gram_II in zip(moments, counts.tolist(), sums, grams, strict=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from mlprune.errors import ModelError
 from mlprune.models.matrices import Matrix, matrices
 from mlprune.pruning.allocation import outlier_share
-from mlprune.pruning.masks import PackedMask, PackedWeights, keep_mask
-from mlprune.pruning.moments import Moments, mixed
-from mlprune.pruning.scores import SCORES, Score, Solver, score_named
+from mlprune.pruning.masks import LayerMasks, PackedMask, PackedWeights, keep_mask
+from mlprune.pruning.moments import Moments, mix
+from mlprune.pruning.scores import SCORES, Score, Solver, find_score
 from mlprune.pruning.sparsegpt import SingularHessianError
 from mlprune.spec.variants import Variant
 
@@ -41,7 +41,7 @@ class Recipe:
 
     @property
     def rule(self) -> Score | Solver:
-        return score_named(self.variant.score.name)
+        return find_score(self.variant.score.name)
 
     @property
     def gram(self) -> bool:
@@ -53,11 +53,11 @@ class Recipe:
 
     def moments(self, gathered: Gathered, name: str) -> list[Moments]:
         """A matrix's moments, a side each."""
-        return [mixed([(gathered[key][name], share) for key, share in side]) for side in self.sides]
+        return [mix([(gathered[key][name], share) for key, share in side]) for side in self.sides]
 
 
 @dataclass(frozen=True)
-class LayerMasks:
+class MaskSummary:
     """What a layer's masks came to: weights dropped of weights, a digest of the bits, matrices left blind."""
 
     dropped: int
@@ -75,7 +75,7 @@ def outliers_of_layer(layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
 
 def masks_of_layer(
     index: int, layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
-) -> tuple[Mapping[str, PackedMask | PackedWeights], LayerMasks]:
+) -> tuple[LayerMasks, MaskSummary]:
     """The masks (or changed weights) of the borrowed dense layer `index`, and what they came to.
 
     Raises ModelError when a score is not finite, or a Hessian is singular.
@@ -121,8 +121,8 @@ def _check_finite(values: Tensor, what: str, where: str) -> None:
         raise ModelError("model.dtype", where, remedy)
 
 
-def _summary(masks: Mapping[str, PackedMask | PackedWeights], unseen: Sequence[str]) -> LayerMasks:
-    return LayerMasks(
+def _summary(masks: LayerMasks, unseen: Sequence[str]) -> MaskSummary:
+    return MaskSummary(
         dropped=sum(mask.dropped for mask in masks.values()),
         weights=sum(mask.shape[0] * mask.shape[1] for mask in masks.values()),
         digest=hashlib.sha256("".join(mask.digest() for mask in masks.values()).encode()).hexdigest(),

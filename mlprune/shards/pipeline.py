@@ -25,7 +25,7 @@ from mlprune.models.hollow import Span
 from mlprune.planning.memory import Chunks
 from mlprune.shards.decoding import Ended, Step, grouped, waves
 from mlprune.shards.features import SharedDrops
-from mlprune.shards.masking import LayerMasks, Recipe
+from mlprune.shards.masking import MaskSummary, Recipe
 from mlprune.shards.worker import ShardWorker
 
 Progress = Callable[[int, int], None]  # done, of how many
@@ -270,7 +270,7 @@ def in_order(shares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
 
 
-def _pruned(layers: Sequence[LayerMasks]) -> Pruned:
+def _pruned(layers: Sequence[MaskSummary]) -> Pruned:
     return Pruned(
         dropped=sum(layer.dropped for layer in layers),
         weights=sum(layer.weights for layer in layers),

@@ -17,18 +17,18 @@ from mlprune.models.hollow import Span
 from mlprune.models.matrices import Observer
 from mlprune.models.memory import peak_memory
 from mlprune.models.replay import Call, ReplayModel, load_layer
-from mlprune.models.residency import ALONE, Ranks, Residency, Resident, masked, masked_by
+from mlprune.models.residency import SINGLE_RANK, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
 from mlprune.models.zero import Offload, Zero
 from mlprune.planning.machine import own_cores
 from mlprune.planning.memory import LOGIT_TOKENS
-from mlprune.pruning.masks import PackedMask, PackedWeights
+from mlprune.pruning.masks import LayerMasks
 from mlprune.pruning.moments import Moments
 from mlprune.shards.decoding import Session, Step
 from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
 from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
 from mlprune.shards.likelihood import row_likelihood
-from mlprune.shards.masking import Gathered, LayerMasks, Recipe, masks_of_layer, outliers_of_layer
+from mlprune.shards.masking import Gathered, MaskSummary, Recipe, masks_of_layer, outliers_of_layer
 from mlprune.storage.moments import MomentStore
 
 
@@ -50,11 +50,11 @@ class ShardWorker:
     `ranks.rank + ranks.size`, ... of what it is given. Hidden states and likelihoods are those of the share.
     """
 
-    def __init__(self, setup: Setup, span: Span, ranks: Ranks = ALONE) -> None:
+    def __init__(self, setup: Setup, span: Span, ranks: Ranks = SINGLE_RANK) -> None:
         torch.set_num_threads(own_cores())  # whatever the number of shards: BLAS rounds differently with others
         self.span, self.ranks = span, ranks
         self._store = setup.store
-        setup = replace(setup, source=setup.source.here())
+        setup = replace(setup, source=setup.source.on_this_node())
         dtype, device = setup.source.dtype(setup.dtype), torch.device(setup.device)
         with torch.inference_mode():
             self._model = ReplayModel(setup.source, span, dtype, device, shell=setup.offload is not None)
@@ -65,8 +65,8 @@ class ShardWorker:
         self._gathering: dict[tuple[str, str], dict[int, Mapping[str, Moments]]] = {}
         self._moments: dict[str, dict[int, Mapping[str, Moments]]] = {}  # of whole passes
         self._features: dict[str, Tensor] = {}  # calibration set -> float64 [layers of the shard, H]
-        self._masks: dict[str, dict[int, Mapping[str, PackedMask | PackedWeights]]] = {}
-        self._summaries: dict[str, list[LayerMasks]] = {}
+        self._masks: dict[str, dict[int, LayerMasks]] = {}
+        self._summaries: dict[str, list[MaskSummary]] = {}
         self._sessions: dict[str, Session] = {}
 
     def _reside(self, setup: Setup, dtype: torch.dtype) -> Residency:
@@ -215,7 +215,7 @@ class ShardWorker:
         self._moments[key] = {
             index: over_ranks(self._residency, self.ranks, moments) for index, moments in gathered.items()
         }
-        if not self.ranks.leads:
+        if not self.ranks.is_first:
             return
         for index, moments in self._moments[key].items():
             self._store.save(key, index, moments)
@@ -227,7 +227,7 @@ class ShardWorker:
     # variants
 
     @torch.inference_mode()
-    def mask(self, recipe: Recipe) -> list[LayerMasks]:
+    def mask(self, recipe: Recipe) -> list[MaskSummary]:
         """Make the variant's masks of this shard from the moments it holds; nothing is sent."""
         self.release(recipe.variant.key)
         for index in self.span.layers:
@@ -284,13 +284,13 @@ class ShardWorker:
 
     def _make_masks(
         self, index: int, layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
-    ) -> Mapping[str, PackedMask | PackedWeights]:
+    ) -> LayerMasks:
         masks, summary = masks_of_layer(index, layer, recipe, gathered)
         self._masks.setdefault(recipe.variant.key, {})[index] = masks
         self._summaries.setdefault(recipe.variant.key, []).append(summary)
         return masks
 
-    def summary(self, variant: str) -> list[LayerMasks]:
+    def summary(self, variant: str) -> list[MaskSummary]:
         """What the variant's masks came to, a layer each."""
         return self._summaries[variant]
 
@@ -345,7 +345,7 @@ class ShardWorker:
     def layer_weights(self, index: int, variant: str | None) -> dict[str, Tensor]:
         """A layer's weights on the CPU, masked by `variant`, by their names in the model; of the first rank."""
         with self._residency.borrow(index, self._next(index)) as layer:
-            if not self.ranks.leads:
+            if not self.ranks.is_first:
                 return {}
             weights = dict(layer.state_dict())
             if variant:
@@ -355,6 +355,6 @@ class ShardWorker:
 
     def other_weights(self) -> dict[str, Tensor]:
         """What is not in a layer: embedding on the first shard, norm and head on the last; of the first rank."""
-        if not self.ranks.leads:
+        if not self.ranks.is_first:
             return {}
         return {name: data.cpu() for name, data in self._model.other_weights().items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import product
 
 from mlprune.errors import SpecError
-from mlprune.pruning.scores import Solver, score_named
+from mlprune.pruning.scores import Solver, find_score
 from mlprune.spec.schema import SearchSpec
 from mlprune.spec.variants import (
     Allocation,
@@ -41,7 +41,7 @@ def canonical_variant(
     layer, as its authors' does. An n:m pattern fixes the sparsity of every layer. Raises SpecError, naming `key`,
     for an unknown score, or one whose calibrations are not those that it needs.
     """
-    rule = score_named(score.name, key)
+    rule = find_score(score.name, key)
     fixed = pattern.sparsity
     if fixed is not None:
         score, allocation = Scoring(SAME_IN_GROUPS.get(score.name, score.name), score.sides), "uniform"
@@ -86,7 +86,7 @@ def variants_of(search: SearchSpec) -> tuple[Variant, ...]:
 
     Raises SpecError for an unknown score, or where a calibration is missing.
     """
-    rules = [score_named(score.name, f"search.score[{n}]") for n, score in enumerate(search.score)]
+    rules = [find_score(score.name, f"search.score[{n}]") for n, score in enumerate(search.score)]
     for score, rule in zip(search.score, rules, strict=True):
         if rule.sides == 1 and not search.calibration:
             raise SpecError("search.calibration", "[]", f"{score} needs calibration; write [mono:en], say")

@@ -17,7 +17,7 @@ from mlprune.evaluation.build import asked_languages, suite_of
 from mlprune.evaluation.suite import Suite
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
-from mlprune.models.zero import disk_access
+from mlprune.models.zero import disk_access_builder
 from mlprune.planning.machine import Machine, this_machine, with_disk
 from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import Plan, make_plan
@@ -107,7 +107,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         say(f"  residency: {plan.reason}")
     if plan.residency.offload == "nvme" and not on_cluster():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
-        disk_access(machine.device)
+        disk_access_builder(machine.device)
     return Prepared(spec, source, size, machine, plan, sets, evaluation)
 
 

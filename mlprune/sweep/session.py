@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from mlprune.console import step
-from mlprune.models.zero import Offload, make_disk_ready
+from mlprune.models.zero import Offload, compile_disk_access
 from mlprune.runtime.ray_cluster import on_cluster
 from mlprune.runtime.replicas import Fleet, fleet_on_ray
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
@@ -31,7 +31,7 @@ def worker_setup(prepared: Prepared) -> Setup:
         offload = Offload(target, spec.offload_folder, prepared.model_size.packed)
         if target == "nvme" and not on_cluster():  # a cluster's nodes each compile it when they load
             with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
-                make_disk_ready(device)
+                compile_disk_access(device)
     return Setup(prepared.source, spec.model.dtype, device.type, prepared.store(), offload)
 
 
