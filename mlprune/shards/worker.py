@@ -282,9 +282,7 @@ class ShardWorker:
                         self._model.advance(index, layer, calls, states)
         return [states for _, states in entered]
 
-    def _make_masks(
-        self, index: int, layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
-    ) -> LayerMasks:
+    def _make_masks(self, index: int, layer: torch.nn.Module, recipe: Recipe, gathered: Gathered) -> LayerMasks:
         masks, summary = masks_of_layer(index, layer, recipe, gathered)
         self._masks.setdefault(recipe.variant.key, {})[index] = masks
         self._summaries.setdefault(recipe.variant.key, []).append(summary)
