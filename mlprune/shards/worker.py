@@ -325,7 +325,7 @@ class ShardWorker:
     def take_features(self) -> dict[str, Tensor]:
         """After the pass: for each set each channel's norm summed over the prompts, float64 [own layers, H]."""
         taken, self._features = self._features, {}
-        return {key: self._residency.total(sum_LH).cpu() for key, sum_LH in taken.items()}
+        return {key: self._residency.sum_over_ranks(sum_LH).cpu() for key, sum_LH in taken.items()}
 
     @torch.inference_mode()
     def shared_drops(self, recipes: Sequence[Recipe]) -> list[SharedDrops]:
