@@ -359,9 +359,9 @@ def analyze(
     from mlprune.report import analysis as report
 
     codes = tuple(dict.fromkeys(code.strip() for code in languages.split(",")))
-    findings = study(checked, Question(codes, pivot, layer, ratio, sparsity), output)
-    report.show_findings(findings)
-    return report.findings_values(findings)
+    result = study(checked, Question(codes, pivot, layer, ratio, sparsity), output)
+    report.show_analysis(result)
+    return report.analysis_values(result)
 
 
 @_command

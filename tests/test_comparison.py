@@ -71,7 +71,7 @@ def test_the_report_card(tracker: SweepTracker) -> None:
     assert ends == {
         "bits_per_byte en": "worse",
         "bits_per_byte fr": "worse *",
-        "xwinograd acc en": "not told apart",
+        "xwinograd acc en": "not significant",
         "xwinograd acc fr": "worse *",
     }
     assert max(len(line) for line in told.stdout.splitlines()) <= 100

@@ -1,8 +1,6 @@
-"""What calibrations do in a model."""
+"""Tables and values of `mlprune analyze`. The numbers are computed in `commands.analyze` and `analysis`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from mlprune.analysis.features import ENDS, overlaps, shares, total
 from mlprune.commands.analyze import Findings
@@ -12,46 +10,58 @@ from mlprune.spec.languages import language_name
 from mlprune.spec.urls import redact
 
 
-def show_findings(found: Findings) -> None:
-    """Each language's monolingual and translation text against each other, and where the rest is."""
-    asked, values = found.question, findings_values(found)
+def show_analysis(result: Findings) -> None:
+    """Print one row per language, its monolingual against its translation text, and the written files."""
+    request = result.question
+    overlap, masks = _mean_overlaps(result), _mask_shares(result)
     table = new_table(
-        f"{found.spec.model.path}: mono:x against translation:{asked.pivot}-x",
+        f"{result.spec.model.path}: mono:x against translation:{request.pivot}-x",
         "language",
-        "tops in common",
-        "translation's top at mono's bottom",
-        "mono's top at translation's bottom",
+        "top in both",
+        "top in translation, bottom in mono",
+        "top in mono, bottom in translation",
         "masks in common",
     )
-    for code in asked.translated:
-        mono, translation = asked.places(code)
-        top, bottom = values["overlap"]["top"], values["overlap"]["bottom"]
-        shown = (top[mono][translation], bottom[translation][mono], bottom[mono][translation])
-        figures = [f"{share:.3f}" for share in (*shown, values["masks"][mono][translation])]
-        table.add_row(f"{language_name(code)} ({code})", *figures)
+    for code in request.translated:
+        mono, translation = request.places(code)
+        top, bottom = overlap["top"], overlap["bottom"]
+        values = (top[mono][translation], bottom[translation][mono], bottom[mono][translation])
+        cells = [f"{share:.3f}" for share in (*values, masks[mono][translation])]
+        table.add_row(f"{language_name(code)} ({code})", *cells)
     out.print(table)
     out.print(
-        f"Top and bottom: {asked.ratio:g} of the channels by magnitude, mean over layers.\n"
-        f"Masks: wanda {asked.sparsity:g}, the weights that both drop of those that either drops.",
+        f"Top, bottom: the {request.ratio:g} of channels with the largest, smallest magnitude; mean over layers.\n"
+        f"Masks in common: wanda {request.sparsity:g}; weights that both drop / weights that either drops.",
         style="dim",
     )
-    out.print(f"\nfiles      {found.output}: {', '.join(found.files)}", soft_wrap=True)
-    show_tracking(found.spec)
+    out.print(f"\nfiles      {result.output}: {', '.join(result.files)}", soft_wrap=True)
+    show_tracking(result.spec)
 
 
-def findings_values(found: Findings) -> dict[str, Any]:
-    """The same as plain values: matrices over the conditions, means over layers, masks over all matrices."""
-    asked = found.question
-    means = {end: overlaps(found.magnitude_CLH, asked.ratio, end).mean(2).tolist() for end in ENDS}
+def analysis_values(result: Findings) -> dict[str, object]:
+    """Return plain values; matrices are over pairs of conditions: means over layers, masks over all matrices."""
+    request = result.question
     return {
-        "model": found.spec.model.path,
-        "conditions": list(asked.conditions),
-        "layer": found.layer,
-        "ratio": asked.ratio,
-        "sparsity": asked.sparsity,
-        "overlap": means,
-        "masks": shares(total(found.shared)).tolist(),
-        "files": [str(found.output / name) for name in found.files],
-        "run": found.run,
-        "tracking_uri": redact(found.spec.tracking_uri),
+        "model": result.spec.model.path,
+        "conditions": list(request.conditions),
+        "layer": result.layer,
+        "ratio": request.ratio,
+        "sparsity": request.sparsity,
+        "overlap": _mean_overlaps(result),
+        "masks": _mask_shares(result),
+        "files": [str(result.output / name) for name in result.files],
+        "run": result.run,
+        "tracking_uri": redact(result.spec.tracking_uri),
     }
+
+
+def _mean_overlaps(result: Findings) -> dict[str, list[list[float]]]:
+    """The overlap of top channels with each end's channels, for each pair of conditions, mean over layers."""
+    ratio = result.question.ratio
+    return {end: overlaps(result.magnitude_CLH, ratio, end).mean(2).tolist() for end in ENDS}
+
+
+def _mask_shares(result: Findings) -> list[list[float]]:
+    """For each pair of conditions: dropped weights in common, as a share of those that either drops."""
+    matrix: list[list[float]] = shares(total(result.shared)).tolist()
+    return matrix

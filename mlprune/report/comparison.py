@@ -1,37 +1,35 @@
-"""Two runs against each other."""
+"""Tables and values of `mlprune compare`. The comparison itself is in `commands.compare`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from mlprune.commands.compare import Comparison
 from mlprune.console import results as out
 from mlprune.evaluation.significance import family_of
 from mlprune.report.tables import new_table
 
-VERDICTS = {"no difference shown": "not told apart"}  # in fewer letters
+VERDICTS = {"no difference shown": "not significant"}  # a shorter text: the table is wide
 
 
-def show_comparison(found: Comparison) -> None:
-    """A report card: b against a, a row a task and language."""
-    out.print(f"a  {found.a.name}  {found.a.run_id}", soft_wrap=True)
-    out.print(f"b  {found.b.name}  {found.b.run_id}", soft_wrap=True)
-    table = new_table("b against a", "task", "language", "a", "b", "b - a, 95%", "p", "verdict")
+def show_comparison(comparison: Comparison) -> None:
+    """Print the two runs, and one row per task and language: run b against run a."""
+    out.print(f"a  {comparison.a.name}  {comparison.a.run_id}", soft_wrap=True)
+    out.print(f"b  {comparison.b.name}  {comparison.b.run_id}", soft_wrap=True)
+    table = new_table("b against a", "task", "language", "a", "b", "b - a, 95% CI", "p", "verdict")
     for column in (1, 6):
         table.columns[column].justify = "left"
     table.columns[4].no_wrap = True
-    table.padding = (0, 1, 0, 0)  # many columns
-    for one in found.differences:
-        task = one.metric if one.task == "perplexity" else " ".join(family_of(one))
-        difference = f"{one.difference:+.3f} [{one.low:.3f}, {one.high:.3f}]"
-        figures = (f"{one.a:.3f}", f"{one.b:.3f}", difference, _p_text(one.adjusted))
-        verdict = VERDICTS.get(one.verdict, one.verdict) + (" *" if found.is_worst(one) else "")
-        style = {"better": "green", "worse": "red"}.get(one.verdict)
-        table.add_row(task, one.language, *figures, verdict, style=style)
+    table.padding = (0, 1, 0, 0)  # narrow: the table has many columns
+    for row in comparison.differences:
+        task = row.metric if row.task == "perplexity" else " ".join(family_of(row))
+        difference = f"{row.difference:+.3f} [{row.low:.3f}, {row.high:.3f}]"
+        values = (f"{row.a:.3f}", f"{row.b:.3f}", difference, _p_text(row.adjusted))
+        verdict = VERDICTS.get(row.verdict, row.verdict) + (" *" if comparison.is_worst(row) else "")
+        style = {"better": "green", "worse": "red"}.get(row.verdict)
+        table.add_row(task, row.language, *values, verdict, style=style)
     out.print(table)
     out.print(
-        "* the language that lost most, or gained least. Intervals: paired bootstrap over items. p: of it, or\n"
-        "exact McNemar where answers are right or wrong; corrected by Holm over the languages of a task.",
+        "* the language with the largest loss or smallest gain. 95% CI: paired bootstrap over items. p: from the\n"
+        "bootstrap, or exact McNemar where answers are right or wrong; Holm-corrected over a task's languages.",
         style="dim",
         soft_wrap=True,
     )
@@ -41,10 +39,10 @@ def _p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def comparison_values(found: Comparison) -> dict[str, Any]:
-    """The same as plain values."""
+def comparison_values(comparison: Comparison) -> dict[str, object]:
+    """Return the comparison as plain values."""
     return {
-        "a": vars(found.a),
-        "b": vars(found.b),
-        "differences": [vars(one) | {"worst": found.is_worst(one)} for one in found.differences],
+        "a": vars(comparison.a),
+        "b": vars(comparison.b),
+        "differences": [vars(row) | {"worst": comparison.is_worst(row)} for row in comparison.differences],
     }

@@ -1,4 +1,4 @@
-"""What a person reads on top of the sweep's page in MLflow, as Markdown."""
+"""The description at the top of a sweep's MLflow page, in Markdown."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from mlprune.sweep.ranking import SweepOutcome
 from mlprune.tracking.mlflow_client import parallel_coordinates_link
 from mlprune.tracking.tracker import TAG_LENGTH
 
-UI = "http://127.0.0.1:5000"  # where `mlflow ui` is, if it is not told otherwise
-ROWS = 30  # of the ranking at most
-FAILURES = 10
-CAUSE = 300  # characters of one
-COMPARED = 50  # trials in parallel coordinates: their link names each
+UI = "http://127.0.0.1:5000"  # the default address of `mlflow ui`
+ROWS = 30  # most rows of the ranking
+FAILURES = 10  # most failed trials listed
+CAUSE = 300  # most characters of a failure's cause
+COMPARED = 50  # most trials in parallel coordinates: the link contains each run id
 PAD = "&emsp;&emsp;"
 MARKS = (
-    "`*` the best of its sparsity; `~` not told apart from it. In brackets: against the dense model's mean, "
-    "and 95% of a paired bootstrap over lines."
+    "`*` best of its sparsity; `~` not significantly different from the best. In brackets: change of the mean "
+    "against the dense model (95% CI, paired bootstrap over lines)."
 )
 
 
 def description(outcome: SweepOutcome) -> str:
-    """The sweep in short: the best, how to export them, what failed, the ranking.
+    """Return the page's text: the best trials, their export commands, failed trials, the ranking.
 
-    MLflow shows the first lines until it is asked for more, so the answer comes first. It cuts what is longer than
-    a tag may be, so the ranking has as many rows as there is room for.
+    MLflow shows only the first lines until the reader expands the text, so the result comes first. MLflow also
+    truncates text longer than a tag, so the ranking has as many rows as fit.
     """
     for rows in range(min(ROWS, len(outcome.ranking)), 0, -1):
         text = _description(outcome, rows)
@@ -39,9 +39,10 @@ def description(outcome: SweepOutcome) -> str:
 
 
 def comparison_link(outcome: SweepOutcome) -> str | None:
-    """The page of MLflow with the best trials in parallel coordinates; of a database, as `mlflow ui` serves it.
+    """Return the link to the MLflow page with the best trials in parallel coordinates.
 
-    The axes are params that differ, by their names, and three at most: with the dense model all would differ.
+    For a database, the link is that of `mlflow ui`. The axes are the params that differ between the runs, by name,
+    and three at most. The dense model is left out, because with it every param would differ.
     """
     uri = outcome.spec.tracking_uri
     runs = [outcome.runs[result.key] for result in outcome.ranking[:COMPARED]]
@@ -49,19 +50,19 @@ def comparison_link(outcome: SweepOutcome) -> str | None:
 
 
 def _description(outcome: SweepOutcome, rows: int) -> str:
-    _, _, page = (comparison_link(outcome) or "").partition("#")  # holds behind a tunnel too
+    _, _, page = (comparison_link(outcome) or "").partition("#")  # without the host, which differs behind a tunnel
     headers, (dense, *trials) = ranking_cells(outcome)
     best = [row for row in trials if row[0].endswith("*")]
-    parts = [f"{_told(outcome)} [Trials in parallel coordinates](#{page})"]
-    parts += ["**The best of each sparsity**", _table(headers, [dense, *best]), MARKS]
-    parts += ["**To export them**", _exports(outcome), *_failures(outcome)]
+    parts = [f"{_summary(outcome)} [Trials in parallel coordinates](#{page})"]
+    parts += ["**Best of each sparsity**", _table(headers, [dense, *best]), MARKS]
+    parts += ["**Export commands**", _exports(outcome), *_failures(outcome)]
     parts += ["**Ranking**", _table(headers, [dense, *trials[:rows]])]
     parts += [f"... and {len(trials) - rows} more"] if rows < len(trials) else []
     return "\n\n".join(parts) + "\n"
 
 
-def _told(outcome: SweepOutcome) -> str:
-    """What was swept, and the answer."""
+def _summary(outcome: SweepOutcome) -> str:
+    """Return what was swept, and the best trials."""
     spec, best = outcome.spec, outcome.best_by_sparsity()
     count = _counted(len(outcome.ranking) + len(outcome.failed), "trial")
     languages = _listed([language_name(code) for code in spec.evaluation.perplexity.languages])
@@ -86,10 +87,11 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _exports(outcome: SweepOutcome) -> str:
-    """The commands that write these checkpoints, an option a line: MLflow does not wrap them."""
+    """Return the commands that export the best trials, one option per line: MLflow does not wrap long lines."""
     commands = []
     for result in outcome.best_by_sparsity():
-        _, *words = shlex.split(export_command(outcome, result))  # the program's place is of the sweep's machine
+        # without the program's path, which is only valid on the sweep's machine
+        _, *words = shlex.split(export_command(outcome, result))
         lines = "".join((" \\\n  " if word.startswith("--") else " ") + shlex.quote(word) for word in words)
         commands.append("mlprune" + lines)
     return "```\n" + "\n\n".join(commands) + "\n```"
@@ -98,10 +100,10 @@ def _exports(outcome: SweepOutcome) -> str:
 def _failures(outcome: SweepOutcome) -> list[str]:
     if not outcome.failed:
         return []
-    told = list(outcome.failed.items())
-    lines = [f"- {escaped(label)}: {escaped(_short(cause))}" for label, cause in told[:FAILURES]]
-    lines += [f"- ... and {len(told) - FAILURES} more"] if len(told) > FAILURES else []
-    return [f"**{_counted(len(told), 'trial')} failed**", "\n".join(lines)]
+    failed = list(outcome.failed.items())
+    lines = [f"- {escaped(label)}: {escaped(_short(cause))}" for label, cause in failed[:FAILURES]]
+    lines += [f"- ... and {len(failed) - FAILURES} more"] if len(failed) > FAILURES else []
+    return [f"**{_counted(len(failed), 'trial')} failed**", "\n".join(lines)]
 
 
 def _short(cause: str) -> str:
@@ -110,7 +112,7 @@ def _short(cause: str) -> str:
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """MLflow leaves no space between columns: wide headers hold them apart, or pads of the widest cells."""
+    """Return a Markdown table. MLflow leaves no space between columns, so headers and widest cells are padded."""
     widest = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[PAD + escaped(header) + PAD for header in headers], ["---"] * len(headers)]
     for row in rows:
@@ -120,6 +122,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    """The text so that Markdown shows it as it is, in a table too."""
-    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}  # a backslash does not always do
-    return re.sub(r"[&<>|]|[\\`*_~\[\]]", lambda found: entities.get(found[0], f"\\{found[0]}"), text)
+    """Escape the text, so that Markdown displays it unchanged, in tables too."""
+    # entities where a backslash does not always work
+    entities = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
+    return re.sub(r"[&<>|]|[\\`*_~\[\]]", lambda match: entities.get(match[0], f"\\{match[0]}"), text)

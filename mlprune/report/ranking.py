@@ -1,4 +1,4 @@
-"""The ranking of a sweep as cells of a table, for the terminal and for MLflow's page."""
+"""The ranking of a sweep as table cells, for the terminal and for the MLflow page."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Sequence
 from mlprune.storage.results import Result
 from mlprune.sweep.ranking import SweepOutcome
 
-LANGUAGE_COLUMNS = 5  # more languages than this are shown by their mean and the worst
+LANGUAGE_COLUMNS = 5  # with more languages, only the mean and the worst are displayed
 
 
 def ranking_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
-    """Headers; and rows: the dense model, then trials by rank (`*`: best of its sparsity, `~`: level with it)."""
+    """Return headers and rows: the dense model first, then the trials from best to worst.
+
+    Marks at the rank: `*` best of its sparsity, `~` not significantly different from the best.
+    """
     languages = outcome.spec.evaluation.perplexity.languages
-    shown = languages if len(languages) <= LANGUAGE_COLUMNS else ()
-    headers = ["", "score", "sparsity", "calibration", *shown, "mean", *(() if shown else ("worst",))]
+    columns = languages if len(languages) <= LANGUAGE_COLUMNS else ()
+    headers = ["", "score", "sparsity", "calibration", *columns, "mean", *(() if columns else ("worst",))]
     best = {result.key for result in outcome.best_by_sparsity()}
-    rows = [_row("", outcome.dense, outcome, shown)]
+    rows = [_row("", outcome.dense, outcome, columns)]
     for rank, result in enumerate(outcome.ranking, start=1):
         mark = "*" if result.key in best else "~" if result.key in outcome.level else ""
-        rows.append(_row(f"{rank}{mark}", result, outcome, shown))
+        rows.append(_row(f"{rank}{mark}", result, outcome, columns))
     return headers, rows
 
 
-def _row(rank: str, result: Result, outcome: SweepOutcome, shown: Sequence[str]) -> list[str]:
+def _row(rank: str, result: Result, outcome: SweepOutcome, columns: Sequence[str]) -> list[str]:
     variant, metrics, languages = result.variant, result.metrics, outcome.spec.evaluation.perplexity.languages
     mean = f"{metrics['bits_per_byte.mean']:.3f}"
     if variant is not None:
@@ -33,15 +36,15 @@ def _row(rank: str, result: Result, outcome: SweepOutcome, shown: Sequence[str])
     return [
         rank,
         variant.score.name if variant else "dense model",
-        _shape(result),
+        _sparsity(result),
         _calibration(result),
-        *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in shown),
+        *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in columns),
         mean,
-        *(() if shown else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)),
+        *(() if columns else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)),
     ]
 
 
-def _shape(result: Result) -> str:
+def _sparsity(result: Result) -> str:
     variant = result.variant
     if variant is None:
         return "0"

@@ -1,11 +1,10 @@
-"""A sweep: its plan, its outcome, and the scores of one checkpoint."""
+"""Tables and values of `mlprune sweep` (plan and outcome) and `mlprune evaluate`."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -25,15 +24,15 @@ OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", 
 
 
 def show_plan(plan: SweepPlan) -> None:
-    """What a dry run prints: trials, passes, memory and disk."""
+    """Print the plan of a dry run: trials, passes, memory and disk."""
     prepared, spec = plan.prepared, plan.prepared.spec
     out.print(f"{spec.name}: {spec.model.path}, {len(prepared.model_size.layers)} layers", style="bold")
-    trials = new_table(f"{len(plan.variants)} trials and the dense model", "trial", "finished before")
+    trials = new_table(f"{len(plan.variants)} trials and the dense model", "trial", "already finished")
     finished = {result.variant for result in plan.finished}
     for variant in plan.variants:
         trials.add_row(variant.label, "yes" if variant in finished else "")
     out.print(trials)
-    passes = new_table("passes over the model still to go", "kind", "passes")
+    passes = new_table("remaining passes over the model", "kind", "passes")
     for kind, count in plan.passes.items():
         passes.add_row(kind, str(count))
     out.print(passes)
@@ -41,8 +40,8 @@ def show_plan(plan: SweepPlan) -> None:
     out.print(f"disk: {size_text(plan.disk)} in {spec.storage}")
 
 
-def plan_values(plan: SweepPlan) -> dict[str, Any]:
-    """The plan as plain values."""
+def plan_values(plan: SweepPlan) -> dict[str, object]:
+    """Return the plan as plain values."""
     prepared = plan.prepared
     return {
         "name": prepared.spec.name,
@@ -56,13 +55,13 @@ def plan_values(plan: SweepPlan) -> dict[str, Any]:
 
 
 def show_outcome(outcome: SweepOutcome) -> None:
-    """The ranking, and what to do next."""
+    """Print the ranking, pictures, tracking, export commands and failures."""
     spec = outcome.spec
     best = outcome.best_by_sparsity()
     out.print(_ranking(outcome))
     out.print(
-        "* the best of its sparsity; ~ not told apart from it. In brackets: against the dense model's mean,\n"
-        "and 95% of a paired bootstrap over lines.",
+        "* best of its sparsity; ~ not significantly different from the best. In brackets: change of the mean\n"
+        "against the dense model (95% CI, paired bootstrap over lines).",
         style="dim",
     )
     if tasks := _tasks(outcome):
@@ -78,7 +77,7 @@ def show_outcome(outcome: SweepOutcome) -> None:
 
 
 def export_command(outcome: SweepOutcome, result: Result) -> str:
-    """The command that writes a trial's checkpoint."""
+    """Return the command that exports a trial as a checkpoint."""
     spec, variant = outcome.spec, result.variant
     assert variant is not None
     words = [program("mlprune"), "prune", "--run", outcome.runs[result.key]]
@@ -95,38 +94,38 @@ def _ranking(outcome: SweepOutcome) -> Table:
     for column in (1, 3):
         table.columns[column].justify = "left"
     table.columns[3].overflow = "fold"
-    table.padding = (0, 1, 0, 0)  # many columns
+    table.padding = (0, 1, 0, 0)  # narrow: the table has many columns
     for row in rows:
         table.add_row(*row, style="bold" if row[0].endswith("*") else None)
     return table
 
 
 def _tasks(outcome: SweepOutcome) -> Table | None:
-    """What was asked beside the likelihood of held-out lines, as far as it fits; None if nothing was."""
+    """Return a table of the metrics of other tasks, as many as fit; None if there are none."""
     names = task_metrics(outcome.dense.metrics)
-    in_all = {name.removesuffix(".mean") for name in names if name.endswith(".mean")}
-    # what is told over all languages stands for each of them
-    shown = [name for name in names if name.endswith(".mean") or name.split(".")[0] not in in_all][:TASK_COLUMNS]
-    if not shown:
+    means = {name.removesuffix(".mean") for name in names if name.endswith(".mean")}
+    # the mean over all languages replaces the metrics of single languages
+    columns = [name for name in names if name.endswith(".mean") or name.split(".")[0] not in means][:TASK_COLUMNS]
+    if not columns:
         return None
-    more = "; more in MLflow" if len(shown) < len(names) else ""
-    headers = [name.replace(".", "\n") for name in shown]
-    table = new_table(f"tasks, in the same order{more}", "", *headers)
+    more = "; more in MLflow" if len(columns) < len(names) else ""
+    headers = [name.replace(".", "\n") for name in columns]
+    table = new_table(f"tasks, trials in the same order{more}", "", *headers)
     for rank, result in enumerate((outcome.dense, *outcome.ranking)):
-        figures = (f"{result.metrics[name]:.3f}" for name in shown)
-        table.add_row(str(rank) if rank else "dense model", *figures)
+        cells = (f"{result.metrics[name]:.3f}" for name in columns)
+        table.add_row(str(rank) if rank else "dense model", *cells)
     return table
 
 
 def task_metrics(metrics: Mapping[str, float]) -> list[str]:
-    """Names of what tasks beside perplexity came to; how languages agree is none of it."""
+    """Return the names of the metrics of tasks other than perplexity, without agreement between languages."""
     return [name for name in metrics if name.split(".")[0] not in OTHER_METRICS]
 
 
-def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
-    """The outcome as plain values."""
+def outcome_values(outcome: SweepOutcome) -> dict[str, object]:
+    """Return the outcome as plain values."""
 
-    def values(result: Result) -> dict[str, Any]:
+    def values(result: Result) -> dict[str, object]:
         return {
             "run": outcome.runs[result.key],
             "variant": result.variant.to_dict() if result.variant else None,
@@ -149,7 +148,7 @@ def outcome_values(outcome: SweepOutcome) -> dict[str, Any]:
 
 
 def show_metrics(model: str, languages: Sequence[str], metrics: Mapping[str, float]) -> None:
-    """One checkpoint's scores, a row a language."""
+    """Print the metrics of one checkpoint, one row per language."""
     table = new_table(f"{model}: held-out lines", "language", "bits per byte", "perplexity")
     for code in languages:
         bits, perplexity = metrics[f"bits_per_byte.{code}"], metrics[f"perplexity.{code}"]
