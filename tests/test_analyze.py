@@ -188,8 +188,8 @@ def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
         ("--layer 4", "--layer: 4: ", "the model has 4 layers; write 0 to 3"),
         ("--layer -1", "--layer: -1: ", "write 0 to 3"),
         ("--output PLACE/full", "--output: 'PLACE/full': ", "is not empty"),
-        ("--output PLACE/tiny.yaml", "--output: 'PLACE/tiny.yaml': ", "no folder"),
-        ("--output PLACE/tiny.yaml/out", "--output: 'PLACE/tiny.yaml/out': ", "no folder"),
+        ("--output PLACE/tiny.yaml", "--output: 'PLACE/tiny.yaml': ", "not a folder"),
+        ("--output PLACE/tiny.yaml/out", "--output: 'PLACE/tiny.yaml/out': ", "not a folder"),
         ("--set tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': ", "MLflow"),
     ],
 )

@@ -150,7 +150,7 @@ def rename(file: Path) -> Path:
 
 
 MISTAKES = {
-    "--host-memory=much": "--host-memory: 'much': write a size, as 80GiB",
+    "--host-memory=much": "--host-memory: 'much': write a size, e.g. 80GiB",
     "--gpus-per-node=8": "--gpu-memory: missing; give the memory of one GPU",
     "--nodes=2": "--host-memory: missing; give the memory of one node",
     "--set=pipeline.shards=900": "pipeline.shards: 900: the model has 80 layers",
