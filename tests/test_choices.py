@@ -197,8 +197,8 @@ TEMPLATES = {
     "{premise} {label:>9} {hypothesis}": "has a slot that is none of",
     "{premise!r} {label} {hypothesis}": "has a slot that is none of",
     "{premise.x} {label} {hypothesis}": "has a slot that is none of",
-    "{premise} {label} {hypothesis": "expected '}' before end of string; write a brace that is no slot twice",
-    "{premise} {label} } {hypothesis}": "write a brace that is no slot twice",
+    "{premise} {label} {hypothesis": "expected '}' before end of string; write a brace that is not a slot twice",
+    "{premise} {label} } {hypothesis}": "write a brace that is not a slot twice",
 }
 
 

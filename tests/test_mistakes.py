@@ -244,8 +244,8 @@ MISTAKES = [
     setting(
         "no premise", SCORED, reviews("PLACE/questions"), "evaluation.reviews.data: 'PLACE/questions'", "review"
     ),
-    setting("one language", SCORED, translation("fr"), "evaluation.translation.pairs[0]: 'fr': ", "as fr-en"),
-    setting("itself", SCORED, translation("fr-fr"), "evaluation.translation.pairs[0]: 'fr-fr': ", "as fr-en"),
+    setting("one language", SCORED, translation("fr"), "evaluation.translation.pairs[0]: 'fr': ", "e.g. fr-en"),
+    setting("itself", SCORED, translation("fr-fr"), "evaluation.translation.pairs[0]: 'fr-fr': ", "e.g. fr-en"),
     setting("no Italian to read", SCORED, translation("it-en"), "calibration.corpus: 'sample': ", *HAS),
     setting("shots", SCORED, [*translation("fr-en"), "evaluation.translation.shots=40"], SHOTS, "takes 512"),
     setting(

@@ -166,7 +166,7 @@ def test_a_few_anchors_do_not_fill_the_memory(tmp_path: Path) -> None:
 def test_no_template_reaches_into_what_it_is_given(slot: str) -> None:
     for template in (slot, "{text}" + slot, "{language}: " + slot):
         with pytest.raises(SpecError, match=r"^calibration\.template: "):
-            check_template(template, "calibration.template", needed=["text"], also=["language"])
+            check_template(template, "calibration.template", needed=["text"], optional=["language"])
 
 
 class Bomb:

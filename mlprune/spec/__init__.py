@@ -1,1 +1,8 @@
-"""spec."""
+"""What the user writes: the spec of a sweep, and the text forms of calibrations, scores and patterns.
+
+schema      the spec as frozen pydantic models
+loading     a YAML file and `key=value` settings, to a checked spec
+variants    what one trial is, with its text form and content key
+languages   language codes and names
+templates   checks of templates with slots
+"""

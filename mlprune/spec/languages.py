@@ -6,15 +6,15 @@ import langcodes
 
 from mlprune.errors import SpecError
 
-NOT_ONE_LANGUAGE = ("mis", "mul", "und", "zxx")  # uncoded, multiple, undetermined, none; qaa-qtz: private use
+NOT_A_LANGUAGE = ("mis", "mul", "und", "zxx")  # uncoded, multiple, undetermined, none; qaa-qtz is private use
 
 
 def language_name(code: str, key: str = "language") -> str:
-    """The English name of an ISO 639 code: `fr` -> `French`, `swh` -> `Swahili`.
+    """Return the English name of an ISO 639 code: `fr` -> `French`, `swh` -> `Swahili`.
 
-    Raises SpecError, naming `key`, when no language has the code.
+    Raises SpecError, naming `key`, if no language has the code.
     """
-    if re.fullmatch("[a-z]{2,3}", code) and code not in NOT_ONE_LANGUAGE and not "qaa" <= code <= "qtz":
+    if re.fullmatch("[a-z]{2,3}", code) and code not in NOT_A_LANGUAGE and not "qaa" <= code <= "qtz":
         language = langcodes.get(code)
         if language.is_valid():
             return str(language.display_name())

@@ -1,4 +1,7 @@
-"""The spec of a sweep: frozen, every key with a default but `search`, unknown keys refused."""
+"""The schema of a sweep's spec: frozen pydantic models that refuse unknown keys.
+
+Every key has a default, except those of `search`. Reading a file into it is in `loading.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import platformdirs
 import yaml
@@ -41,9 +44,9 @@ class _Section(BaseModel):
 
 
 class ModelSpec(_Section):
-    """Which model, and what is allowed in reading it."""
+    """The model, and what may be done to read it."""
 
-    path: str = "demo"  # a folder, a hub id, or demo
+    path: str = "demo"  # a folder, a Hugging Face model id, or demo
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
@@ -51,7 +54,7 @@ class ModelSpec(_Section):
 
 
 class PipelineSpec(_Section):
-    """How the model is held."""
+    """How the model is cut into shards and held in memory."""
 
     shards: Count | Literal["auto"] = "auto"
     residency: Literal["auto", "resident", "zero"] = "auto"
@@ -64,9 +67,9 @@ class PipelineSpec(_Section):
 
     @field_validator("worker_memory", mode="before")
     @classmethod
-    def _size(cls, value: Any) -> Any:
+    def _size(cls, value: object) -> object:
         if isinstance(value, bool):
-            raise SpecError("pipeline.worker_memory", repr(value), "must be a size, as 16GiB")
+            raise SpecError("pipeline.worker_memory", repr(value), "must be a size, e.g. 16GiB")
         return value
 
     @field_validator("offload_folder")
@@ -75,17 +78,17 @@ class PipelineSpec(_Section):
         return None if value is None else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")
-    def _resident_moves_nothing(self) -> PipelineSpec:
+    def _resident_is_not_offloaded(self) -> PipelineSpec:
         if self.residency == "resident" and self.offload is not None:
-            raise SpecError("pipeline.offload", self.offload, "weights that move are residency zero")
+            raise SpecError("pipeline.offload", self.offload, "offloading needs pipeline.residency=zero")
         if self.residency == "resident" and self.ranks_per_shard > 1:
-            remedy = "ranks share weights that move: residency zero, or 1"
+            remedy = "several ranks need pipeline.residency=zero; else write 1"
             raise SpecError("pipeline.ranks_per_shard", self.ranks_per_shard, remedy)
         return self
 
 
 class CalibrationSpec(_Section):
-    """What every calibration set of the sweep has in common."""
+    """Settings shared by all calibration sets of the sweep."""
 
     corpus: str = "sample"
     samples: Count = 32
@@ -99,7 +102,7 @@ class CalibrationSpec(_Section):
 
 
 class SearchSpec(_Section):
-    """The lists whose product is the grid; with `samples`, that many of it, by `searcher`."""
+    """The lists whose product is the grid; with `samples`, `searcher` picks that many trials of it."""
 
     calibration: tuple[CalibrationItem, ...] = ()
     score: Annotated[tuple[ScoringItem, ...], Field(min_length=1)]
@@ -132,7 +135,7 @@ class SearchSpec(_Section):
     def _optuna_needs_samples(self) -> SearchSpec:
         if self.searcher == "optuna" and self.samples is None:
             raise SpecError(
-                "search.samples", None, "searcher optuna needs the number of trials; write samples: 20"
+                "search.samples", None, "searcher optuna needs the number of trials; write e.g. samples: 20"
             )
         return self
 
@@ -155,7 +158,7 @@ def _score_text(value: object, key: str) -> object:
 
 
 class PerplexitySpec(_Section):
-    """Likelihood of held-out lines."""
+    """The likelihood of held-out lines."""
 
     languages: Annotated[tuple[str, ...], Field(min_length=1)] = ("en", "fr", "de")
     lines: Count = 64
@@ -173,7 +176,7 @@ def _checked_languages(values: tuple[str, ...], key: str) -> tuple[str, ...]:
 
 
 class XnliSpec(_Section):
-    """Natural language inference by filled templates; the labels say entailment, neutral, contradiction."""
+    """XNLI by filled templates; the labels stand for entailment, neutral, contradiction."""
 
     languages: Annotated[tuple[str, ...], Field(min_length=1)]
     data: str = "facebook/xnli"
@@ -188,7 +191,7 @@ class XnliSpec(_Section):
 
 
 class ReviewsSpec(_Section):
-    """Reviews by filled templates; the labels say negative, positive."""
+    """Sentiment of reviews by filled templates; the labels stand for negative, positive."""
 
     languages: Annotated[tuple[str, ...], Field(min_length=1)]
     data: str
@@ -216,26 +219,26 @@ class TranslationSpec(_Section):
         for n, pair in enumerate(values):
             key, codes = f"evaluation.translation.pairs[{n}]", pair.split("-")
             if len(set(codes)) != 2 or len(codes) != 2:
-                raise SpecError(key, repr(pair), "write two languages, source first, as fr-en")
+                raise SpecError(key, repr(pair), "write two languages, source first, e.g. fr-en")
             for code in codes:
                 language_name(code, key)
         return tuple(dict.fromkeys(values))
 
 
 class EvaluationSpec(_Section):
-    """What every trial is measured by."""
+    """The tasks by which every trial is evaluated."""
 
     perplexity: PerplexitySpec = PerplexitySpec()
     xnli: XnliSpec | None = None
     reviews: ReviewsSpec | None = None
     translation: TranslationSpec | None = None
-    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
+    tasks: tuple[str, ...] = ()  # names of lm-evaluation-harness
     task_path: str | None = None
     task_items: Count | None = None
 
     @field_validator("tasks")
     @classmethod
-    def _once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+    def _unique(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(values))
 
     @field_validator("task_path")
@@ -245,7 +248,10 @@ class EvaluationSpec(_Section):
 
 
 class TrackingSpec(_Section):
-    """Where MLflow is. uri null: MLFLOW_TRACKING_URI, else sqlite in the storage; experiment null: the sweep."""
+    """Where MLflow is.
+
+    `uri` None: MLFLOW_TRACKING_URI, else an sqlite file in the storage. `experiment` None: the sweep's name.
+    """
 
     uri: str | None = None
     experiment: str | None = None
@@ -266,66 +272,68 @@ class SweepSpec(_Section):
     @field_validator("storage")
     @classmethod
     def _absolute(cls, value: str) -> str:
-        """A folder made absolute: trials run in directories of their own. Other addresses stay as they are."""
+        """Make a folder absolute, since trials run in directories of their own; keep other addresses."""
         if storage_has_secret(value):
             remedy = "no secrets in specs; use the provider's own credentials"
             raise SpecError("storage", scheme_only(value), remedy)
         return value if "://" in value else str(Path(value).expanduser().absolute())
 
     def yaml(self) -> str:
-        """The whole spec, defaults written out, as YAML."""
+        """Return the whole spec as YAML, with its defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @property
     def key(self) -> str:
-        """A content hash of what the sweep computes; where it runs and is stored does not count."""
+        """A content hash of what the sweep computes. Where it runs and is stored has no influence."""
         content = self.model_dump_json(exclude={"pipeline", "storage", "tracking"})
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def storage_folder(self) -> Path:
-        """Of a storage that is a folder."""
+        """The storage, which must be a folder."""
         assert "://" not in self.storage
         return Path(self.storage)
 
     @property
     def local_folder(self) -> Path:
-        """For what must be on this machine's disk: the storage, or for one elsewhere a folder of the user's."""
+        """The folder for what must be on this machine's disk: the storage, or a cache folder for a remote one."""
         if "://" not in self.storage:
             return self.storage_folder
         return platformdirs.user_cache_path("mlprune") / hashlib.sha256(self.storage.encode()).hexdigest()[:16]
 
     def anchored(self) -> SweepSpec:
-        """The same spec, to be read from any folder: paths that are there made absolute."""
-        given = self.calibration
-        places = {name: _absolute_if_there(getattr(given, name)) for name in ("corpus", "code")}
-        asked = {
-            name: task.model_copy(update={"data": _absolute_if_there(task.data)})
-            for name in ("xnli", "reviews")
-            if (task := getattr(self.evaluation, name)) is not None
+        """Return the same spec with paths that exist made absolute, so that it can be read from any folder."""
+        calibration = {
+            "corpus": _absolute_if_exists(self.calibration.corpus),
+            "code": _absolute_if_exists(self.calibration.code),
+        }
+        tasks = {
+            name: task.model_copy(update={"data": _absolute_if_exists(task.data)})
+            for name, task in (("xnli", self.evaluation.xnli), ("reviews", self.evaluation.reviews))
+            if task is not None
         }
         changes = {
-            "model": self.model.model_copy(update={"path": _absolute_if_there(self.model.path)}),
-            "calibration": given.model_copy(update=places),
-            "evaluation": self.evaluation.model_copy(update=asked),
+            "model": self.model.model_copy(update={"path": _absolute_if_exists(self.model.path)}),
+            "calibration": self.calibration.model_copy(update=calibration),
+            "evaluation": self.evaluation.model_copy(update=tasks),
         }
         return self.model_copy(update=changes)
 
     @property
     def offload_folder(self) -> Path:
-        """Where weights that are offloaded to a disk wait."""
+        """The folder for weights that are offloaded to disk."""
         return Path(self.pipeline.offload_folder or self.local_folder / "offload")
 
     @property
     def tracking_uri(self) -> str:
-        """The spec's own, else the environment's, else a file in the storage, which must then be a folder."""
-        if given := self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-            return given
+        """The spec's own URI, else the environment's, else an sqlite file in the storage, which must be a folder."""
+        if uri := self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+            return uri
         if "://" in self.storage:
             remedy = f"sqlite cannot be at {self.storage}; name a server or a database"
             raise SpecError("tracking.uri", None, remedy)
         return f"sqlite:///{self.storage_folder}/mlflow.db"
 
 
-def _absolute_if_there(path: str) -> str:
+def _absolute_if_exists(path: str) -> str:
     return str(Path(path).absolute()) if path not in ("demo", "sample", "stdlib") and Path(path).exists() else path

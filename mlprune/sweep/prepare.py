@@ -143,7 +143,7 @@ def _calibration_sets(
     tokenizer: Any,
     size: ModelSize,
 ) -> dict[str, CalibrationSet]:
-    check_template(asked.template, "calibration.template", needed=["text"], also=["language"])
+    check_template(asked.template, "calibration.template", needed=["text"], optional=["language"])
     code = open_code(asked.code) if any(part.kind == "code" for part in demonstrations) else None
     return {
         str(part): calibration_set(
