@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mlprune.models.demo import demo_folder
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared, prepare
@@ -56,7 +56,7 @@ def prepared(model: str, tokens: int, storage: Path, pipeline: dict[str, str]) -
         "search": {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [0.5]},
         "storage": str(storage),
     }
-    return prepare(spec_from(values), [WANDA], evaluate=False)
+    return prepare(parse_spec(values), [WANDA], evaluate=False)
 
 
 def timed(job: Prepared, rounds: int) -> tuple[float, float]:

@@ -113,9 +113,9 @@ def _write_json(file: str, values: Values) -> None:
 
 def _load_spec(name: str, assignments: tuple[str, ...], settings: Mapping[str, object]) -> SweepSpec:
     """Load the spec `name`; apply the options in `settings` and then every --set."""
-    from mlprune.spec.loading import as_assignments, load_spec
+    from mlprune.spec.loading import load_spec, to_assignments
 
-    return load_spec(name, [*as_assignments(settings), *assignments])
+    return load_spec(name, [*to_assignments(settings), *assignments])
 
 
 @_command
@@ -151,9 +151,9 @@ def sweep(
     checked = _load_spec(spec, assignments, {"calibration.corpus": corpus})
     if cluster is not None:
         from mlprune.remote.job_package import parcel
-        from mlprune.spec.loading import as_assignments
+        from mlprune.spec.loading import to_assignments
 
-        options = [*as_assignments({"calibration.corpus": corpus}), *assignments]
+        options = [*to_assignments({"calibration.corpus": corpus}), *assignments]
         return _watch(cluster, parcel(spec, checked, options, dry_run))
     from mlprune.report import sweep as report
     from mlprune.report.live import live_view

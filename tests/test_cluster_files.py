@@ -22,7 +22,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import validate_config
 
 from mlprune.cli import main
-from mlprune.spec.loading import read_yaml, spec_from
+from mlprune.spec.loading import parse_spec, read_yaml
 from tests.clusters import BUILD, CLUSTER_YAML, DOCKERFILE, FILES, JOB_YAML, README, ROOT, shell_lines, to_launch
 
 # Ray's keys, of KubeRay 1.6: docs.ray.io, "KubeRay CRD API reference"; kuberay/ray-operator/apis/ray/v1/*_types.go
@@ -134,7 +134,7 @@ def test_the_job_runs_on_the_same_cluster_with_its_spec() -> None:
     (name, text), *others = job["ConfigMap"]["data"].items()
     assert job["RayJob"]["spec"]["entrypoint"] == f"mlprune sweep {mount['mountPath']}/{name}"
     assert not others
-    assert spec_from(read_yaml(text)).storage.startswith(head["containers"][0]["volumeMounts"][0]["mountPath"])
+    assert parse_spec(read_yaml(text)).storage.startswith(head["containers"][0]["volumeMounts"][0]["mountPath"])
 
 
 def test_pods_are_closed() -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from mlprune.errors import SpecError
 from mlprune.spec import loading as specs
-from mlprune.spec.loading import as_assignments, load_spec, read_yaml, spec_from, with_assignments
+from mlprune.spec.loading import apply_assignments, load_spec, parse_spec, read_yaml, to_assignments
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Pattern, Scoring
 
@@ -17,7 +17,7 @@ BASE = {"search": {"score": ["wanda"], "sparsity": [0.5], "calibration": ["mono:
 
 
 def spec(*assignments: str) -> SweepSpec:
-    return spec_from(with_assignments(BASE, assignments))
+    return parse_spec(apply_assignments(BASE, assignments))
 
 
 def refused(*assignments: str) -> SpecError:
@@ -30,7 +30,7 @@ def refused(*assignments: str) -> SpecError:
 
 
 def test_every_key_but_search_has_a_default() -> None:
-    made = spec_from({"search": {"score": ["magnitude"], "sparsity": [0.5]}})
+    made = parse_spec({"search": {"score": ["magnitude"], "sparsity": [0.5]}})
     assert read_yaml(made.yaml()) == {
         "name": "sweep",
         "model": {
@@ -88,9 +88,9 @@ def test_every_key_but_search_has_a_default() -> None:
 
 def test_search_is_needed() -> None:
     with pytest.raises(SpecError, match=r"^search: missing required key$"):
-        spec_from({})
+        parse_spec({})
     with pytest.raises(SpecError, match=r"^search\.score: missing required key$"):
-        spec_from({"search": {"sparsity": [0.5]}})
+        parse_spec({"search": {"sparsity": [0.5]}})
 
 
 UNKNOWN = [
@@ -114,8 +114,8 @@ def test_an_unknown_key_is_answered_with_a_near_one(assignment: str, line: str) 
 
 # assignment -> key, value and a word of the remedy
 BAD = {
-    "name=a b": ("name", "'a b'", "must be of letters"),
-    "name=../x": ("name", "'../x'", "must be of letters"),
+    "name=a b": ("name", "'a b'", "may have letters"),
+    "name=../x": ("name", "'../x'", "may have letters"),
     "model=3": ("model", "3", ""),
     "model.path=3": ("model.path", "3", "text"),
     "model.dtype=int8": ("model.dtype", "'int8'", "'auto', 'float32', 'bfloat16' or 'float16'"),
@@ -187,14 +187,14 @@ def test_set_reads_yaml_and_reaches_every_depth() -> None:
 
 def test_set_makes_sections_takes_the_last_and_leaves_its_input_alone() -> None:
     values = {"a": {"b": 1}, "c": 2}
-    found = with_assignments(values, ["a.d=3", "c=[x, {y: 1}]", "e.f.g=4", "e.f.g=5", "empty="])
+    found = apply_assignments(values, ["a.d=3", "c=[x, {y: 1}]", "e.f.g=4", "e.f.g=5", "empty="])
     assert found == {"a": {"b": 1, "d": 3}, "c": ["x", {"y": 1}], "e": {"f": {"g": 5}}, "empty": None}
     assert values == {"a": {"b": 1}, "c": 2}
 
 
 @pytest.mark.parametrize("assignment", ["name", "=3", "", "a..b=3", ".a=3", "a.=3"])
 def test_set_of_a_wrong_form_is_answered(assignment: str) -> None:
-    assert str(refused(assignment)) == f"--set: {assignment!r}: write key=value, as pipeline.shards=3"
+    assert str(refused(assignment)) == f"--set: {assignment!r}: write key=value, e.g. pipeline.shards=3"
 
 
 def test_set_of_a_value_that_is_no_yaml_is_answered() -> None:
@@ -207,7 +207,7 @@ def test_a_value_that_yaml_cannot_construct_is_answered(text: str) -> None:
 
 
 def test_options_become_assignments() -> None:
-    found = as_assignments({"search.pattern": ["2:4"], "name": "null", "none": None, "calibration.seed": 0})
+    found = to_assignments({"search.pattern": ["2:4"], "name": "null", "none": None, "calibration.seed": 0})
     assert found == ['search.pattern=["2:4"]', 'name="null"', "calibration.seed=0"]
     assert spec(*found).search.pattern == (Pattern(2, 4),)
     assert spec(*found).name == "null"
@@ -218,7 +218,7 @@ def test_norwegian_is_a_language_and_no_boolean() -> None:
     assert made.evaluation.perplexity.languages == ("no", "en")
     words = ["no", "yes", "on", "off", "No", "y", True, False]
     assert read_yaml("[no, yes, on, off, No, y, true, False]") == words
-    assert spec_from(read_yaml(made.yaml())) == made
+    assert parse_spec(read_yaml(made.yaml())) == made
 
 
 def test_a_pattern_needs_no_quotes() -> None:
@@ -288,7 +288,7 @@ def test_the_key_follows_what_is_computed_and_not_where() -> None:
 
 def test_the_spec_survives_being_written() -> None:
     for made in (spec(), spec(*COUNTS, *FREE), load_spec("quickstart")):
-        again = spec_from(read_yaml(made.yaml()))
+        again = parse_spec(read_yaml(made.yaml()))
         assert again == made
         assert again.key == made.key
         assert pickle.loads(pickle.dumps(made)) == made  # noqa: S301

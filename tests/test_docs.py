@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from mlprune.cli import main
 from mlprune.models.hollow import FAMILIES
-from mlprune.spec.loading import load_spec, spec_from, sweeps_folder
+from mlprune.spec.loading import load_spec, parse_spec, sweeps_folder
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
 from mlprune.spec.variants import Pattern
 from mlprune.sweep.grid import variants_of
@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_readmes_spec_is_one() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    spec = spec_from(yaml.safe_load(block.replace("2:4", "'2:4'")))
+    spec = parse_spec(yaml.safe_load(block.replace("2:4", "'2:4'")))
     assert len(variants_of(spec.search)) == 2 + 4 * 2 + 1 + 4  # magnitude, wanda; then 2:4 of both
 
 

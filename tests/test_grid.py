@@ -7,13 +7,13 @@ import pytest
 
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import SCORES
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Allocation, Demonstration, Propagation, Scoring, Variant
 from mlprune.sweep.grid import needs_dense_moments, parse_variant, variants_of
 
 
 def search(**keys: Any) -> Any:
-    return spec_from({"search": {"score": ["wanda"], "sparsity": [0.5], **keys}}).search
+    return parse_spec({"search": {"score": ["wanda"], "sparsity": [0.5], **keys}}).search
 
 
 def labels(**keys: Any) -> list[str]:

@@ -28,7 +28,7 @@ from mlprune.analysis.sweep_pictures import (
 )
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import ranking_cells
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Propagation, Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import parse_variant
@@ -225,7 +225,7 @@ def outcome(
     sparsities: Sequence[float] = (0.3, 0.5),
     **changed: object,
 ) -> SweepOutcome:
-    spec = spec_from(
+    spec = parse_spec(
         {
             "name": "small",
             "model": {"path": "a_model|*x*"},

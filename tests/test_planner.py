@@ -20,7 +20,7 @@ from mlprune.planning.memory import Chunks, ResidencyPlan, WorkerMemory, worker_
 from mlprune.planning.model_size import ModelSize, measure_model
 from mlprune.planning.planner import Plan, cut
 from mlprune.planning.work import Work
-from mlprune.spec.loading import spec_from, with_assignments
+from mlprune.spec.loading import apply_assignments, parse_spec
 from mlprune.spec.schema import PipelineSpec
 from tests.tiny_models import config
 
@@ -307,4 +307,4 @@ def test_cores_take_what_there_is_room_for_a_worker_or_a_micro_batch() -> None:
 def test_nonsense_is_refused_by_its_key(wrong: str) -> None:
     plain, settings = {"search": {"score": ["wanda"], "sparsity": [0.5]}}, ("residency=resident", wrong)
     with pytest.raises(SpecError, match=rf"^pipeline\.{wrong.split('=')[0]}: "):
-        spec_from(with_assignments(plain, [f"pipeline.{setting}" for setting in settings]))
+        parse_spec(apply_assignments(plain, [f"pipeline.{setting}" for setting in settings]))

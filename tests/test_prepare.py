@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlprune.models.source import ModelSource
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.spec.schema import ModelSpec
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import parse_variant, variants_of
@@ -23,7 +23,7 @@ def test_what_would_be_the_same_masks_is_one_trial() -> None:
         "pattern": ["unstructured", "2:4"],
         "propagation": ["dense", "sequential"],
     }
-    variants = variants_of(spec_from({"search": search}).search)
+    variants = variants_of(parse_spec({"search": search}).search)
     magnitude = {(str(v.pattern), v.sparsity) for v in variants if v.score.name == "magnitude"}
     assert magnitude == {("unstructured", 0.5), ("unstructured", 0.25), ("2:4", 0.5)}
     wanda = [v for v in variants if v.score.name == "wanda"]

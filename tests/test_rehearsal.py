@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlprune.errors import ModelError
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.spec.schema import SweepSpec
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import variants_of
@@ -28,7 +28,7 @@ ZERO = [
 
 
 def spec(storage: Path, model: str, lines: int, **pipeline: Any) -> SweepSpec:
-    return spec_from(
+    return parse_spec(
         {
             "name": "rehearsal",
             "model": {"path": model},

@@ -33,7 +33,7 @@ from mlprune.models.source import find_model
 from mlprune.models.zero import _Folder, open_rendezvous
 from mlprune.report.tables import show_tracking
 from mlprune.runtime.ray_cluster import running_cluster
-from mlprune.spec.loading import load_spec, read_yaml, spec_from
+from mlprune.spec.loading import load_spec, parse_spec, read_yaml
 from mlprune.spec.templates import check_template
 from tests.test_sweep import spec as tiny_spec
 from tests.test_urls import WITH_SECRETS, WITHOUT
@@ -95,7 +95,7 @@ def test_what_is_granted_is_one_key_and_not_the_others(tmp_path: Path) -> None:
     withdrawn = load_spec(str(tmp_path / "spec.yaml"), ["model={path: x}"])  # the file's section is gone
     assert not withdrawn.model.trust_remote_code
     assert not taken(tmp_path, {"model": {"trust_remote_code": False, "allow_pickle": False}}).model.allow_pickle
-    ours = spec_from({"search": SEARCH, **both})
+    ours = parse_spec({"search": SEARCH, **both})
     assert (ours.model.trust_remote_code, ours.model.allow_pickle) == (True, True)  # of our own making
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mlprune.cli import main
 from mlprune.evaluation.items import from_json
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.sweep.sweep import chosen_variants
 from mlprune.sweep.trial import scores_of
 from tests.numbers import numbers
@@ -202,8 +202,8 @@ def test_optuna_optimises_the_worst_language_and_resumes(undisturbed: dict[str, 
 
 def test_random_samples_are_seeded_and_different() -> None:
     search = {"score": ["wanda"], "calibration": ["mono:en", "mono:fr"], "sparsity": [0.1, 0.2, 0.3, 0.4]}
-    whole = chosen_variants(spec_from({"search": search}).search, seed=0)
-    drawn = spec_from({"search": {**search, "samples": 5}}).search
+    whole = chosen_variants(parse_spec({"search": search}).search, seed=0)
+    drawn = parse_spec({"search": {**search, "samples": 5}}).search
     some = chosen_variants(drawn, seed=0)
     assert len(whole) == 8
     assert len(set(some)) == 5

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Allocation, Calibration, Demonstration, Pattern, Propagation, Scoring
 from mlprune.sweep.grid import parse_variant, variants_of
 
@@ -237,5 +237,5 @@ def test_short_names_tell_variants_apart() -> None:
         "propagation": ["dense", "sequential"],
         "allocation": ["uniform", "owl"],
     }
-    variants = variants_of(spec_from({"search": search}).search)
+    variants = variants_of(parse_spec({"search": search}).search)
     assert len({variant.short for variant in variants}) == len(variants) > 100

@@ -9,7 +9,7 @@ import pytest
 
 from mlprune.models.source import ModelSource
 from mlprune.shards.pipeline import Pipeline
-from mlprune.spec.loading import spec_from
+from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.prepare import Prepared, prepare
@@ -47,7 +47,7 @@ def ready(
         "evaluation": {"perplexity": {"languages": ["en", "hi"], "lines": 20}},
         "storage": str(storage),
     }
-    return prepare(spec_from({**values, **changes}), VARIANTS)
+    return prepare(parse_spec({**values, **changes}), VARIANTS)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mlprune.console import step, warn
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import find_score
 from mlprune.shards.pipeline import Pipeline, Pruned
-from mlprune.spec.loading import as_assignments, load_spec, read_values, spec_from, with_assignments
+from mlprune.spec.loading import apply_assignments, load_spec, parse_spec, read_values, to_assignments
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Calibration, Pattern, Scoring, Variant
 from mlprune.storage.results import Result
@@ -49,7 +49,7 @@ def choose(
         "propagation": [chosen["propagation"] or "sequential"],
         "allocation": [chosen["allocation"] or "uniform"],
     }
-    spec = load_spec(spec_name, [*as_assignments({"search": search, **settings}), *assignments])
+    spec = load_spec(spec_name, [*to_assignments({"search": search, **settings}), *assignments])
     return spec, _only_variant(spec)
 
 
@@ -69,7 +69,7 @@ def choose_run(
         raise SpecError("--" + given[0], repr(chosen[given[0]]), "the run says which; leave it out, or --run")
     here = load_spec("quickstart", assignments)  # for the storage and the tracking that were set
     text, params = recall_trial(here.tracking_uri, run_id)
-    values = with_assignments(read_values(text, "--run", run_id), [*as_assignments(settings), *assignments])
+    values = apply_assignments(read_values(text, "--run", run_id), [*to_assignments(settings), *assignments])
     search: dict[str, Any] = {name: [params[name]] for name in ("pattern", "propagation", "allocation")}
     two_sided = "/" in params["calibration"]  # of contrastive: both sides belong to the score
     search |= {
@@ -77,7 +77,7 @@ def choose_run(
         "calibration": [] if two_sided or params["calibration"] == "none" else [params["calibration"]],
         "sparsity": [float(params["sparsity"])],
     }
-    spec = spec_from(values | {"search": search})
+    spec = parse_spec(values | {"search": search})
     return spec, _only_variant(spec)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlprune.console import size_text
 from mlprune.errors import SpecError
-from mlprune.spec.loading import as_assignments, read_yaml, sweeps_folder, with_assignments
+from mlprune.spec.loading import apply_assignments, read_yaml, sweeps_folder, to_assignments
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
 
 # keys whose value may be a file or folder of the laptop, which then goes along; these words are none
@@ -39,13 +39,15 @@ class Parcel:
 
         A job's folder is gone after it, so a relative folder that it writes to is the home's.
         """
-        values = with_assignments(read_yaml(self.text), self.assignments)
+        values = apply_assignments(read_yaml(self.text), self.assignments)
         moved = {key: f"{key}/{path.name}" for key, path in self.sent().items()}
-        offload = (values.get("pipeline") or {}).get("offload_folder")
+        pipeline = values.get("pipeline")
+        offload = pipeline.get("offload_folder") if isinstance(pipeline, dict) else None
         writes = {"storage": values.get("storage", DEFAULT_STORAGE), "pipeline.offload_folder": offload}
-        relative = {key: f for key, f in writes.items() if f and "://" not in f and f[0] not in "/~"}
+        folders = {key: str(folder) for key, folder in writes.items() if folder}
+        relative = {key: f for key, f in folders.items() if "://" not in f and f[0] not in "/~"}
         moved |= {key: f"~/{folder}" for key, folder in relative.items()}
-        return [*self.assignments, *as_assignments(moved)]
+        return [*self.assignments, *to_assignments(moved)]
 
     def sent(self) -> dict[str, Path]:
         """What goes along, by key: files and folders that are on this machine."""

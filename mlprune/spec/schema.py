@@ -326,7 +326,7 @@ class SweepSpec(_Section):
 
     @property
     def tracking_uri(self) -> str:
-        """The spec's own URI, else the environment's, else an sqlite file in the storage, which must be a folder."""
+        """The spec's URI, else the environment's, else an sqlite file in the storage, which must be a folder."""
         if uri := self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
             return uri
         if "://" in self.storage:
