@@ -34,7 +34,7 @@ from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.loading import load_spec
 from mlprune.spec.variants import Pattern, Variant
 from mlprune.sweep.grid import parse_variant, variants_of
-from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.masks import make_masks
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import open_local
 
@@ -56,9 +56,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def dense_sweep(prepared: Prepared, pipeline: Pipeline, variants: tuple[Variant, ...]) -> None:
-    for made in prepared.sets.values():
-        pipeline.everywhere("forget_moments", made.key)
-    gather_moments(prepared, pipeline, variants)
+    # not gather_moments: the workers still hold the moments of the round before
+    pipeline.gather(list(prepared.sets.values()))
     for variant in variants:
         make_masks(prepared, pipeline, variant)
         pipeline.release(variant.key)

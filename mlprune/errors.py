@@ -50,11 +50,11 @@ class SweepError(MlpruneError):
 
 
 class WorkerLostError(MlpruneError):
-    """A shard's worker or its node died. `drained`: the work had not begun when that was noticed."""
+    """A shard's worker or its node died. `not_started`: the work had not begun when that was noticed."""
 
-    def __init__(self, cause: str, drained: bool = False) -> None:
-        super().__init__(cause, drained)
-        self.cause, self.drained = cause, drained
+    def __init__(self, cause: str, not_started: bool = False) -> None:
+        super().__init__(cause, not_started)
+        self.cause, self.not_started = cause, not_started
 
     def __str__(self) -> str:
         return self.cause

@@ -13,7 +13,7 @@ os.environ["RAY_ADDRESS"] = "local"  # nor joins a Ray cluster that runs here
 import pytest
 
 from mlprune import console
-from mlprune.runtime.ray_cluster import ray_for
+from mlprune.runtime.ray_cluster import ray_session
 
 
 @pytest.fixture(autouse=True)
@@ -29,5 +29,5 @@ def mlprune_logging() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    with ray_for(memory=8 * 2**30):
+    with ray_session(memory=8 * 2**30):
         yield

@@ -96,5 +96,5 @@ def test_from_no_node_to_two_replicas(address: str, tmp_path: Path, monkeypatch:
     found = sweep(tmp_path, "--set", "pipeline.replicas=2", **few)
     assert numbers(found) == expected
     log = (tmp_path / "log.txt").read_text()
-    assert "waiting for places of 1 shard(s), 1 CPU" in log, "the second node comes when it is wanted"
+    assert "waiting for resources for 1 shard(s), 1 CPU" in log, "the second node comes when it is wanted"
     assert "loading the model 2 times into 1 shard(s)" in log

@@ -111,7 +111,7 @@ def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
             Batch(torch.where(b.attention_mask.bool(), b.input_ids, pad), b.lengths, b.rows) for b in batches
         ]
         worker.start_features(["k"], 32)
-        worker.forward(padded, None, gather=["k"] * len(padded))
+        worker.forward(None, padded, gather=["k"] * len(padded))
         return worker.take_features()["k"]
 
     with opened(prepared) as pipeline:
@@ -127,7 +127,7 @@ def test_ranks_share_the_sums(tmp_path: Path) -> None:
     for ranks in [Ranks(), *(Ranks(rank, 3) for rank in range(3))]:
         worker = ShardWorker(worker_setup(prepared), prepared.spans[0], ranks)
         worker.start_features(["k"], 32)
-        worker.forward(batches, None, gather=["k"] * 2)
+        worker.forward(None, batches, gather=["k"] * 2)
         sums.append(worker.take_features()["k"])
     assert not sums[3].any()
     torch.testing.assert_close(sum(sums[1:]), sums[0], rtol=1e-14, atol=0)

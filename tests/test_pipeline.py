@@ -1,21 +1,21 @@
 """One suite for both pipelines. Promise 1: how many shards there are, and where, changes no bit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlprune.data.calibration import Batch
+from mlprune.data.calibration import Batch, RowSet
 from mlprune.models.hollow import Span
 from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import Resident
 from mlprune.planning.memory import DENSE_CHUNKS, LOGIT_TOKENS, Chunks
-from mlprune.shards.pipeline import Pipeline, Pruned
+from mlprune.shards.pipeline import Future, MaskOutcome, Pipeline
 from mlprune.shards.worker import ShardWorker
 from mlprune.spec.variants import Variant
 from mlprune.sweep.masks import gather_moments, make_masks
@@ -32,7 +32,7 @@ class Outcome:
     """All that a pipeline computed."""
 
     moments: dict[str, tuple[int, bytes]]
-    masks: dict[str, Pruned]
+    masks: dict[str, MaskOutcome]
     likelihoods: dict[str, list[float]]
 
 
@@ -174,7 +174,7 @@ def test_a_pass_that_broke_off_is_not_taken_for_a_whole_one(expected: Outcome, t
     prepared = ready(tmp_path)
     calibration = prepared.sets[str(WANDA.calibration)]
     with opened(prepared) as pipeline:
-        pipeline.call(0, "forward", calibration.batches[:1], None, gather=[calibration.key])
+        pipeline.call_with_hidden(0, ShardWorker.forward, None, calibration.batches[:1], gather=[calibration.key])
         assert pipeline.restore(calibration.key) == (False, ())
         gather_moments(prepared, pipeline, [WANDA])
         assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
@@ -195,27 +195,32 @@ def test_a_pass_borrows_each_layer_once_a_chunk(tmp_path: Path, monkeypatch: pyt
     prepared = ready(tmp_path)
     calibration = prepared.sets["translation:en-fr"]
     with opened(prepared) as pipeline:
-        pipeline.call(0, "forward", calibration.batches, None)
+        pipeline.call_with_hidden(0, ShardWorker.forward, None, calibration.batches)
         assert borrowed == [0, 1, 2, 3], "all micro-batches pass a layer before the next is borrowed"
         borrowed.clear()
         make_masks(prepared, pipeline, SEQUENTIAL)
         assert borrowed == [0, 1, 2, 3], "to gather, to mask and masked: once for all three"
 
 
-class Dry(Pipeline):
-    """Three shards that compute nothing: notes what is asked for, and in which order."""
+class DryPipeline(Pipeline):
+    """Three shards that compute nothing: it records which methods are called, and in which order."""
 
     def __init__(self) -> None:
         super().__init__([Span(n, n + 1, 3) for n in range(3)], Chunks(2**20, few=False))
         self.events: list[tuple[str, int]] = []
 
-    def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        self.events.append((method, shard))
-        return method
+    def call(self, shard: int, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
-    def get(self, promise: Any) -> Any:
+    def call_with_hidden(
+        self, shard: int, method: Callable[..., Any], hidden: Any, *args: Any, **kwargs: Any
+    ) -> Future[Any]:
+        self.events.append((method.__name__, shard))
+        return Future(args[0])
+
+    def get(self, future: Future[Any]) -> Any:
         self.events.append(("get", -1))
-        return [[]]
+        return [[torch.zeros(1) for _ in cast(list[Batch], future.first)]]
 
     def close(self) -> None:
         pass
@@ -226,9 +231,10 @@ def batches(count: int) -> list[Batch]:
 
 
 def test_chunks_are_under_way_in_every_shard_at_once() -> None:
-    pipeline = Dry()
+    pipeline = DryPipeline()
     steps: list[tuple[int, int]] = []
-    list(pipeline._pass("likelihood", batches(24), lambda done, total: steps.append((done, total)), {}))
+    rows = RowSet(24, tuple(batches(24)), "")
+    pipeline.likelihood(rows, progress=lambda done, total: steps.append((done, total)))
     asked_before_first_answer = pipeline.events[: pipeline.events.index(("get", -1))]
     assert asked_before_first_answer == [("forward", 0), ("forward", 1), ("likelihood", 2)] * 6
     assert steps == [(done, 24) for done in range(2, 25, 2)]
@@ -291,8 +297,8 @@ def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
 
     def found(worker: ShardWorker, pad: int) -> tuple[Any, Any]:
         padded = [_with_pads(batch, pad) for batch in calibration.batches]
-        worker.forward(padded, None, gather=[str(pad)] * len(padded))
-        nll = worker.likelihood([_with_pads(batch, pad) for batch in suite.rows.batches], None)
+        worker.forward(None, padded, gather=[str(pad)] * len(padded))
+        nll = worker.likelihood(None, [_with_pads(batch, pad) for batch in suite.rows.batches])
         moments = worker._gathering["", str(pad)]
         return [m.sumsq_I for layer in moments.values() for m in layer.values()], nll
 

@@ -53,8 +53,8 @@ def checked(asked: SweepSpec) -> Prepared:
 def run(prepared: Prepared) -> tuple[list[Result], list[int]]:
     """A sweep's work over real actors: results, and the peak of each shard's worker."""
     variants = variants_of(prepared.spec.search)
-    with open_replicas(prepared) as fleet:
-        (pipeline,) = fleet.pipelines
+    with open_replicas(prepared) as replicas:
+        (pipeline,) = replicas.pipelines
         results = [run_dense(prepared, pipeline)[0]]
         gather_moments(prepared, pipeline, variants)
         results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]

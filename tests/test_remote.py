@@ -469,11 +469,11 @@ def test_a_tunnel_that_ended_is_mended(tmp_path: Path) -> None:
     tunnel = Tunnel(Head("x.yaml", "head", (str(once),), ()), (8265,))
     deadline = time.monotonic() + 10
     while not starts.exists() or starts.read_text().count("started") < 2:
-        tunnel.mend()
+        tunnel.repair()
         time.sleep(0.05)
         assert time.monotonic() < deadline
     for _ in range(5):  # it runs: nothing to mend
-        tunnel.mend()
+        tunnel.repair()
         time.sleep(0.05)
     tunnel.close()
     assert starts.read_text().count("started") == 2

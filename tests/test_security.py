@@ -32,7 +32,7 @@ from mlprune.models.hollow import LoadedPart, Span, load_hollow
 from mlprune.models.source import find_model
 from mlprune.models.zero import _Folder, open_rendezvous
 from mlprune.report.tables import show_tracking
-from mlprune.runtime.ray_cluster import running_cluster
+from mlprune.runtime.ray_cluster import cluster_address
 from mlprune.spec.loading import load_spec, parse_spec, read_yaml
 from mlprune.spec.templates import check_template
 from tests.test_sweep import spec as tiny_spec
@@ -413,11 +413,11 @@ def test_nobody_elses_ray_is_joined_unasked(tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "ray" / "ray_current_cluster"
     file.parent.mkdir()
     file.write_text("10.0.0.1:6379")
-    assert running_cluster() == "10.0.0.1:6379"
+    assert cluster_address() == "10.0.0.1:6379"
     os.chown(file, 12345, 12345)  # everybody may write to Ray's folder
-    assert running_cluster() is None
+    assert cluster_address() is None
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert running_cluster() == "10.0.0.1:6379"
+    assert cluster_address() == "10.0.0.1:6379"
 
 
 def test_what_others_left_in_the_offload_folder_stays(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from mlprune.models.source import ModelSource
 from mlprune.models.zero import ALIGNMENT, Layout, Offload, Zero, _Folder, open_rendezvous
 from mlprune.planning.memory import Chunks
 from mlprune.shards.pipeline import Pipeline, in_order
+from mlprune.shards.worker import ShardWorker
 from mlprune.sweep.masks import make_masks
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.session import open_replicas
@@ -269,16 +270,16 @@ def assert_alike(found: Outcome, expected: Outcome) -> None:
 def test_ranks_compute_what_one_does_and_one_that_dies_is_replaced(resident: Any, tmp_path: Path) -> None:
     prepared = offloaded(tmp_path, "cpu", shards=2, ranks_per_shard=2)
     batch = prepared.sets["mono:hi"].batches[0]
-    with open_replicas(prepared) as fleet:
-        pipeline = fleet.pipelines[0]
+    with open_replicas(prepared) as replicas:
+        pipeline = replicas.pipelines[0]
         assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
         for batches in ([batch, None], [batch, batch]):  # the second rank dies of nothing, and then is dead
-            promise = pipeline.call(0, "forward", batches, None)
-            assert ray.wait([promise.own], timeout=120)[0], "it hangs"
+            future = pipeline.call_with_hidden(0, ShardWorker.forward, None, cast(list[Batch], batches))
+            assert ray.wait([future.first], timeout=120)[0], "it hangs"
             with pytest.raises(WorkerLostError):
-                pipeline.get(promise)
-        fleet.mend()
-        assert_alike(outcome(prepared, fleet.pipelines[0]), resident("llama", "float32")[0])
+                pipeline.get(future)
+        replicas.repair()
+        assert_alike(outcome(prepared, replicas.pipelines[0]), resident("llama", "float32")[0])
 
 
 @needs_libaio
@@ -291,7 +292,9 @@ def test_ranks_over_a_disk_compute_what_one_does_even_without_work(resident: Any
     with opened(prepared, over_ray=True) as pipeline:
         assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
         found = of_one_micro_batch(prepared, pipeline)
-        pipeline.call(0, "likelihood", [small, large], None)  # nobody waits for the second rank
+        pipeline.call_with_hidden(
+            0, ShardWorker.likelihood, None, [small, large]
+        )  # nobody waits for the second rank
     with opened(ready(tmp_path / "resident")) as pipeline:
         assert found == of_one_micro_batch(prepared, pipeline)
     assert not list(tmp_path.rglob("*.swp")), "closing did not wait for the second rank"

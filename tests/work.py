@@ -54,8 +54,8 @@ def ready(
 def opened(prepared: Prepared, over_ray: bool = False) -> Iterator[Pipeline]:
     """The pipeline of any number of shards, in this process or over the Ray that runs."""
     if over_ray:
-        with open_replicas(prepared) as fleet:
-            yield fleet.pipelines[0]
+        with open_replicas(prepared) as replicas:
+            yield replicas.pipelines[0]
         return
     with open_local(prepared) as pipeline:
         yield pipeline

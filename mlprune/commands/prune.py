@@ -12,7 +12,7 @@ from mlprune.commands.checkpoint import check_output, write_checkpoint
 from mlprune.console import step, warn
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import find_score
-from mlprune.shards.pipeline import Pipeline, Pruned
+from mlprune.shards.pipeline import MaskOutcome, Pipeline
 from mlprune.spec.loading import apply_assignments, load_spec, parse_spec, read_values, to_assignments
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Calibration, Pattern, Scoring, Variant
@@ -112,7 +112,7 @@ def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipelin
     return manifest
 
 
-def _manifest(prepared: Prepared, variant: Variant, pruned: Pruned) -> dict[str, Any]:
+def _manifest(prepared: Prepared, variant: Variant, pruned: MaskOutcome) -> dict[str, Any]:
     spec, dtype = prepared.spec, str(prepared.model_size.dtype).removeprefix("torch.")
     return {
         "mlprune": __version__,

@@ -156,7 +156,7 @@ class Cluster:
         try:
             while True:
                 time.sleep(2)
-                self._tunnel.mend()
+                self._tunnel.repair()
         except KeyboardInterrupt:
             return
 
@@ -178,7 +178,7 @@ class Cluster:
                     cause = f"the job server of {self._head.address} does not answer ({last_line(str(error))})"
                     raise SweepError(f"{cause}; if it is not up, run: {up}") from None
             time.sleep(1)
-            self._tunnel.mend()
+            self._tunnel.repair()
 
 
 def status(file: str) -> Any:

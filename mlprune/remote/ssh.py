@@ -136,7 +136,7 @@ class Tunnel:
                 raise SpecError("--cluster", repr(self._head.file), remedy)
             time.sleep(0.1)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Start ssh anew if it has ended; whether it then leads there is for the next call to see."""
         if self._child.poll() is not None:
             self.close()

@@ -1,64 +1,80 @@
-"""The pipeline over Ray: one actor a rank of a shard. The only door to Ray core.
+"""The pipeline over Ray: one actor for each rank of a shard, and the slots by which trials share a replica.
 
-Hidden states go from actor to actor as Ray objects, in shared memory on one node. What arrives that way is
-read-only; a layer never writes to its input (tests/test_replay.py holds every family to that).
+Where actors are placed is in `placement`, how they are started and replaced in `replicas`, what Ray's errors mean
+in `worker_errors`.
+
+Hidden states pass from actor to actor as Ray objects, in shared memory on one node. Tensors that arrive that way
+are read-only; a layer never writes to its input (tests/test_replay.py checks that for every model family).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from mlprune.errors import MlpruneError, WorkerLostError
 from mlprune.models.hollow import Span
 from mlprune.models.residency import Ranks
 from mlprune.models.zero import open_rendezvous
 from mlprune.planning.memory import Chunks
-from mlprune.runtime.placement import Place
-from mlprune.shards.pipeline import Pipeline
+from mlprune.runtime.placement import Placement
+from mlprune.runtime.worker_errors import worker_errors
+from mlprune.shards.pipeline import Future, Pipeline
 from mlprune.shards.worker import Setup, ShardWorker
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+P = ParamSpec("P")
+R = TypeVar("R")
+H = TypeVar("H")
+
 CLOSING_SECONDS = 10
-ADMITTED_SECONDS = 0.2  # between two questions of a trial for a free replica
-WATCH = "watch"  # the concurrency group that answers while the worker works
+SLOT_POLL_SECONDS = 0.2  # between two attempts of a trial to get a slot
+STATUS_GROUP = "status"  # the concurrency group that answers while the worker computes
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What a shard's first rank has done since it was started, and where it is."""
+class ShardUsage:
+    """What a shard's first rank has done since it was started, and where it runs."""
 
     node: str  # its address
-    at: float  # its own clock, seconds
+    at: float  # seconds, by its own clock
     busy: float  # seconds that it worked
     tokens: int  # that passed its layers
 
 
 class RankActor:
-    """One rank of a shard, as an actor. The first rank starts the others and is the one that is called.
+    """One rank of a shard, as an actor. The first rank starts the others; the pipeline calls only the first.
 
-    It hands each call on before it works itself, so that all ranks do the same things in the same order: what one
-    of them waits for, in a collective, the others are doing.
+    It forwards each call before it works itself, so that all ranks make the same calls in the same order:
+    otherwise one rank would wait in a collective operation that the others never enter.
     """
 
     def __init__(self) -> None:
-        self._others: list[Any] = []
+        self._others: list[ActorHandle] = []
         self._busy, self._since, self._trials = 0.0, 0.0, set[str]()
-        self._lock, self._broken = threading.Lock(), False
+        self._lock, self._failed = threading.Lock(), False
         self._worker: ShardWorker | None = None
 
-    def load(self, setup: Setup, span: Span, size: int, options: dict[str, Any], ranks: Ranks | None) -> None:
-        """Load the layers; on the first rank, start the others. Ray buries a constructor's errors."""
+    def load(
+        self, setup: Setup, span: Span, size: int, options: Mapping[str, object], ranks: Ranks | None
+    ) -> None:
+        """Load the layers; on the first rank (`ranks` None), start the others.
+
+        Not in the constructor: Ray hides the errors of constructors.
+        """
         started = []
         if ranks is None:
             address = ""
@@ -73,64 +89,79 @@ class RankActor:
         self._worker = ShardWorker(setup, span, ranks)
         ray.get(started)
 
-    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
-    def usage(self) -> Usage:
-        """Answers at once, whatever the worker is at; WorkerLostError when its ranks broke off."""
-        if self._broken:
-            raise WorkerLostError("a rank of the shard broke off")
+    @ray.method(concurrency_group=STATUS_GROUP)  # type: ignore[untyped-decorator]
+    def usage(self) -> ShardUsage:
+        """Return the usage at once, even while the worker computes. Raises WorkerLostError when a rank failed."""
+        if self._failed:
+            raise WorkerLostError("a rank of the shard failed")
         with self._lock:
             now = time.monotonic()
             busy = self._busy + (now - self._since if self._since else 0.0)
         tokens = self._worker.tokens if self._worker else 0
-        return Usage(ray.util.get_node_ip_address(), now, busy, tokens)
+        return ShardUsage(ray.util.get_node_ip_address(), now, busy, tokens)
 
-    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
-    def admit(self, trial: str, most: int) -> bool:
-        """Whether the trial may use the pipeline, `most` at once. Asked of the first shard."""
-        if len(self._trials - {trial}) < most:
+    @ray.method(concurrency_group=STATUS_GROUP)  # type: ignore[untyped-decorator]
+    def acquire_slot(self, trial: str, slots: int) -> bool:
+        """Return whether the trial may use the pipeline, `slots` trials at once. Called on the first shard."""
+        if len(self._trials - {trial}) < slots:
             self._trials.add(trial)
         return trial in self._trials
 
-    @ray.method(concurrency_group=WATCH)  # type: ignore[untyped-decorator]
-    def dismiss(self, trial: str) -> None:
+    @ray.method(concurrency_group=STATUS_GROUP)  # type: ignore[untyped-decorator]
+    def release_slot(self, trial: str) -> None:
         self._trials.discard(trial)
 
-    def run(self, method: str, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """Call the worker's method on every rank: this one's value, and references to the others'.
+    def run(
+        self, name: str, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> tuple[object, list[ObjectRef]]:
+        """Call the worker's method `name` on every rank.
 
-        `args` are this rank's arguments, and then for each of them the others' (a list of references) or None.
+        Returns this rank's value, and references to the values of the other ranks.
         """
+        others = [actor.run.options(num_returns=2).remote(name, args, kwargs)[0] for actor in self._others]
+        return self._run(name, args, kwargs), others
+
+    def run_with_hidden(
+        self,
+        name: str,
+        hidden: object,
+        others_hidden: Sequence[ObjectRef] | None,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> tuple[object, list[ObjectRef]]:
+        """Call a method whose first argument is hidden states, each rank with those of its own.
+
+        `hidden` are this rank's, `others_hidden` references to those of the other ranks; both None on the first
+        shard. Ray resolves references only where they are arguments of their own, hence not in `args`.
+        """
+        others = []
+        for number, actor in enumerate(self._others):
+            own = None if others_hidden is None else others_hidden[number]
+            run = actor.run_with_hidden.options(num_returns=2)
+            others.append(run.remote(name, own, None, args, kwargs)[0])
+        return self._run(name, (hidden, *args), kwargs), others
+
+    def _run(self, name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        assert self._worker is not None, "not loaded"
         with self._lock:
             self._since = time.monotonic()
         try:
-            return self._run(method, *args, **kwargs)
+            return getattr(self._worker, name)(*args, **kwargs)
+        except MlpruneError:
+            raise  # every rank raises the same
+        except Exception as error:
+            if self._worker.ranks.size == 1:
+                raise
+            self._end_ranks()
+            raise WorkerLostError(f"a rank of the shard failed: {type(error).__name__}: {error}") from error
         finally:
             with self._lock:
                 self._busy += time.monotonic() - self._since
                 self._since = 0.0
 
-    def _run(self, method: str, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        assert self._worker is not None, "not loaded"
-        own, others = args[: len(args) // 2], args[len(args) // 2 :]
-        values = []
-        for number, actor in enumerate(self._others):
-            given = [mine if theirs is None else theirs[number] for mine, theirs in zip(own, others, strict=True)]
-            values.append(
-                actor.run.options(num_returns=2).remote(method, *given, *[None] * len(given), **kwargs)[0]
-            )
-        try:
-            return getattr(self._worker, method)(*own, **kwargs), values
-        except MlpruneError:
-            raise  # every rank finds the same mistake
-        except Exception as error:
-            if self._worker.ranks.size == 1:
-                raise
-            self._break_off()
-            raise WorkerLostError(f"a rank of the shard broke off: {type(error).__name__}: {error}") from error
-
-    def _break_off(self) -> None:
-        """What went wrong here leaves the other ranks waiting for it: none stays, and the shard is lost."""
-        self._broken = True
+    def _end_ranks(self) -> None:
+        """End all ranks: after an error here the others would wait for this one for ever. The shard is lost."""
+        self._failed = True
         for actor in self._others:
             ray.kill(actor)
         assert self._worker is not None
@@ -139,145 +170,120 @@ class RankActor:
             os._exit(1)
 
 
-@dataclass(frozen=True)
-class Promise:
-    """What a call will return: the first rank's value, and a list of references to the other ranks'."""
-
-    own: Any
-    others: Any
-
-
 class RayPipeline(Pipeline):
-    """All shards as actors. May be pickled to a trial, which then talks to the same actors.
+    """All shards as actors. It may be pickled to a trial, which then calls the same actors.
 
-    An actor that died stays dead to whoever holds this: what it had summed or masked is gone, and a new one must
-    not be taken for it. `renew` gives another pipeline.
+    An actor that died stays dead for every holder of this pipeline: the moments and masks that it held are gone,
+    and a new actor must not be taken for it. `ReplicaGroup.pipelines` gives a new pipeline after a repair.
     """
 
-    def __init__(self, actors: Sequence[Any], spans: Sequence[Span], chunks: Chunks, trials: int) -> None:
+    def __init__(self, actors: Sequence[ActorHandle], spans: Sequence[Span], chunks: Chunks, slots: int) -> None:
         super().__init__(spans, chunks)
         self.actors = list(actors)
-        self._trials = trials
+        self._slots = slots
 
-    def call(self, shard: int, method: str, *args: Any, **kwargs: Any) -> Promise:
-        own = [arg.own if isinstance(arg, Promise) else arg for arg in args]
-        others = [arg.others if isinstance(arg, Promise) else None for arg in args]
+    def call(
+        self,
+        shard: int,
+        method: Callable[Concatenate[ShardWorker, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Future[R]:
         run = self.actors[shard].run.options(num_returns=2)
-        return Promise(*run.remote(method, *own, *others, **kwargs))
+        return Future(*run.remote(method.__name__, args, kwargs))
 
-    def get(self, promise: Promise) -> list[Any]:
-        with _told_plainly():
-            own, others = ray.get([promise.own, promise.others])
-            return [own, *ray.get(others)]
+    def call_with_hidden(
+        self,
+        shard: int,
+        method: Callable[Concatenate[ShardWorker, H | None, P], R],
+        hidden: Future[H] | None,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Future[R]:
+        first, others = (None, None) if hidden is None else (hidden.first, hidden.others)
+        run = self.actors[shard].run_with_hidden.options(num_returns=2)
+        return Future(*run.remote(method.__name__, first, others, args, kwargs))
 
-    def look(self, seconds: float) -> list[Usage | None]:
-        """What each shard has done, whatever it is at; None of one that is dead, or does not answer in time."""
+    def get(self, future: Future[R]) -> list[R]:
+        with worker_errors(self.actors):
+            first, others = ray.get([future.first, future.others])
+            return cast(list[R], [first, *ray.get(others)])
+
+    def usage(self, seconds: float) -> list[ShardUsage | None]:
+        """Return each shard's usage; None for a shard that is dead or does not answer within `seconds`."""
         asked = [actor.usage.remote() for actor in self.actors]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
-        found: list[Usage | None] = []
-        for answer in asked:
-            found.append(None)
-            if answer in answered:
+        usages: list[ShardUsage | None] = []
+        for reference in asked:
+            usages.append(None)
+            if reference in answered:
                 with contextlib.suppress(RayError):
-                    found[-1] = ray.get(answer)
-        return found
+                    usages[-1] = ray.get(reference)
+        return usages
 
-    def admit(self, trial: str) -> bool:
-        """Whether there is room for the trial. Raises WorkerLostError when a shard is dead."""
-        with _told_plainly():
+    def acquire_slot(self, trial: str) -> bool:
+        """Return whether the trial got a slot. Raises WorkerLostError when a shard is dead."""
+        with worker_errors(self.actors):
             ray.get([actor.usage.remote() for actor in self.actors])
-            return bool(ray.get(self.actors[0].admit.remote(trial, self._trials)))
+            return bool(ray.get(self.actors[0].acquire_slot.remote(trial, self._slots)))
 
-    def dismiss(self, trial: str, variant: str | None = None) -> None:
-        """The trial has ended; if it broke off, what it left of its `variant` is let go of. Waits for nothing."""
-        self.actors[0].dismiss.remote(trial)
+    def release_slot(self, trial: str, variant: str | None = None) -> None:
+        """Free the slot of a trial; if it failed, discard what it left of `variant`. Does not wait."""
+        self.actors[0].release_slot.remote(trial)
         if variant is not None:
             for shard in range(len(self.actors)):
-                self.call(shard, "abandon", variant)
+                self.call(shard, ShardWorker.discard_variant, variant)
 
     def close(self) -> None:
-        """Let the workers put away what they have on disk, if they still can, and end them."""
-        for promise in [self.call(shard, "close") for shard in range(len(self.actors))]:
-            with contextlib.suppress(RayError):  # dead, or busy: then the next that comes puts it away
-                _, others = ray.get([promise.own, promise.others], timeout=CLOSING_SECONDS)
+        """Have the workers remove their files, if they still can, and end them."""
+        for future in [self.call(shard, ShardWorker.close) for shard in range(len(self.actors))]:
+            with contextlib.suppress(RayError):  # dead, or busy: then the next worker on that disk removes them
+                _, others = ray.get([future.first, future.others], timeout=CLOSING_SECONDS)
                 ray.get(others, timeout=CLOSING_SECONDS)
         for actor in self.actors:
             ray.kill(actor)
         self.actors.clear()
 
 
-def rank_actor(options: dict[str, Any]) -> Any:
-    return ray.remote(concurrency_groups={WATCH: 1})(RankActor).options(**options).remote()
+def rank_actor(options: Mapping[str, object]) -> ActorHandle:
+    return ray.remote(concurrency_groups={STATUS_GROUP: 1})(RankActor).options(**options).remote()
 
 
-def start_shard(setup: Setup, span: Span, ranks: int, place: Place, bundle: int) -> tuple[Any, Any]:
-    """An actor in its bundle, and the promise that it and the other ranks have loaded the layers of `span`."""
-    share = {kind: amount / ranks for kind, amount in place.bundle.items()}
+def start_shard(
+    setup: Setup, span: Span, ranks: int, placement: Placement, bundle: int
+) -> tuple[ActorHandle, ObjectRef]:
+    """Start an actor in its bundle; return it, and a reference that resolves when all ranks have loaded `span`."""
+    share = {kind: amount / ranks for kind, amount in placement.bundle.items()}
     options = {
         "num_cpus": share.get("CPU", 0),
         "num_gpus": share.get("GPU", 0),
-        "scheduling_strategy": place.strategy(bundle),
+        "scheduling_strategy": placement.strategy(bundle),
     }
     actor = rank_actor(options)
     return actor, actor.load.remote(setup, span, ranks, options, None)
 
 
-def await_shards(loading: Sequence[Any]) -> None:
-    """Wait for what `start_shard` promised. Raises what is wrong with the model, or WorkerLostError."""
-    with _told_plainly():
+def await_shards(loading: Sequence[ObjectRef]) -> None:
+    """Wait for the references of `start_shard`. Raises what is wrong with the model, or WorkerLostError."""
+    with worker_errors():
         ray.get(list(loading))
 
 
 @contextmanager
-def admitted(pipelines: Sequence[RayPipeline], trial: str) -> Iterator[RayPipeline]:
-    """One of the replicas, for as long as the block runs; waits until one has room.
+def pipeline_slot(pipelines: Sequence[RayPipeline], trial: str) -> Iterator[RayPipeline]:
+    """Yield one of the replicas with a slot for the trial; wait until one has a free slot.
 
-    Raises WorkerLostError, with `drained` set, when a replica is broken: nothing new begins until it is mended.
+    Raises WorkerLostError with `not_started` when a replica is broken: no trial starts until it is repaired.
     """
     chosen = None
     try:
         while chosen is None:
-            chosen = next((pipeline for pipeline in pipelines if pipeline.admit(trial)), None)
+            chosen = next((pipeline for pipeline in pipelines if pipeline.acquire_slot(trial)), None)
             if chosen is None:
-                time.sleep(ADMITTED_SECONDS)
+                time.sleep(SLOT_POLL_SECONDS)
     except WorkerLostError as lost:
-        raise WorkerLostError(lost.cause, drained=True) from lost
+        raise WorkerLostError(lost.cause, not_started=True) from lost
     try:
         yield chosen
     finally:
-        chosen.dismiss(trial)
-
-
-@contextmanager
-def _told_plainly() -> Iterator[None]:
-    """Of what Ray raises, the user's mistakes as they are, and the death of a worker as WorkerLostError."""
-    try:
-        yield
-    except RayTaskError as error:
-        cause = error.cause
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, MlpruneError):
-            raise cause from None  # without the worker's traceback around it
-        if isinstance(cause, RayError):
-            raise WorkerLostError(cause_of_death(cause)) from error
-        raise
-    except RayError as error:
-        raise WorkerLostError(cause_of_death(error)) from error
-
-
-def cause_of_death(error: BaseException) -> str:
-    """One line on why a worker, or what it had sent, is gone."""
-    text = " ".join(str(error).split())
-    who = "a shard's worker" + "".join(f" on {ip}" for ip in re.findall(r"\bip: ([\w.:]+)", text)[:1])
-    if isinstance(error, ObjectStoreFullError):
-        return f"Ray's object store is full: start Ray with a larger one (--object-store-memory). {text[:200]}"
-    if isinstance(error, OutOfDiskError):
-        return f"the disk to which Ray's object store spills is full: {text[:200]}"
-    if isinstance(error, OutOfMemoryError) or "running low on memory" in text:
-        return f"{who} was killed because its node ran low on memory: take larger nodes, or more shards"
-    if re.search(r"node (has )?(died|dead|was terminated)|node .{0,80}(died|terminated|removed|dead)", text):
-        return f"{who} is gone with its node"
-    if "SIGKILL" in text or "worker process has died" in text:
-        return f"{who} died; if nobody killed it, it crashed, or its machine's memory ran out (dmesg tells)"
-    return f"{who} or what it sent is gone: {text[:300]}"
+        chosen.release_slot(trial)

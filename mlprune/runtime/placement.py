@@ -1,4 +1,7 @@
-"""Places on the nodes of a cluster: bundles of resources, one a shard; and room for trials beside the driver."""
+"""Where workers run: bundles of resources on the nodes of a cluster, one a shard, and slots for trial processes.
+
+The processes themselves are started in `actors` and, for trials, by Ray Tune.
+"""
 
 from __future__ import annotations
 
@@ -12,43 +15,41 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from mlprune.planning.machine import Machine
 from mlprune.runtime.ray_cluster import resources_text, usable_nodes, wait_until
 
-GRANULE = 10_000  # Ray counts resources in parts of so many
+GRANULARITY = 10_000  # Ray counts resources in ten-thousandths
 
 
 @dataclass(frozen=True)
-class Place:
-    """Bundles of resources that are alike, one a shard, each of them on one node."""
+class Placement:
+    """Equal bundles of resources, one a shard, each of them on a single node."""
 
     group: PlacementGroup
     bundle: Mapping[str, float]
     shards: int
 
     @classmethod
-    def ask(cls, shards: int, bundle: Mapping[str, float]) -> Place:
-        """Reserve a bundle a shard, on as many nodes as there are; Ray, or its autoscaler, goes to work on it."""
+    def request(cls, shards: int, bundle: Mapping[str, float]) -> Placement:
+        """Reserve a bundle a shard, spread over nodes. Returns before Ray or its autoscaler has found nodes."""
         return cls(placement_group([dict(bundle)] * shards, strategy="SPREAD"), bundle, shards)
 
     def wait(self, minutes: float | None) -> None:
-        """Return when all bundles have their nodes; tell what is missing. Raises SpecError after `minutes`."""
-        wait_until(self._there, self._missing, minutes)
+        """Wait until all bundles have their nodes. Raises SpecError after `minutes`; None means no limit."""
+        wait_until(self._is_created, self._missing, minutes)
 
-    def _there(self) -> bool:
+    def _is_created(self) -> bool:
         return bool(placement_group_table(self.group)["state"] == "CREATED")
 
     def _missing(self) -> str:
-        free = {kind: ray.available_resources().get(kind, 0) for kind in self.bundle}
+        free = resources_text({kind: ray.available_resources().get(kind, 0) for kind in self.bundle})
         each = resources_text(self.bundle)
-        return (
-            f"waiting for places of {self.shards} shard(s), {each} each; free: {resources_text(free) or 'nothing'}"
-        )
+        return f"waiting for resources for {self.shards} shard(s), {each} each; free: {free or 'nothing'}"
 
     def nodes(self) -> list[str]:
-        """The node of each bundle."""
-        found = placement_group_table(self.group)["bundles_to_node_id"]
-        return [found[number] for number in range(self.shards)]
+        """Return the node id of each bundle."""
+        by_bundle = placement_group_table(self.group)["bundles_to_node_id"]
+        return [by_bundle[number] for number in range(self.shards)]
 
     def order(self) -> list[int]:
-        """The bundle of each shard: neighbours in the pipeline on one node, as far as that goes."""
+        """Return the bundle of each shard, so that neighbours in the pipeline share a node where possible."""
         nodes = self.nodes()
         return sorted(range(self.shards), key=lambda bundle: (nodes[bundle], bundle))
 
@@ -60,19 +61,23 @@ class Place:
 
 
 def bundle_for(machine: Machine, workers: int, ranks: int, memory: int) -> dict[str, float]:
-    """What a shard of `ranks` ranks asks for, of `workers` ranks in all; `memory`: bytes of its node's, a rank."""
+    """Return the resources of a shard with `ranks` ranks.
+
+    `workers`: worker processes of the whole job. `memory`: host memory of a rank, in bytes.
+    """
     on_node = -(-workers // machine.nodes)
     cpus = min((node["Resources"].get("CPU", 0) for node in usable_nodes()), default=0)
-    asked = {"CPU": ranks * _floor(min(1.0, cpus / on_node)), "memory": float(ranks * memory)}
+    bundle = {"CPU": ranks * _rounded_down(min(1.0, cpus / on_node)), "memory": float(ranks * memory)}
     if machine.gpus:
-        asked["GPU"] = ranks * _floor(1 / -(-on_node // machine.gpus))  # workers that share one share it evenly
-    return {kind: amount for kind, amount in asked.items() if amount}
+        # workers that share a GPU get equal parts of it
+        bundle["GPU"] = ranks * _rounded_down(1 / -(-on_node // machine.gpus))
+    return {kind: amount for kind, amount in bundle.items() if amount}
 
 
-def _floor(amount: float) -> float:
-    return int(amount * GRANULE) / GRANULE
+def _rounded_down(amount: float) -> float:
+    return int(amount * GRANULARITY) / GRANULARITY
 
 
-def slots(count: int) -> dict[str, float]:
-    """What each of `count` things that are to be on this node at once asks Ray for, beside CPUs."""
-    return {f"node:{ray.util.get_node_ip_address()}": _floor(1 / count)}
+def trial_slots(count: int) -> dict[str, float]:
+    """Return the resources that a trial process reserves, such that `count` of them fit on this node."""
+    return {f"node:{ray.util.get_node_ip_address()}": _rounded_down(1 / count)}

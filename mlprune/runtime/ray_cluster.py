@@ -40,7 +40,7 @@ BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 MOST_NODES = 64  # where nobody says how many there may be
 
 
-def running_cluster() -> str | None:
+def cluster_address() -> str | None:
     """The address of the cluster to use: RAY_ADDRESS, or what `ray start` left on this machine; None for none."""
     left = Path(get_ray_address_file(None))
     address = os.environ.get("RAY_ADDRESS")
@@ -52,9 +52,9 @@ def running_cluster() -> str | None:
     return None if address in (None, "", "local") else address
 
 
-def on_cluster() -> bool:
+def cluster_is_running() -> bool:
     """Whether this process is connected to a cluster that runs, or would be."""
-    return running_cluster() is not None
+    return cluster_address() is not None
 
 
 def connect() -> bool:
@@ -62,7 +62,7 @@ def connect() -> bool:
 
     Raises SpecError when RAY_ADDRESS names one that does not answer.
     """
-    address = running_cluster()
+    address = cluster_address()
     if address is None:
         return False
     if ray.is_initialized():
@@ -98,7 +98,7 @@ def _knock(address: str) -> None:
 
 
 @contextmanager
-def ray_for(memory: int) -> Iterator[None]:
+def ray_session(memory: int) -> Iterator[None]:
     """Ray, for as long as the block runs: the one that this process is connected to, or else one of its own.
 
     Its own has `memory` bytes to give: what was planned on this machine.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlprune.models.matrices import matrices
 from mlprune.pruning.masks import PackedMask
-from mlprune.shards.masking import Gathered, Recipe, masks_of_layer
+from mlprune.shards.masking import Gathered, MaskRecipe, masks_of_layer
 
 _ONES = torch.tensor([byte.bit_count() for byte in range(256)])
 
@@ -35,7 +35,9 @@ class SharedDrops:
     unseen: tuple[str, ...]  # matrices of experts that some calibration's tokens never reached
 
 
-def shared_drops(index: int, layer: torch.nn.Module, recipes: Sequence[Recipe], gathered: Gathered) -> SharedDrops:
+def shared_drops(
+    index: int, layer: torch.nn.Module, recipes: Sequence[MaskRecipe], gathered: Gathered
+) -> SharedDrops:
     """Make the masks of the borrowed dense layer `index` by each recipe, compare them, and let go of them.
 
     The recipes' scores drop weights and change none.

@@ -26,7 +26,7 @@ Gathered = Mapping[str, Mapping[str, Moments]]  # of a layer: calibration set ke
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MaskRecipe:
     """All that turns moments into masks: the variant, the seed, and which calibration sets in which shares."""
 
     variant: Variant
@@ -66,7 +66,7 @@ class MaskSummary:
     unseen: tuple[str, ...] = ()  # matrices of experts that no calibration token reached
 
 
-def outliers_of_layer(layer: torch.nn.Module, recipe: Recipe, gathered: Gathered) -> float:
+def outliers_of_layer(layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered) -> float:
     """The share of outliers among the borrowed dense layer's weights times inputs: what OWL allocates by."""
     return outlier_share(
         [(_weight(layer, matrix), recipe.moments(gathered, name)[0]) for name, matrix in matrices(layer).items()]
@@ -74,7 +74,7 @@ def outliers_of_layer(layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
 
 
 def masks_of_layer(
-    index: int, layer: torch.nn.Module, recipe: Recipe, gathered: Gathered
+    index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered
 ) -> tuple[LayerMasks, MaskSummary]:
     """The masks (or changed weights) of the borrowed dense layer `index`, and what they came to.
 
@@ -94,7 +94,7 @@ def _weight(layer: torch.nn.Module, matrix: Matrix) -> Tensor:
 
 
 def _mask(
-    index: int, name: str, weight_OI: Tensor, recipe: Recipe, sides: Sequence[Moments]
+    index: int, name: str, weight_OI: Tensor, recipe: MaskRecipe, sides: Sequence[Moments]
 ) -> PackedMask | PackedWeights:
     rule, pattern, sparsity = recipe.rule, recipe.variant.pattern, recipe.sparsity(index)
     where = f"layer {index}, {name}"

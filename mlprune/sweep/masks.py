@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mlprune.console import step, warn
 from mlprune.pruning.allocation import owl
-from mlprune.shards.pipeline import Pipeline, Progress, Pruned
+from mlprune.shards.pipeline import MaskOutcome, Pipeline, Progress
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import needs_dense_moments
 from mlprune.sweep.prepare import Prepared
@@ -33,7 +33,7 @@ def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Va
 
 def make_masks(
     prepared: Prepared, pipeline: Pipeline, variant: Variant, progress: Progress | None = None
-) -> Pruned:
+) -> MaskOutcome:
     """Make the variant's masks; they stay in the workers. Dense moments must have been gathered before."""
     recipe = prepared.recipe(variant)
     if variant.allocation == "owl":

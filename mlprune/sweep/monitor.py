@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mlprune.console import say
-from mlprune.runtime.actors import Usage
-from mlprune.runtime.replicas import Fleet
+from mlprune.runtime.actors import ShardUsage
+from mlprune.runtime.replicas import ReplicaGroup
 from mlprune.sweep.status import ShardState, Standing, TrialState, bounded_by, publish, retract, seconds_left
 from mlprune.sweep.tune_runner import Trials
 from mlprune.tracking.tracker import SweepTracker
@@ -28,11 +28,11 @@ Show = Callable[[Standing], None]
 class _Shard:
     """What was seen of a shard: lately, and since the trials began."""
 
-    seen: deque[Usage] = field(default_factory=deque)  # the looks of the last WINDOW_SECONDS
+    seen: deque[ShardUsage] = field(default_factory=deque)  # the looks of the last WINDOW_SECONDS
     alive: bool = True
     worked: float = 0.0  # seconds since the trials began
 
-    def add(self, usage: Usage | None) -> float:
+    def add(self, usage: ShardUsage | None) -> float:
         """Take in a look, None where nobody answered; the seconds that it worked since the last one."""
         self.alive = usage is not None
         last = self.seen[-1] if self.seen else None
@@ -56,10 +56,12 @@ class _Shard:
 
 
 class Watch:
-    """Looks at a fleet while its block runs, and shows how the sweep stands once its trials have begun."""
+    """Looks at the replicas while its block runs, and shows how the sweep stands once its trials have begun."""
 
-    def __init__(self, name: str, fleet: Fleet, trials: Trials, at_once: int, tracker: SweepTracker, show: Show):
-        self._name, self._fleet, self._trials, self._at_once = name, fleet, trials, at_once
+    def __init__(
+        self, name: str, replicas: ReplicaGroup, trials: Trials, at_once: int, tracker: SweepTracker, show: Show
+    ):
+        self._name, self._replicas, self._trials, self._at_once = name, replicas, trials, at_once
         self._tracker, self._show = tracker, show
         self._phase, self._started = "starting", time.time()
         self._trials_began: float | None = None
@@ -94,15 +96,15 @@ class Watch:
                 self._log()
 
     def _look(self) -> None:
-        for replica, pipeline in enumerate(self._fleet.pipelines):
-            for number, usage in enumerate(pipeline.look(LOOK_SECONDS)):
+        for replica, pipeline in enumerate(self._replicas.pipelines):
+            for number, usage in enumerate(pipeline.usage(LOOK_SECONDS)):
                 worked = self._shards.setdefault((replica, number), _Shard()).add(usage)
                 if self._phase == TRIALS:
                     self._shards[replica, number].worked += worked
 
     def standing(self) -> Standing:
         now = time.monotonic()
-        trials, spans = self._trials, self._fleet.spans
+        trials, spans = self._trials, self._replicas.spans
         under_way = list(trials.under_way.values())
         notes = []
         if self._tracker.trouble:
@@ -158,7 +160,7 @@ class Watch:
             return {}
         seconds = time.monotonic() - self._trials_began
         shares = [min(1.0, shard.worked / seconds) for _, shard in sorted(self._shards.items())]
-        spans = self._fleet.spans
+        spans = self._replicas.spans
         layers = [(span.first, span.end - 1) for span in spans]
         say(f"  {bounded_by(shares, self._at_once, len(spans), layers)}")
         return {f"occupancy.shard_{n}": share for n, share in enumerate(shares)}

@@ -22,8 +22,8 @@ from mlprune.planning.machine import Machine, this_machine, with_disk
 from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import Plan, make_plan
 from mlprune.planning.work import Work, build_work
-from mlprune.runtime.ray_cluster import cluster_machine, on_cluster
-from mlprune.shards.masking import Recipe
+from mlprune.runtime.ray_cluster import cluster_is_running, cluster_machine
+from mlprune.shards.masking import MaskRecipe
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
 from mlprune.spec.templates import check_template
 from mlprune.spec.variants import Demonstration, Variant
@@ -60,11 +60,11 @@ class Prepared:
     def results(self) -> ResultStore:
         return ResultStore(Storage(self.spec.storage))
 
-    def recipe(self, variant: Variant) -> Recipe:
+    def recipe(self, variant: Variant) -> MaskRecipe:
         sides = tuple(
             tuple((self.sets[str(part)].key, weight) for part, weight in side.parts) for side in variant.sides
         )
-        return Recipe(variant, self.spec.calibration.seed, sides)
+        return MaskRecipe(variant, self.spec.calibration.seed, sides)
 
     def sets_of(self, variant: Variant) -> list[CalibrationSet]:
         """The calibration sets that it reads, in the order of its recipe's keys."""
@@ -105,7 +105,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     plan = make_plan(size, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
     if plan.reason:
         say(f"  residency: {plan.reason}")
-    if plan.residency.offload == "nvme" and not on_cluster():
+    if plan.residency.offload == "nvme" and not cluster_is_running():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         disk_access_builder(machine.device)
     return Prepared(spec, source, size, machine, plan, sets, evaluation)

@@ -5,6 +5,7 @@ What is run on the opened pipelines is not here: masks are in `masks`, trials in
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +13,8 @@ from typing import TypeVar
 
 from mlprune.console import step
 from mlprune.models.zero import Offload, compile_disk_access
-from mlprune.runtime.ray_cluster import on_cluster
-from mlprune.runtime.replicas import Fleet, fleet_on_ray
+from mlprune.runtime.ray_cluster import cluster_is_running, ray_session
+from mlprune.runtime.replicas import ReplicaGroup, worker_count, worker_memory
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import Setup, ShardWorker
 from mlprune.sweep.prepare import Prepared
@@ -29,19 +30,28 @@ def worker_setup(prepared: Prepared) -> Setup:
     spec, device, offload = prepared.spec, prepared.machine.device, None
     if target := prepared.plan.residency.offload:
         offload = Offload(target, spec.offload_folder, prepared.model_size.packed)
-        if target == "nvme" and not on_cluster():  # a cluster's nodes each compile it when they load
+        if target == "nvme" and not cluster_is_running():  # a cluster's nodes each compile it when they load
             with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
                 compile_disk_access(device)
     return Setup(prepared.source, spec.model.dtype, device.type, prepared.store(), offload)
 
 
 @contextmanager
-def open_replicas(prepared: Prepared, replicas: int | None = None) -> Iterator[Fleet]:
+def open_replicas(prepared: Prepared, replicas: int | None = None) -> Iterator[ReplicaGroup]:
     """Hold the model in Ray actors while the block runs, `replicas` times (default: as often as was planned)."""
     setup, plan = worker_setup(prepared), prepared.plan
     plan = plan if replicas is None else replace(plan, replicas=replicas)
-    with fleet_on_ray(setup, plan, prepared.machine, prepared.spec.pipeline.wait_minutes) as fleet:
-        yield fleet
+    with contextlib.ExitStack() as stack:
+        with step("connecting to Ray"):
+            memory = worker_memory(plan, prepared.machine) * worker_count(plan)
+            stack.enter_context(ray_session(memory))
+        group = ReplicaGroup(setup, plan, prepared.machine, prepared.spec.pipeline.wait_minutes)
+        stack.callback(group.close)
+        ranks = f", {plan.residency.ranks} ranks each" if plan.residency.ranks > 1 else ""
+        times = f" {plan.replicas} times" if plan.replicas > 1 else ""
+        with step(f"loading the model{times} into {len(plan.spans)} shard(s){ranks}"):
+            group.repair()
+        yield group
 
 
 @contextmanager
@@ -63,8 +73,8 @@ def run_on_model(prepared: Prepared, what: str, work: Callable[[Pipeline], T]) -
     shard goes to the nodes, because this machine may be a small head node. Over Ray, `work` is called again when
     a worker dies while it runs; `what` names it in messages.
     """
-    if on_cluster() or len(prepared.spans) * prepared.plan.residency.ranks > 1:
-        with open_replicas(prepared, replicas=1) as fleet:
-            return fleet.steadily(what, work)
+    if cluster_is_running() or len(prepared.spans) * prepared.plan.residency.ranks > 1:
+        with open_replicas(prepared, replicas=1) as group:
+            return group.run_with_retries(what, work)
     with open_local(prepared) as pipeline:
         return work(pipeline)

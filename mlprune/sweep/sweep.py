@@ -19,7 +19,7 @@ from mlprune.analysis.sweep_pictures import pictures_of
 from mlprune.console import say, size_text, step, warn
 from mlprune.errors import SpecError, SweepError
 from mlprune.evaluation.items import signatures
-from mlprune.runtime.replicas import Fleet
+from mlprune.runtime.replicas import ReplicaGroup
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.schema import SearchSpec, SweepSpec
 from mlprune.spec.urls import redact
@@ -256,22 +256,22 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker, show: Show) -> Ran:
     samples = prepared.spec.search.samples
     trials = Trials(samples if optuna and samples else len(todo))
     at_once = prepared.plan.trials * prepared.plan.replicas
-    with open_replicas(prepared) as fleet:
-        watch = Watch(prepared.spec.name, fleet, trials, at_once, tracker, show)
+    with open_replicas(prepared) as replicas:
+        watch = Watch(prepared.spec.name, replicas, trials, at_once, tracker, show)
         with watch.watching():
             watch.enter("evaluating the dense model")
-            dense = dense or _dense(prepared, fleet, tracker)
+            dense = dense or _dense(prepared, replicas, tracker)
             watch.enter("calibrating")
             for replica in range(prepared.plan.replicas):
-                fleet.steadily(
+                replicas.run_with_retries(
                     "calibration", lambda pipeline: gather_moments(prepared, pipeline, plan.unfinished), replica
                 )
             watch.enter(TRIALS)
             with step(TRIALS):
-                run_trials(prepared, fleet, tracker, todo, trials)
+                run_trials(prepared, replicas, tracker, todo, trials)
             tracker.log_sweep_metrics(watch.report(), 0)
-        nodes = [usage.node for usage in fleet.pipelines[0].look(LOOK_SECONDS) if usage]
-        _tell_memory(prepared, fleet)
+        nodes = [usage.node for usage in replicas.pipelines[0].usage(LOOK_SECONDS) if usage]
+        _tell_memory(prepared, replicas)
     for result in trials.results.values():
         if result.unseen and result.variant:
             warn(f"{result.variant.label}: {unseen_note(result.unseen)}")
@@ -281,7 +281,7 @@ def _all_trials(plan: SweepPlan, tracker: SweepTracker, show: Show) -> Ran:
     return Ran(dense, [*done, *trials.results.values()], failed, nodes)
 
 
-def _dense(prepared: Prepared, fleet: Fleet, tracker: SweepTracker) -> Result:
+def _dense(prepared: Prepared, replicas: ReplicaGroup, tracker: SweepTracker) -> Result:
     store = prepared.results()
     tracker.start_trial(prepared.result_key(None), None)
 
@@ -289,13 +289,13 @@ def _dense(prepared: Prepared, fleet: Fleet, tracker: SweepTracker) -> Result:
         with step("evaluating the dense model", "batches") as progress:
             return run_dense(prepared, pipeline, progress)
 
-    dense, items = fleet.steadily("evaluation of the dense model", work)
+    dense, items = replicas.run_with_retries("evaluation of the dense model", work)
     store.save(dense, items)
     tracker.finish_trial(dense, partial(store.items, dense.key))
     return dense
 
 
-def _tell_memory(prepared: Prepared, fleet: Fleet) -> None:
-    held = fleet.steadily("a look at memory", lambda pipeline: max(pipeline.peak_bytes()))
+def _tell_memory(prepared: Prepared, replicas: ReplicaGroup) -> None:
+    held = replicas.run_with_retries("a look at memory", lambda pipeline: max(pipeline.peak_bytes()))
     planned = max(need.total for need in prepared.plan.memory)
     say(f"  a worker held {size_text(held)} at most; {size_text(planned)} were planned")

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlprune.console import warn
 from mlprune.errors import WorkerLostError
-from mlprune.runtime.actors import RayPipeline, admitted
-from mlprune.runtime.placement import slots
-from mlprune.runtime.replicas import MOST_DEATHS, Fleet
+from mlprune.runtime.actors import RayPipeline, pipeline_slot
+from mlprune.runtime.placement import trial_slots
+from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import parse_variant
@@ -54,7 +54,7 @@ class Deaths:
         return {
             variant: f"a worker died {len(causes)} times under it: {causes[-1]}"
             for variant, causes in self._causes.items()
-            if len(causes) >= MOST_DEATHS
+            if len(causes) >= MAX_WORKER_LOSSES
         }
 
     def next_round(self, todo: Sequence[Variant]) -> tuple[list[Variant], bool]:
@@ -90,7 +90,7 @@ class UnderWay:
 
 
 def run_trials(
-    prepared: Prepared, fleet: Fleet, tracker: SweepTracker, todo: Sequence[Variant], trials: Trials
+    prepared: Prepared, replicas: ReplicaGroup, tracker: SweepTracker, todo: Sequence[Variant], trials: Trials
 ) -> None:
     """Run `todo`, or what Optuna chooses; `trials` is kept up to date all the while."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -102,7 +102,7 @@ def run_trials(
     while left:
         # Optuna chooses anew each time, led through the results that are there, until nothing was lost
         batch, alone = (left, False) if optuna else deaths.next_round(left)
-        given = {"pipelines": fleet.pipelines, "given_up": deaths.given_up}
+        given = {"pipelines": replicas.pipelines, "given_up": deaths.given_up}
         watch = _round(prepared, tracker, trials, batch, alone, given)
         for variant, cause in watch.lost.items():
             warn(f"{variant.label}: {cause}")
@@ -111,10 +111,10 @@ def run_trials(
             if variant in watch.lost:
                 tracker.fail_trial(prepared.result_key(variant), variant, cause)
                 trials.failed[variant] = cause
-        if watch.lost or watch.drained:
-            fleet.mend()
+        if watch.lost or watch.not_started:
+            replicas.repair()
         if optuna:
-            left = left if watch.lost or watch.drained else []
+            left = left if watch.lost or watch.not_started else []
         else:
             over = {result.variant for result in trials.results.values()} | trials.failed.keys()
             left = [variant for variant in left if variant not in over]
@@ -143,7 +143,7 @@ def _round(
     with tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
         function = tune.with_parameters(tune_trial, prepared=prepared, objective=objective, **given)
         tuner = tune.Tuner(
-            tune.with_resources(function, {"CPU": 0, **slots(at_once)}),
+            tune.with_resources(function, {"CPU": 0, **trial_slots(at_once)}),
             param_space=None if optuna else {"variant": tune.grid_search([v.to_dict() for v in batch])},
             tune_config=tune.TuneConfig(
                 metric=objective if optuna else None,
@@ -195,13 +195,13 @@ def tune_trial(
     try:
         result = store.load(prepared.result_key(variant))
         if result is None:
-            with admitted(pipelines, tune.get_context().get_trial_id()) as pipeline:
+            with pipeline_slot(pipelines, tune.get_context().get_trial_id()) as pipeline:
                 gather_moments(prepared, pipeline, [variant])  # of a mended worker; else they are there
                 result, items = run_trial(prepared, pipeline, variant, _under_way(prepared))
             store.save(result, items)
         tune.report({objective: result.metrics[objective]})
     except WorkerLostError as lost:
-        tune.report({"drained" if lost.drained else "lost": str(lost), **worst})
+        tune.report({"drained" if lost.not_started else "lost": str(lost), **worst})
     except Exception as error:  # whatever it is, it ends this trial and not the others; the sweep reports it
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         tune.report({"cause": cause, "traceback": traceback.format_exc(), **worst})
@@ -225,7 +225,7 @@ class Watcher:
         self._prepared, self._tracker, self._trials = prepared, tracker, trials
         self._pipelines = pipelines
         self.lost: dict[Variant, str] = {}  # that a worker died under, and why
-        self.drained: set[Variant] = set()  # that did not begin, because a worker was dead
+        self.not_started: set[Variant] = set()  # that did not begin, because a worker was dead
 
     def began(self, trial: Any) -> None:
         key, variant = self._key_and_variant(trial)
@@ -238,7 +238,7 @@ class Watcher:
         if "lost" in told:
             self.lost[variant] = told["lost"]
         elif "drained" in told:
-            self.drained.add(variant)
+            self.not_started.add(variant)
         elif "cause" in told:
             self._trials.failed[variant] = told["cause"]
             self._tracker.fail_trial(key, variant, told["traceback"])
@@ -262,7 +262,7 @@ class Watcher:
         _, variant = self._key_and_variant(trial)
         self._trials.under_way.pop(trial.trial_id, None)
         for pipeline in self._pipelines:
-            pipeline.dismiss(trial.trial_id, variant.key)
+            pipeline.release_slot(trial.trial_id, variant.key)
         self.lost[variant] = "the trial's own process died"
 
     def _key_and_variant(self, trial: Any) -> tuple[str, Variant]:

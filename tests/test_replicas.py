@@ -15,11 +15,13 @@ from mlprune.planning.machine import Machine, share_of
 from mlprune.planning.planner import make_plan
 from mlprune.planning.work import Work
 from mlprune.runtime import placement as places
-from mlprune.runtime.actors import RayPipeline, admitted, cause_of_death
-from mlprune.runtime.placement import Place, bundle_for
+from mlprune.runtime.actors import RayPipeline, pipeline_slot
+from mlprune.runtime.placement import Placement, bundle_for
 from mlprune.runtime.ray_cluster import resources_text
-from mlprune.runtime.replicas import MOST_DEATHS, Fleet
-from mlprune.shards.pipeline import Pruned
+from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
+from mlprune.runtime.worker_errors import cause_of_death
+from mlprune.shards.pipeline import MaskOutcome
+from mlprune.shards.worker import ShardWorker
 from mlprune.spec.schema import PipelineSpec
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
@@ -111,7 +113,7 @@ def test_causes_are_named_in_a_line(error: Exception, told: str) -> None:
     assert "\n" not in cause_of_death(error)
 
 
-# over real Ray: first what wants CPUs that the fleet would have
+# over real Ray: first what wants CPUs that the replicas would have
 
 
 def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: None, tmp_path: Path) -> None:
@@ -128,9 +130,11 @@ def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: 
 def test_a_cluster_that_is_too_small_says_what_is_missing(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = Place.ask(2, {"CPU": 1, "GPU": 1, "memory": float(GIB)})
+    place = Placement.request(2, {"CPU": 1, "GPU": 1, "memory": float(GIB)})
     try:
-        with pytest.raises(SpecError, match=r"pipeline.wait_minutes: 0.01: waiting for places of 2 shard\(s\), "):
+        with pytest.raises(
+            SpecError, match=r"pipeline.wait_minutes: 0.01: waiting for resources for 2 shard\(s\), "
+        ):
             place.wait(0.01)
     finally:
         place.remove()
@@ -151,8 +155,8 @@ def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
 
 
 @pytest.fixture(scope="module")
-def fleet(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    prepared = ready(tmp_path_factory.mktemp("fleet"), shards=2, pipeline={"replicas": 2})
+def replicas(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicaGroup]:
+    prepared = ready(tmp_path_factory.mktemp("replicas"), shards=2, pipeline={"replicas": 2})
     with open_replicas(prepared) as opened:
         yield opened
 
@@ -165,34 +169,36 @@ def kill(pipeline: RayPipeline, shard: int) -> None:
     os.kill(pids(pipeline)[shard], signal.SIGKILL)
 
 
-def test_only_what_died_is_started_again(fleet: Fleet) -> None:
-    before = [pids(pipeline) for pipeline in fleet.pipelines]
-    kill(fleet.pipelines[0], 1)
-    stale = fleet.pipelines[0]
+def test_only_what_died_is_started_again(replicas: ReplicaGroup) -> None:
+    before = [pids(pipeline) for pipeline in replicas.pipelines]
+    kill(replicas.pipelines[0], 1)
+    stale = replicas.pipelines[0]
     with pytest.raises(WorkerLostError, match="a shard's worker"):
-        stale.everywhere("ready")
-    fleet.mend()
-    after = [pids(pipeline) for pipeline in fleet.pipelines]
+        stale.call_all(ShardWorker.ready)
+    replicas.repair()
+    after = [pids(pipeline) for pipeline in replicas.pipelines]
     assert after[1] == before[1]
     assert after[0][0] == before[0][0]
     assert after[0][1] != before[0][1]
     with pytest.raises(WorkerLostError):
-        stale.everywhere("ready")  # an old handle never reaches the new worker, which knows nothing
+        stale.call_all(ShardWorker.ready)  # an old handle never reaches the new worker, which knows nothing
 
 
-def test_work_is_done_again_on_a_mended_pipeline_with_the_same_outcome(fleet: Fleet, tmp_path: Path) -> None:
+def test_work_is_done_again_on_a_mended_pipeline_with_the_same_outcome(
+    replicas: ReplicaGroup, tmp_path: Path
+) -> None:
     prepared = ready(tmp_path, shards=2)
     deaths = 0
 
-    def work(pipeline: RayPipeline) -> tuple[Pruned, dict[str, Any]]:
+    def work(pipeline: RayPipeline) -> tuple[MaskOutcome, dict[str, Any]]:
         nonlocal deaths
         gather_moments(prepared, pipeline, [WANDA])
-        if deaths < MOST_DEATHS - 1:
+        if deaths < MAX_WORKER_LOSSES - 1:
             deaths += 1
             kill(pipeline, deaths - 1)
         return make_masks(prepared, pipeline, WANDA), masks_of(prepared, pipeline, WANDA)
 
-    made, weights = fleet.steadily("work", work)
+    made, weights = replicas.run_with_retries("work", work)
     with open_local(ready(tmp_path / "plain")) as plain:
         gather_moments(prepared, plain, [WANDA])
         assert make_masks(prepared, plain, WANDA) == made
@@ -202,17 +208,19 @@ def test_work_is_done_again_on_a_mended_pipeline_with_the_same_outcome(fleet: Fl
 
     def hopeless(pipeline: RayPipeline) -> None:
         kill(pipeline, 0)
-        pipeline.everywhere("ready")
+        pipeline.call_all(ShardWorker.ready)
 
     with pytest.raises(SweepError, match="work: a worker died 3 times: a shard's worker"):
-        fleet.steadily("work", hopeless)
-    fleet.mend()
+        replicas.run_with_retries("work", hopeless)
+    replicas.repair()
 
 
-def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(fleet: Fleet, tmp_path: Path) -> None:
+def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(
+    replicas: ReplicaGroup, tmp_path: Path
+) -> None:
     """The worker dies idle between two chunks: the pass must fail, not go on with a new worker's zeros."""
     prepared = ready(tmp_path, shards=2)
-    pipeline = fleet.pipelines[1]
+    pipeline = replicas.pipelines[1]
     seen = 0
 
     def strike(done: int, total: int) -> None:
@@ -226,22 +234,22 @@ def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(fleet:
     with pytest.raises(WorkerLostError):
         pipeline.gather([made], strike)
     assert not any(prepared.store().has(made.key, layer) for layer in range(len(prepared.model_size.layers)))
-    fleet.mend()
+    replicas.repair()
 
 
-def test_no_more_trials_than_planned_enter_a_replica_and_none_a_broken_fleet(fleet: Fleet) -> None:
-    first, second = fleet.pipelines
-    room = first._trials
-    entered = [first.admit(f"t{number}") for number in range(room + 1)]
+def test_no_more_trials_than_planned_enter_a_replica_and_none_a_broken_fleet(replicas: ReplicaGroup) -> None:
+    first, second = replicas.pipelines
+    room = first._slots
+    entered = [first.acquire_slot(f"t{number}") for number in range(room + 1)]
     assert entered == [True] * room + [False]
-    assert first.admit("t0"), "who is in is in"
-    with admitted([first, second], "other") as chosen:
+    assert first.acquire_slot("t0"), "who is in is in"
+    with pipeline_slot([first, second], "other") as chosen:
         assert chosen is second
-    first.dismiss("t0")
-    with admitted([first, second], "other") as chosen:
+    first.release_slot("t0")
+    with pipeline_slot([first, second], "other") as chosen:
         assert chosen is first
     kill(second, 1)
-    with pytest.raises(WorkerLostError) as lost, admitted([second, first], "late"):
+    with pytest.raises(WorkerLostError) as lost, pipeline_slot([second, first], "late"):
         pass
-    assert lost.value.drained
-    fleet.mend()
+    assert lost.value.not_started
+    replicas.repair()
