@@ -48,7 +48,7 @@ class ShardWorker:
     """Holds the layers of `span`, their moments and the masks of variants.
 
     If a shard has several ranks, each gets the same calls and does its share of the batches that it receives: the
-    micro-batches `ranks.rank`, `ranks.rank + ranks.size`, ... Hidden states and likelihoods are those of its share.
+    micro-batches `ranks.rank`, `ranks.rank + ranks.size`, ... It returns hidden states and likelihoods of its own.
     """
 
     def __init__(self, setup: Setup, span: Span, ranks: Ranks = SINGLE_RANK) -> None:
