@@ -14,7 +14,7 @@ from mlprune.errors import CorpusError, ModelError, SpecError, UserError
 from mlprune.evaluation.choices import Choices, reviews, xnli
 from mlprune.evaluation.items import chosen
 from mlprune.models.quiet import quiet_transformers
-from mlprune.spec.schema import ReviewsSpec, XnliSpec
+from mlprune.spec.evaluation import ReviewsSpec, XnliSpec
 from mlprune.spec.templates import check_template
 from tests.tiny import tokenizer
 from tests.tiny_models import source

@@ -17,7 +17,7 @@ from mlprune.errors import CorpusError, ModelError, UserError
 from mlprune.evaluation.items import metrics_of
 from mlprune.evaluation.translation import Translation, translation
 from mlprune.models.quiet import quiet_transformers
-from mlprune.spec.schema import TranslationSpec
+from mlprune.spec.evaluation import TranslationSpec
 from tests.tiny import sample, tokenizer
 from tests.tiny_models import source
 from tests.work import opened, ready

@@ -9,7 +9,8 @@ from mlprune.evaluation.choices import reviews, xnli
 from mlprune.evaluation.perplexity import perplexity
 from mlprune.evaluation.suite import Asking, Scored, Suite
 from mlprune.evaluation.translation import translation
-from mlprune.spec.schema import EvaluationSpec, SweepSpec
+from mlprune.spec.evaluation import EvaluationSpec
+from mlprune.spec.schema import SweepSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from mlprune.data.calibration import RowSet, context_id, pad_id, row_set
 from mlprune.data.questions import INFERENCE, SENTIMENT, Form, Question, open_questions
 from mlprune.errors import CorpusError, SpecError
 from mlprune.evaluation.items import Items
-from mlprune.spec.schema import ReviewsSpec, XnliSpec
+from mlprune.spec.evaluation import ReviewsSpec, XnliSpec
 from mlprune.spec.templates import check_template
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mlprune.data.calibration import EvaluationSet, evaluation_set
 from mlprune.data.corpora import Corpus
 from mlprune.evaluation.items import Items
-from mlprune.spec.schema import PerplexitySpec
+from mlprune.spec.evaluation import PerplexitySpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

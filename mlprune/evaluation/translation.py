@@ -26,8 +26,8 @@ from mlprune.errors import CorpusError
 from mlprune.evaluation.items import Items
 from mlprune.shards.decoding import grouped, kept_at_once
 from mlprune.shards.pipeline import Pipeline, Progress
+from mlprune.spec.evaluation import TranslationSpec
 from mlprune.spec.languages import language_name
-from mlprune.spec.schema import TranslationSpec
 from mlprune.spec.variants import Demonstration
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from itertools import product
 
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import Solver, find_score
-from mlprune.spec.schema import SearchSpec
+from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import (
     Allocation,
     Calibration,

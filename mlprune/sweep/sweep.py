@@ -21,7 +21,8 @@ from mlprune.errors import SpecError, SweepError
 from mlprune.evaluation.items import signatures
 from mlprune.runtime.replicas import ReplicaGroup
 from mlprune.shards.pipeline import Pipeline
-from mlprune.spec.schema import SearchSpec, SweepSpec
+from mlprune.spec.schema import SweepSpec
+from mlprune.spec.search import SearchSpec
 from mlprune.spec.urls import redact
 from mlprune.spec.variants import Variant
 from mlprune.storage.files import Storage

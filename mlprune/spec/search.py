@@ -1,0 +1,75 @@
+"""The `search` section of the spec: the lists whose product is the grid of trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field, InstanceOf, PlainSerializer, field_validator, model_validator
+
+from mlprune.errors import SpecError
+from mlprune.spec.section import Count, Section
+from mlprune.spec.variants import Allocation, Calibration, Pattern, Propagation, Scoring, two_sides
+
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+# text in a file, parsed objects in the spec, and text again wherever the spec is written
+_AS_TEXT = PlainSerializer(str, return_type=str)
+CalibrationItem = Annotated[InstanceOf[Calibration], _AS_TEXT]
+ScoringItem = Annotated[InstanceOf[Scoring], _AS_TEXT]
+PatternItem = Annotated[InstanceOf[Pattern], _AS_TEXT]
+
+
+class SearchSpec(Section):
+    """The lists whose product is the grid; with `samples`, `searcher` picks that many trials of it."""
+
+    calibration: tuple[CalibrationItem, ...] = ()
+    score: Annotated[tuple[ScoringItem, ...], Field(min_length=1)]
+    sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)]
+    pattern: Annotated[tuple[PatternItem, ...], Field(min_length=1)] = (Pattern(),)
+    allocation: Annotated[tuple[Allocation, ...], Field(min_length=1)] = ("uniform",)
+    propagation: Annotated[tuple[Propagation, ...], Field(min_length=1)] = ("sequential",)
+    samples: Count | None = None
+    searcher: Literal["random", "optuna"] = "random"
+    objective: Literal["mean", "worst"] = "mean"
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _calibrations(cls, values: object) -> object:
+        return _parse_items(values, Calibration.parse, "search.calibration")
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _scores(cls, values: object) -> object:
+        if isinstance(values, list | tuple):
+            values = [_score_text(value, f"search.score[{n}]") for n, value in enumerate(values)]
+        return _parse_items(values, Scoring.parse, "search.score")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _patterns(cls, values: object) -> object:
+        return _parse_items(values, Pattern.parse, "search.pattern")
+
+    @model_validator(mode="after")
+    def _optuna_needs_samples(self) -> SearchSpec:
+        if self.searcher == "optuna" and self.samples is None:
+            raise SpecError(
+                "search.samples", None, "searcher optuna needs the number of trials; write e.g. samples: 20"
+            )
+        return self
+
+
+def _parse_items(values: object, parse: Callable[[str, str], object], key: str) -> object:
+    """Parse each text of a list, and let pydantic refuse whatever else there is."""
+    if not isinstance(values, list | tuple):
+        return values
+    return [parse(value, f"{key}[{n}]") if isinstance(value, str) else value for n, value in enumerate(values)]
+
+
+def _score_text(value: object, key: str) -> object:
+    """Return `{contrastive: {keep: K, against: A}}` as `contrastive:K/A`, and anything else as it is."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return value
+    (name, sides), *_ = value.items()
+    if not isinstance(sides, dict) or set(sides) != {"keep", "against"}:
+        raise SpecError(key, repr(value), f"{name} needs both sides; write {two_sides(name)}")
+    return f"{name}:{sides['keep']}/{sides['against']}"
