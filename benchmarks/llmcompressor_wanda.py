@@ -1,21 +1,24 @@
-"""A baseline: prune a model folder with llm-compressor's Wanda on given token ids, and time it.
+"""Prune a model folder with llm-compressor's Wanda on given token ids, and time it: a baseline for mlprune.
 
     python benchmarks/llmcompressor_wanda.py MODEL_DIR IDS.safetensors|IDS.npz --sparsity 0.5 [--threads N]
 
-Runs on the CPU, in an environment of its own (mlprune neither imports nor needs llm-compressor):
+It runs on the CPU, in an environment of its own, because mlprune neither imports nor needs llm-compressor:
 
     python -m venv ENV && ENV/bin/pip install torch==2.13.0 && ENV/bin/pip install llmcompressor==0.14.0.1
 
-IDS holds `input_ids`, int64 [samples, length], every row full. The last line on stdout is JSON:
-`seconds` is the one `oneshot` call (tracing the model, calibrating, pruning and propagating each decoder
-layer; nothing is saved) and `load_seconds` is reading the model and the tokenizer. Importing the
-libraries and reading IDS are in neither.
+For the same reason no test runs it and mypy does not check it; `sweep_cost.py --llmcompressor ENV/bin/python`
+runs it.
 
-It departs from llm-compressor's defaults in two places: the ids come as a ready DataLoader, in the
-order of the file, so nothing is tokenised or shuffled; and `lm_head` is left dense. Wanda's own are the
-sequential pipeline, one decoder layer at a time on the outputs of the pruned layers before it; eager
-attention, which llm-compressor forces; and the `0:0` mask: int(columns * sparsity) weights of each row.
-The batch is its default of 1: no larger one was clearly faster on two cores (`--batch-size` to try).
+IDS holds `input_ids`, int64 [samples, length]; every row is full. The last line on stdout is JSON. `seconds` is
+the duration of the one `oneshot` call: it traces the model, then calibrates, prunes and propagates each decoder
+layer, and saves nothing. `load_seconds` is the duration of reading the model and the tokenizer. Importing the
+libraries and reading IDS are not timed.
+
+It departs from llm-compressor's defaults in two ways. The ids come as a ready DataLoader, in the order of the
+file, so nothing is tokenised or shuffled. `lm_head` stays dense. The rest is llm-compressor's Wanda: the
+sequential pipeline, one decoder layer at a time on the outputs of the pruned layers before it; eager attention,
+which llm-compressor forces; and the `0:0` mask, int(columns * sparsity) weights of each row. The batch size is
+its default of 1: no larger batch was clearly faster on two cores (`--batch-size` to try).
 """
 
 import argparse

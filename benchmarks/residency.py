@@ -1,22 +1,28 @@
-"""What it costs that weights live elsewhere: a calibration pass and one variant's masks, for each residency.
+"""Measure a calibration pass and the masks of one variant for each residency: resident, zero/cpu and zero/nvme.
 
-    python benchmarks/residency.py                       # the demo model
+Run it on the demo model:
+
+    python benchmarks/residency.py
+
+Run it on a model of Llama's architecture with random weights in bfloat16, built for the benchmark:
+
     python benchmarks/residency.py --width 4096 --layers 32 --tokens 65536 --peak 989e12
 
-With a width, a model of Llama's shape is made on the spot, in bfloat16. `--peak`: the device's FLOP/s, to say
-which share of them the pass reaches.
+`--peak` is the device's peak FLOP/s; with it each row also says which share of the peak the pass reaches.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import click
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from mlprune.errors import SpecError
 from mlprune.models.demo import demo_folder
+from mlprune.planning.machine import this_machine
 from mlprune.spec.loading import parse_spec
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
@@ -24,14 +30,16 @@ from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import open_local
 
 WANDA = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
-WAYS = {
+PROMPT_TOKENS = 256
+RESIDENCIES = {
     "resident": {"residency": "resident"},
     "zero/cpu": {"residency": "zero", "offload": "cpu"},
     "zero/nvme": {"residency": "zero", "offload": "nvme"},
 }
 
 
-def made(width: int, layers: int, folder: Path) -> Path:
+def build_model(width: int, layers: int, folder: Path) -> Path:
+    """Save a model of Llama's architecture with random weights and the demo model's tokenizer."""
     heads = width // 128
     config = LlamaConfig(
         hidden_size=width,
@@ -41,33 +49,34 @@ def made(width: int, layers: int, folder: Path) -> Path:
         num_key_value_heads=heads,
         vocab_size=49152,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
+    with this_machine().device:  # drawing billions of random weights on the CPU takes minutes
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_folder()).save_pretrained(folder)
     return folder
 
 
-def prepared(model: str, tokens: int, storage: Path, pipeline: dict[str, str]) -> Prepared:
+def prepare_job(model: str, tokens: int, storage: Path, pipeline: dict[str, str]) -> Prepared:
+    """Prepare calibration on prompts of `tokens` tokens altogether, and nothing to evaluate."""
     values = {
         "model": {"path": model},
         "pipeline": pipeline,
-        "calibration": {"samples": tokens // 256, "shots": 4, "max_tokens": 256},
+        "calibration": {"samples": tokens // PROMPT_TOKENS, "shots": 4, "max_tokens": PROMPT_TOKENS},
         "search": {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [0.5]},
         "storage": str(storage),
     }
     return prepare(parse_spec(values), [WANDA], evaluate=False)
 
 
-def timed(job: Prepared, rounds: int) -> tuple[float, float]:
-    """Seconds of a pass over the calibration set, and of the masks: medians."""
+def measure(job: Prepared, rounds: int) -> tuple[float, float]:
+    """Return the seconds of a pass over the calibration set and of making the masks, medians over the rounds."""
     passes, masks = [], []
-    (made_set,) = job.sets.values()
+    (calibration,) = job.sets.values()
     with open_local(job) as pipeline:
-        gather_moments(job, pipeline, [WANDA])  # warm
+        gather_moments(job, pipeline, [WANDA])  # the first pass is slower: it is not timed
         for _ in range(rounds):
             started = time.perf_counter()
-            pipeline.gather([made_set])
+            pipeline.gather([calibration])
             passes.append(time.perf_counter() - started)
             started = time.perf_counter()
             make_masks(job, pipeline, WANDA)
@@ -75,29 +84,52 @@ def timed(job: Prepared, rounds: int) -> tuple[float, float]:
     return statistics.median(passes), statistics.median(masks)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peak", type=float)
-    asked = parser.parse_args()
+def row(job: Prepared, pass_seconds: float, mask_seconds: float, base: float, peak: float | None) -> str:
+    """Return a residency's line of the table, without its name. `base` is the first residency's pass."""
+    tokens = sum(calibration.tokens for calibration in job.sets.values())
+    moved = sum(job.model_size.layers) / pass_seconds / 1e9
+    line = (
+        f"pass {pass_seconds:.2f} s, {pass_seconds / base:.2f} of the first; {tokens / pass_seconds:,.0f} tokens/s"
+    )
+    if peak:
+        line += f", {2 * tokens * job.model_size.pruned_total / pass_seconds / peak:.0%} of peak"
+    return f"{line}; {moved:.1f} GB of layers/s; masks {mask_seconds:.2f} s"
+
+
+@click.command()
+@click.option("--model", default="demo", help="A model folder, a Hugging Face model id, or demo (the default).")
+@click.option("--width", type=int, help="Build a model of this hidden size instead.")
+@click.option("--layers", default=32, help="Layers of the model that --width builds.")
+@click.option("--tokens", default=8192, help=f"Tokens of the calibration set, in prompts of {PROMPT_TOKENS}.")
+@click.option("--rounds", default=3)
+@click.option("--peak", type=float, help="Peak FLOP/s of the device.")
+@click.option(
+    "--residency", "names", type=click.Choice(list(RESIDENCIES)), multiple=True, default=list(RESIDENCIES)
+)
+def main(
+    model: str,
+    width: int | None,
+    layers: int,
+    tokens: int,
+    rounds: int,
+    peak: float | None,
+    names: tuple[str, ...],
+) -> None:
+    """Print one line for each residency."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        model = str(made(asked.width, asked.layers, folder / "model")) if asked.width else "demo"
-        base = 0.0
-        for number, (name, pipeline) in enumerate(WAYS.items()):
-            job = prepared(model, asked.tokens, folder / str(number), pipeline)
-            seconds, masking = timed(job, asked.rounds)
-            base = base or seconds
-            tokens = sum(made_set.tokens for made_set in job.sets.values())
-            moved = sum(job.model_size.layers) / seconds / 1e9
-            line = f"{name:10} pass {seconds:.2f} s, {seconds / base:.2f} of resident"
-            line += f"; {tokens / seconds:,.0f} tokens/s"
-            if asked.peak:
-                line += f", {2 * tokens * job.model_size.pruned_total / seconds / asked.peak:.0%} of peak"
-            print(f"{line}; {moved:.1f} GB of layers/s; masks {masking:.2f} s")  # noqa: T201
+        folder, base = Path(scratch), 0.0
+        path = str(build_model(width, layers, folder / "model")) if width else model
+        for number, name in enumerate(names):
+            try:
+                job = prepare_job(path, tokens, folder / str(number), RESIDENCIES[name])
+            except SpecError as error:
+                if error.key != "pipeline.offload":
+                    raise
+                click.echo(f"{name:10} skipped: {error}")  # nvme without libaio's headers
+                continue
+            pass_seconds, mask_seconds = measure(job, rounds)
+            base = base or pass_seconds
+            click.echo(f"{name:10} {row(job, pass_seconds, mask_seconds, base, peak)}")
 
 
 if __name__ == "__main__":
