@@ -132,6 +132,14 @@ def test_the_key_follows_the_tokens_and_their_layout() -> None:
     assert len({key, *(other.key for other in others)}) == 1 + len(others)
 
 
+def test_keys_of_calibration_sets_stay_as_they_are() -> None:
+    """Stored moments and results are found by these keys."""
+    assert calibrated().key == "35c334d2d619a69f5ae20f259828dcfc"
+    assert calibrated(FRENCH_ONLY, max_tokens=700).key == "fdaa9bc70316801479dd2b6140acb35b"
+    padded = calibrated(FRENCH_ONLY, max_tokens=700, count_padding=True)
+    assert padded.key == "2cfaab99ec406309ca9181920c1b3d75"
+
+
 def test_template_and_separator_reach_the_tokens_and_spare_the_end_of_sequence() -> None:
     bare = deepcopy(tokenizer())
     bare.eos_token = None

@@ -63,6 +63,20 @@ def test_the_key_of_rows_follows_ids_starts_and_layout() -> None:
     assert len({key, *(made.key for made in others)}) == 1 + len(others)
 
 
+@pytest.mark.parametrize(
+    ("pad_free", "lines_key", "rows_key"),
+    [
+        (False, "651466ed2b940bec7aca8d6f681572bc", "78ad2c11e6c289d0b8bf06abe92d542c"),
+        (True, "38d0525ef77c3d021b0ba3189f70c037", "e966421ca73a8a3fe1c558470b8ea66b"),
+    ],
+)
+def test_keys_stay_as_they_are(pad_free: bool, lines_key: str, rows_key: str) -> None:
+    """Stored results are found by these keys, so a change here makes every store worthless."""
+    lines = evaluation_set(sample(), ["en", "fr"], tokenizer(), lines=30, max_positions=None, pad_free=pad_free)
+    assert lines.key == lines_key
+    assert row_set(*random_rows(Random(0)), pad=7, pad_free=pad_free).key == rows_key
+
+
 @pytest.mark.parametrize(("row", "start"), [([5], 1), ([5, 6], 2), ([5, 6], 0), ([], 1)])
 def test_a_row_without_a_token_to_score_is_our_mistake(row: list[int], start: int) -> None:
     with pytest.raises(AssertionError):

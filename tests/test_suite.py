@@ -87,6 +87,11 @@ def test_what_is_scored_goes_in_one_pass(
     assert passes == [2 * 5 + 2 * 5 * 3 + 5 * 2]
 
 
+def test_the_key_of_a_suite_stays_as_it_is(data: dict[str, str], tmp_path: Path) -> None:
+    """Stored results are found by this key, which follows the keys of all tasks."""
+    assert suite_of(prepared(tmp_path, data)).key == "faf1dfa9f785fa480abd640dd2273f89"
+
+
 @pytest.mark.parametrize(
     "change",
     [
