@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerBase
 
 from mlprune.commands.prune import prune
-from mlprune.evaluation.harness import _as_the_harness_runs
+from mlprune.data.special_tokens import pad_id
+from mlprune.evaluation.harness.encoder import Encoder
+from mlprune.evaluation.harness.isolation import seeded_and_silent
+from mlprune.evaluation.harness.requests import GenerationRequest, LikelihoodRequest, Requests, Response
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 from mlprune.shards.pipeline import Pipeline
@@ -41,7 +45,7 @@ def hf(model: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    with _as_the_harness_runs(), quiet_transformers():
+    with seeded_and_silent(), quiet_transformers():
         yield
 
 
@@ -51,6 +55,33 @@ def masked(storage: Path, model: ModelSource, shards: int) -> Iterator[Pipeline]
     with opened(prepared) as pipeline:
         make_masks(prepared, pipeline, RANDOM)
         yield pipeline
+
+
+class HarnessModel:
+    """Responds to the harness's requests, given as a list, with the dense model (`variant` None) or a variant."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        variant: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        positions: int | None,
+        pad_free: bool,
+    ) -> None:
+        self._pipeline, self._variant, self._pad_free = pipeline, variant, pad_free
+        self._encoder, self._pad = Encoder(tokenizer, positions), pad_id(tokenizer)
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Response]:
+        return self._respond(self._encoder.loglikelihood(requests))
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[Response]:
+        return self._respond(self._encoder.loglikelihood_rolling(requests))
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[Response]:
+        return self._respond(self._encoder.generate_until(requests))
+
+    def _respond(self, encoded: Sequence[LikelihoodRequest | GenerationRequest]) -> list[Response]:
+        return Requests.build(encoded, self._pad, self._pad_free).responses(self._pipeline, self._variant)
 
 
 def requests(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:

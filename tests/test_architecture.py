@@ -28,7 +28,7 @@ LIBRARIES = {
     "fsspec": ("storage",),
     "gguf": ("models.demo",),
     "langcodes": ("spec.languages",),
-    "lm_eval": ("evaluation.harness", "evaluation.harness_model"),
+    "lm_eval": ("evaluation.harness",),
     "matplotlib": ("analysis",),
     "mlflow": ("tracking",),
     "optuna": ("sweep.tune_runner",),

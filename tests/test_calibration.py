@@ -10,16 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mlprune.data import calibration
-from mlprune.data.calibration import (
-    MICRO_BATCH_TOKENS,
-    Batch,
-    CalibrationSet,
-    EvaluationSet,
-    calibration_set,
-    evaluation_set,
-)
+from mlprune.data import batches
+from mlprune.data.batches import MICRO_BATCH_TOKENS, Batch, RowSet
+from mlprune.data.calibration import CalibrationSet, build_calibration_set
 from mlprune.data.corpora import Corpus, held_out
+from mlprune.data.heldout import Line, build_heldout_rows
 from mlprune.errors import CorpusError, ModelError
 from mlprune.spec.variants import Demonstration
 from tests.tiny import SAMPLE, sample, tokenizer
@@ -37,12 +32,16 @@ def calibrated(
 ) -> CalibrationSet:
     settings = {"max_tokens": 200, "seed": 0} | more
     tokens_by = tokens_by or tokenizer()
-    return calibration_set(sample(), demonstration, tokens_by, samples=samples, shots=shots, **settings)
+    return build_calibration_set(sample(), demonstration, tokens_by, samples=samples, shots=shots, **settings)
 
 
-def evaluated(lines: int = 30, tokens_by: Any = None, **more: Any) -> EvaluationSet:
+def evaluated(lines: int = 30, tokens_by: Any = None, **more: Any) -> RowSet:
+    return evaluated_lines(lines, tokens_by, **more)[0]
+
+
+def evaluated_lines(lines: int = 30, tokens_by: Any = None, **more: Any) -> tuple[RowSet, tuple[Line, ...]]:
     settings = {"max_positions": None} | more
-    return evaluation_set(sample(), ["en", "fr"], tokens_by or tokenizer(), lines=lines, **settings)
+    return build_heldout_rows(sample(), ["en", "fr"], tokens_by or tokenizer(), lines=lines, **settings)
 
 
 def without_pads(batches: tuple[Batch, ...]) -> dict[int, list[int]]:
@@ -64,7 +63,7 @@ def test_every_kind_sees_the_same_lines_whatever_languages_were_opened() -> None
         for made_set in (
             calibrated(TRANSLATION),
             calibrated(FRENCH_ONLY),
-            calibration_set(
+            build_calibration_set(
                 sample("hi"),
                 Demonstration.parse("mono:hi"),
                 tokenizer(),
@@ -187,7 +186,7 @@ def test_padding_that_counts_is_cut_into_micro_batches_as_ever_and_needs_a_token
 
 def test_the_key_follows_the_layout_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = calibrated(max_tokens=64)
-    monkeypatch.setattr(calibration, "MICRO_BATCH_TOKENS", 4 * 64)
+    monkeypatch.setattr(batches, "MICRO_BATCH_TOKENS", 4 * 64)
     split = calibrated(max_tokens=64)
     assert split.prompts == whole.prompts
     assert (len(split.batches), len(whole.batches)) == (3, 1)
@@ -200,7 +199,7 @@ def test_the_key_changes_with_one_token() -> None:
         corpus = Corpus("hand", columns, ("a", "a", "a", "a", "b"))
         assert held_out(corpus) == (4,)
         mono = Demonstration.parse("mono:en")
-        return calibration_set(corpus, mono, tokenizer(), samples=2, shots=2, max_tokens=99, seed=0).key
+        return build_calibration_set(corpus, mono, tokenizer(), samples=2, shots=2, max_tokens=99, seed=0).key
 
     assert key("4") == key("4") != key("5")
 
@@ -221,12 +220,12 @@ def test_keys_are_the_same_in_a_process_with_another_hash_seed() -> None:
 
 @pytest.mark.parametrize("pad_free", [False, True])
 def test_a_line_is_scored_alone_after_one_token_of_context(pad_free: bool) -> None:
-    made, corpus = evaluated(pad_free=pad_free), sample()
+    (made, lines), corpus = evaluated_lines(pad_free=pad_free), sample()
     numbers = [line + 1 for line in held_out(corpus)[:30]]
-    assert [(line.language, line.number) for line in made.lines] == [(c, n) for c in ("en", "fr") for n in numbers]
+    assert [(line.language, line.number) for line in lines] == [(c, n) for c in ("en", "fr") for n in numbers]
     rows = without_pads(made.batches)
     assert sorted(rows) == list(range(60))
-    for row, line in enumerate(made.lines):
+    for row, line in enumerate(lines):
         text = corpus.lines[line.language][line.number - 1]
         assert rows[row][0] == tokenizer().bos_token_id
         assert tokenizer().decode(rows[row][1:]) == text
@@ -247,23 +246,23 @@ def test_a_tokenizer_without_the_tokens_it_needs_falls_back_or_is_refused() -> N
     with pytest.raises(ModelError, match=r"^tokenizer: .* has no begin- or end-of-sequence token"):
         evaluated(tokens_by=bare)
     with pytest.raises(ModelError, match=r"^tokenizer: .* has no end-of-sequence token"):
-        calibration_set(sample(), TRANSLATION, bare, samples=1, shots=1, max_tokens=9, seed=0)
+        build_calibration_set(sample(), TRANSLATION, bare, samples=1, shots=1, max_tokens=9, seed=0)
 
 
 def test_too_many_lines_to_evaluate_say_how_many_there_are() -> None:
     kept = len(held_out(sample()))
-    assert len(evaluated(lines=kept).lines) == 2 * kept
+    assert evaluated(lines=kept).count == 2 * kept
     with pytest.raises(CorpusError) as caught:
         evaluated(lines=kept + 1)
-    remedy = f"the corpus 'sample' of 600 lines holds out {kept}; ask for no more"
+    remedy = f"the corpus 'sample' of 600 lines holds out {kept}; use a smaller number"
     assert str(caught.value) == f"evaluation.perplexity.lines: {kept + 1}: {remedy}"
 
 
 def test_a_line_too_long_for_the_model_is_named() -> None:
-    made = evaluated()
+    made, lines = evaluated_lines()
     longest = max(length for batch in made.batches for length in batch.lengths)
     assert evaluated(max_positions=longest).key == made.key
-    line = made.lines[made.batches[0].rows[0]]
+    line = lines[made.batches[0].rows[0]]
     with pytest.raises(CorpusError) as caught:
         evaluated(max_positions=longest - 1)
     remedy = f"line {line.number} of {line.language} is {longest} tokens with its context; the model takes "

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mlprune.errors import CorpusError, ModelError, SpecError, UserError
-from mlprune.evaluation.choices import Choices, reviews, xnli
+from mlprune.evaluation.choices import Choices, build_reviews, build_xnli
 from mlprune.evaluation.items import chosen
 from mlprune.models.quiet import quiet_transformers
 from mlprune.spec.evaluation import ReviewsSpec, XnliSpec
@@ -64,7 +64,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def test_a_row_is_one_token_of_context_and_a_filled_template(inference: XnliSpec) -> None:
-    choices = xnli(inference, tokenizer(), None, False)
+    choices = build_xnli(inference, tokenizer(), None, False)
     texts = [
         *("Un {0} { , right? Yes , Deux", "Un {0} { , right? Also , Deux", "Un {0} { , right? No , Deux"),
         "Trois, c'est-à-dire , right? Yes , Quatre",
@@ -81,15 +81,15 @@ def test_a_row_is_one_token_of_context_and_a_filled_template(inference: XnliSpec
     assert rows_of(choices) == [[tokenizer().bos_token_id, *ids_of(text)] for text in texts]
     assert choices.tokens == tuple(len(ids_of(text)) for text in texts)
     doubled = inference.model_copy(update={"template": "{{{label}}} {hypothesis}<{premise}", "languages": ("en",)})
-    first = rows_of(xnli(doubled, tokenizer(), None, False))[0]
+    first = rows_of(build_xnli(doubled, tokenizer(), None, False))[0]
     assert tokenizer().decode(first) == "<s>{Yes} Two<One {premise} of it"
 
 
 def test_a_score_is_the_mean_log_probability_of_the_tokens_of_a_filled_template(inference: XnliSpec) -> None:
-    choices = xnli(inference, tokenizer(), None, False)
+    choices = build_xnli(inference, tokenizer(), None, False)
     means = [[-1.0, -2.0, -3.0], [-2.5, -1.5, -2.0], [-4.0, -4.0, -3.5], [-7.0, -6.0, -5.0], [-0.5, -1.0, -0.75]]
     nll = [-mean * n for mean, n in zip((one for of in means for one in of), choices.tokens, strict=True)]
-    french, english = choices.answer(nll)
+    french, english = choices.items(nll)
     assert (french.task, french.language, french.kind, french.ids) == ("xnli", "fr", "choice", ("1", "2", "3"))
     assert (english.task, english.language, english.kind, english.ids) == ("xnli", "en", "choice", ("1", "2"))
     assert list(french.columns["scores"]) == means[:3]
@@ -119,10 +119,10 @@ def test_scores_are_the_whole_models_for_any_number_of_shards(
         "xnli en": inferred(ENGLISH),
         "reviews fr": [[plain(f"{text} It is {label}") for label in LABELS] for text, _ in REVIEWS],
     }
-    tasks = (xnli(inference, tokenizer(), 512, False), reviews(sentiment, tokenizer(), 512, False))
+    tasks = (build_xnli(inference, tokenizer(), 512, False), build_reviews(sentiment, tokenizer(), 512, False))
     for shards in (1, 2):
         with opened(ready(tmp_path / str(shards), shards=shards)) as pipeline:
-            answers = [items for task in tasks for items in task.answer(pipeline.likelihood(task.rows))]
+            answers = [items for task in tasks for items in task.items(pipeline.likelihood(task.rows))]
         assert [items.name for items in answers] == list(expected)
         for items in answers:
             scores = torch.tensor(items.columns["scores"])
@@ -142,10 +142,10 @@ def test_a_long_review_loses_its_beginning_and_keeps_its_label(
     template: str, head: str, labels: tuple[str, str], sentiment: ReviewsSpec
 ) -> None:
     asked = sentiment.model_copy(update={"template": template, "labels": labels})
-    whole = rows_of(reviews(asked, tokenizer(), None, False))
+    whole = rows_of(build_reviews(asked, tokenizer(), None, False))
     longest = max(map(len, whole))
     kept = longest - 9
-    cut = reviews(asked, tokenizer(), kept, False)
+    cut = build_reviews(asked, tokenizer(), kept, False)
     rows = rows_of(cut)
     assert rows[:4] == whole[:4], "two reviews fit"
     assert max(map(len, rows[4:])) == kept
@@ -153,27 +153,27 @@ def test_a_long_review_loses_its_beginning_and_keeps_its_label(
     start = 1 + len(ids_of(head))
     for before, after in zip(whole[4:], rows[4:], strict=True):
         assert after == before[:start] + before[start + 9 :], "of both labels the same tokens"
-    assert rows_of(reviews(asked, tokenizer(), longest, False)) == whole
+    assert rows_of(build_reviews(asked, tokenizer(), longest, False)) == whole
 
 
 def test_what_is_too_long_otherwise_is_answered(inference: XnliSpec, sentiment: ReviewsSpec) -> None:
-    rows = rows_of(xnli(inference, tokenizer(), None, False))
+    rows = rows_of(build_xnli(inference, tokenizer(), None, False))
     longest = max(map(len, rows))
-    assert rows_of(xnli(inference, tokenizer(), longest, False)) == rows
+    assert rows_of(build_xnli(inference, tokenizer(), longest, False)) == rows
     refused(
-        lambda: xnli(inference, tokenizer(), longest - 1, False),
+        lambda: build_xnli(inference, tokenizer(), longest - 1, False),
         CorpusError,
         f"evaluation.xnli.data: '{inference.data}': fr: question 2 is {longest} tokens with its context; ",
         f"the model takes {longest - 1}: shorten it",
     )
     bare = len(ids_of(" It is negative"))
     refused(
-        lambda: reviews(sentiment, tokenizer(), bare + 1, False),
+        lambda: build_reviews(sentiment, tokenizer(), bare + 1, False),
         SpecError,
         "evaluation.reviews.template: '{review} It is {label}': ",
         f"is {bare} tokens without a review; the model takes {bare + 1}: shorten it",
     )
-    assert max(reviews(sentiment, tokenizer(), bare + 2, False).tokens) == bare + 1
+    assert max(build_reviews(sentiment, tokenizer(), bare + 2, False).tokens) == bare + 1
 
 
 def refused(call: Callable[[], object], kind: type[UserError], start: str, remedy: str) -> None:
@@ -206,17 +206,17 @@ TEMPLATES = {
 def test_a_template_that_cannot_be_filled_is_one_line(template: str, inference: XnliSpec) -> None:
     asked = inference.model_copy(update={"template": template})
     start = f"evaluation.xnli.template: {template!r}: "
-    refused(lambda: xnli(asked, tokenizer(), None, False), SpecError, start, TEMPLATES[template])
+    refused(lambda: build_xnli(asked, tokenizer(), None, False), SpecError, start, TEMPLATES[template])
 
 
 def test_each_kind_has_slots_of_its_own(sentiment: ReviewsSpec) -> None:
     asked = sentiment.model_copy(update={"template": "{premise} {label}"})
     start, remedy = "evaluation.reviews.template: ", "has a slot that is none of {review}, {label}"
-    refused(lambda: reviews(asked, tokenizer(), None, False), SpecError, start, remedy)
+    refused(lambda: build_reviews(asked, tokenizer(), None, False), SpecError, start, remedy)
     check_template("{label}{{}}{review}", "any", ("review", "label"))
 
 
-@pytest.mark.parametrize(("task", "make"), [("xnli", xnli), ("reviews", reviews)])
+@pytest.mark.parametrize(("task", "make"), [("xnli", build_xnli), ("reviews", build_reviews)])
 def test_keys_of_data_name_the_task(task: str, make: Any, request: pytest.FixtureRequest) -> None:
     asked = request.getfixturevalue({"xnli": "inference", "reviews": "sentiment"}[task])
     missing = asked.model_copy(update={"languages": ("fr", "sw")})
@@ -228,7 +228,7 @@ def test_keys_of_data_name_the_task(task: str, make: Any, request: pytest.Fixtur
 
 def test_the_key_is_of_all_that_the_answers_depend_on(inference: XnliSpec) -> None:
     def key(**changes: Any) -> str:
-        return xnli(inference.model_copy(update=changes), tokenizer(), None, False).rows.key
+        return build_xnli(inference.model_copy(update=changes), tokenizer(), None, False).rows.key
 
     keys = [key(), key(languages=("en", "fr")), key(items=2), key(labels=("Yes", "No", "Also"))]
     for change in ({}, {"label": 1}, {"id": "9"}):
@@ -239,7 +239,7 @@ def test_the_key_is_of_all_that_the_answers_depend_on(inference: XnliSpec) -> No
 
 
 def test_no_pads_for_models_that_would_route_them(inference: XnliSpec) -> None:
-    padded, free = (xnli(inference, tokenizer(), None, pad_free) for pad_free in (False, True))
+    padded, free = (build_xnli(inference, tokenizer(), None, pad_free) for pad_free in (False, True))
     assert rows_of(padded) == rows_of(free)
     assert any(len(set(batch.lengths)) > 1 for batch in padded.rows.batches)
     assert all(len(set(batch.lengths)) == 1 for batch in free.rows.batches)
@@ -248,7 +248,7 @@ def test_no_pads_for_models_that_would_route_them(inference: XnliSpec) -> None:
 def test_the_context_is_the_end_of_sequence_where_there_is_no_beginning(inference: XnliSpec) -> None:
     other = deepcopy(tokenizer())
     other.bos_token = None
-    assert {row[0] for row in rows_of(xnli(inference, other, None, False))} == {other.eos_token_id}
+    assert {row[0] for row in rows_of(build_xnli(inference, other, None, False))} == {other.eos_token_id}
     other.eos_token = None
     remedy = "has no begin- or end-of-sequence token"
-    refused(lambda: xnli(inference, other, None, False), ModelError, "tokenizer: ", remedy)
+    refused(lambda: build_xnli(inference, other, None, False), ModelError, "tokenizer: ", remedy)

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 
 from mlprune.data import code as code_module
-from mlprune.data.calibration import CODE_CHARACTERS, CalibrationSet, calibration_set
+from mlprune.data.calibration import CODE_CHARACTERS, CalibrationSet, build_calibration_set
 from mlprune.data.code import CodeFiles, open_code
 from mlprune.errors import CorpusError
 from mlprune.spec.variants import Demonstration
@@ -42,7 +42,7 @@ def library() -> CodeFiles:
 
 def calibrated(files: CodeFiles | None = None, samples: int = 6, **more: Any) -> CalibrationSet:
     settings = {"shots": 4, "max_tokens": 64, "seed": 0} | more
-    return calibration_set(None, CODE, tokenizer(), samples=samples, code=files or library(), **settings)
+    return build_calibration_set(None, CODE, tokenizer(), samples=samples, code=files or library(), **settings)
 
 
 # What is opened
@@ -260,7 +260,7 @@ def test_a_prompt_is_a_file_from_its_beginning() -> None:
 def test_only_the_beginning_of_a_long_file_is_tokenised() -> None:
     watched = Mock(wraps=tokenizer(), pad_token_id=2, eos_token_id=1)
     long = CodeFiles("long", (("1", "x = 1\n" * 100_000), ("2", "y")))
-    made = calibration_set(None, CODE, watched, samples=2, shots=1, max_tokens=9, seed=0, code=long)
+    made = build_calibration_set(None, CODE, watched, samples=2, shots=1, max_tokens=9, seed=0, code=long)
     assert sorted(len(call.args[0]) for call in watched.call_args_list) == [1, 9 * CODE_CHARACTERS]
     assert sorted(len(prompt.ids) for prompt in made.prompts) == [1, 9]
 
@@ -279,7 +279,7 @@ def test_too_few_files_say_how_many_there_are(tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         calibrated(files, samples=4)
     assert str(caught.value) == (
-        f"calibration.samples: 4: the code {where!r} has 3 files that are not blank; ask for no more"
+        f"calibration.samples: 4: the code {where!r} has 3 files that are not blank; use a smaller number"
     )
 
 

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from mlprune.data.corpora import Corpus, calibration_lines, held_out, open_corpus
-from mlprune.data.demonstrations import prompt, sample_lines
+from mlprune.data.demonstrations import build_prompt, sample_lines
 from mlprune.errors import CorpusError, SpecError
 from mlprune.spec.templates import check_template
 from mlprune.spec.variants import Demonstration
@@ -75,7 +75,7 @@ def test_too_many_samples_say_how_many_there_are() -> None:
     with pytest.raises(CorpusError) as caught:
         sample_lines(corpus, lines // 4 + 1, 4, 0)
     remedy = f"'sample' has {lines} lines for calibration, enough for {lines // 4} samples of 4 shots"
-    assert str(caught.value) == f"calibration.samples: {lines // 4 + 1}: {remedy}; ask for no more"
+    assert str(caught.value) == f"calibration.samples: {lines // 4 + 1}: {remedy}; use a smaller number"
 
 
 def test_no_line_is_skipped_none_used_twice_and_none_made_up() -> None:
@@ -84,7 +84,7 @@ def test_no_line_is_skipped_none_used_twice_and_none_made_up() -> None:
     order = calibration_lines(corpus, 0)
     runs = sample_lines(corpus, len(order) // 4, 4, 0)
     assert len(order) - 4 < len({line for run in runs for line in run}) == 4 * len(runs) <= len(order)
-    texts = [prompt(corpus, FRENCH_ONLY, run, "{text}", "\n") for run in runs]
+    texts = [build_prompt(corpus, FRENCH_ONLY, run, "{text}", "\n") for run in runs]
     assert "".join(texts) == "".join(f"{corpus.lines['fr'][line]}\n" for line in order[: 4 * len(runs)])
 
 
@@ -93,27 +93,27 @@ def test_no_line_is_skipped_none_used_twice_and_none_made_up() -> None:
 
 def test_a_prompt_is_exactly_its_lines_under_their_languages_names() -> None:
     corpus = hand_made()
-    assert prompt(corpus, TRANSLATION, [3, 1], PLAIN, "</s>") == (
+    assert build_prompt(corpus, TRANSLATION, [3, 1], PLAIN, "</s>") == (
         "English: Four</s>French: Quatre</s>English: Two</s>French: Deux</s>"
     )
-    assert prompt(corpus, FRENCH_ONLY, [2], PLAIN, "<eos>") == "French:  Trois <eos>"
+    assert build_prompt(corpus, FRENCH_ONLY, [2], PLAIN, "<eos>") == "French:  Trois <eos>"
     with pytest.raises(CorpusError, match="'hi': not in the corpus 'hand'; it has en, fr"):
-        prompt(corpus, Demonstration.parse("mono:hi"), [0], PLAIN, "</s>")
+        build_prompt(corpus, Demonstration.parse("mono:hi"), [0], PLAIN, "</s>")
 
 
 def test_a_line_is_set_out_by_the_template_and_followed_by_the_separator() -> None:
     corpus = hand_made()
-    assert prompt(corpus, TRANSLATION, [3, 1], "{text} ({language})", "\n") == (
+    assert build_prompt(corpus, TRANSLATION, [3, 1], "{text} ({language})", "\n") == (
         "Four (English)\nQuatre (French)\nTwo (English)\nDeux (French)\n"
     )
-    assert prompt(corpus, FRENCH_ONLY, [1, 0], "{text}", "") == "DeuxUne ligne"
-    assert prompt(corpus, FRENCH_ONLY, [1], "{{{language}}} {text}{text}", " | ") == "{French} DeuxDeux | "
+    assert build_prompt(corpus, FRENCH_ONLY, [1, 0], "{text}", "") == "DeuxUne ligne"
+    assert build_prompt(corpus, FRENCH_ONLY, [1], "{{{language}}} {text}{text}", " | ") == "{French} DeuxDeux | "
 
 
 def test_braces_of_the_text_and_the_separator_are_text() -> None:
     odd = ("{language} {0} {", "}} {text} {{x!r:>9}}")
     corpus = Corpus("odd", {"en": odd}, ("a", "b"))
-    made = prompt(corpus, Demonstration.parse("mono:en"), [0, 1], PLAIN, "{text}\n")
+    made = build_prompt(corpus, Demonstration.parse("mono:en"), [0, 1], PLAIN, "{text}\n")
     assert made == f"English: {odd[0]}{{text}}\nEnglish: {odd[1]}{{text}}\n"
 
 
@@ -156,5 +156,5 @@ def test_every_template_that_passes_can_be_filled() -> None:
         except SpecError:
             continue
         passed += 1
-        assert "Deux" in prompt(hand_made(), FRENCH_ONLY, [1], template, "")
+        assert "Deux" in build_prompt(hand_made(), FRENCH_ONLY, [1], template, "")
     assert passed > 1000

@@ -29,7 +29,8 @@ from mlprune.analysis.features import (
     top_csv,
     total,
 )
-from mlprune.data.calibration import Batch, CalibrationSet
+from mlprune.data.batches import Batch
+from mlprune.data.calibration import CalibrationSet
 from mlprune.models.residency import Ranks
 from mlprune.pruning.masks import PackedMask
 from mlprune.shards.features import both_drop, kind_of, prompt_norms

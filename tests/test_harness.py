@@ -15,7 +15,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from ray import cloudpickle
 
 from mlprune.errors import SpecError
-from mlprune.evaluation.harness import SAMPLES, Harness, _language, _load, _manager, harness
+from mlprune.evaluation.harness.loading import SAMPLES, build_harness, load_tasks, task_manager
+from mlprune.evaluation.harness.task import Harness, task_language
 from mlprune.evaluation.items import Items, metrics_of
 from mlprune.models.source import ModelSource
 from tests.harnessed import ALL_OWN, POSITIONS, hf, masked, model, own, silence
@@ -31,13 +32,13 @@ SAMPLED = {
 
 
 def loaded(*names: str, path: Path | None = None, items: int | None = None, positions: int = POSITIONS) -> Harness:
-    return harness(names, str(path) if path else None, items, tokenizer(), positions, False)
+    return build_harness(names, str(path) if path else None, items, tokenizer(), positions, False)
 
 
 def values_of_hf(hf: Any, names: Sequence[str], path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
     """Of the harness's own run of tasks: (task, metric or metric.filter) -> document -> value."""
     with silence():
-        manager = _manager(names, str(path) if path else None)
+        manager = task_manager(names, str(path) if path else None)
         given = {"limit": DOCUMENTS, "bootstrap_iters": 0, "log_samples": True}
         samples = lm_eval.simple_evaluate(hf, tasks=list(names), task_manager=manager, **given)["samples"]
     found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -62,9 +63,9 @@ def test_tasks_come_to_what_hf_comes_to(
     made = loaded(*names, path=own, items=DOCUMENTS)
     assert made.tasks == ("sample_xwinograd_fr", *ALL_OWN)
     with masked(tmp_path, model, shards) as pipeline:
-        dense = made.ask(pipeline, None)
-        mine = as_mapping(made.ask(pipeline, RANDOM.key))
-        assert mine == as_mapping(made.ask(pipeline, RANDOM.key))
+        dense = made.run(pipeline, None)
+        mine = as_mapping(made.run(pipeline, RANDOM.key))
+        assert mine == as_mapping(made.run(pipeline, RANDOM.key))
     assert not any(asked.resps for task in made._loaded for asked in task.instances), (
         "asking leaves nothing behind"
     )
@@ -93,7 +94,7 @@ def test_items_tell_task_language_and_metric(own: Path) -> None:
             return [[5]] * len(prompts)
 
     pipeline: Any = Zeros()
-    items = loaded("own_choice_fr", "own_text", "sample_xwinograd_ru", path=own, items=4).ask(pipeline, None)
+    items = loaded("own_choice_fr", "own_text", "sample_xwinograd_ru", path=own, items=4).run(pipeline, None)
     assert [(one.task, one.language, one.metric) for one in items] == [
         ("own_choice_fr", "fr", "acc"),
         ("own_choice_fr", "fr", "acc_norm"),
@@ -102,25 +103,25 @@ def test_items_tell_task_language_and_metric(own: Path) -> None:
         ("sample_xwinograd_ru", "ru", "acc"),
     ]
     names = ("xnli_fr", "xwinograd_jp", "arc_easy", "fr", "flores_eng")
-    assert [_language(name) for name in names] == ["fr", "", "", "", ""], "jp is a country"
+    assert [task_language(name) for name in names] == ["fr", "", "", "", ""], "jp is a country"
     assert metrics_of(items)["sample_xwinograd_ru.acc"] == sum(items[-1].columns["value"]) / 4
 
 
 def test_sizes_for_the_plan(own: Path) -> None:
     likelihoods = loaded("sample_xwinograd_en", "own_documents", path=own)
-    assert likelihoods.written == 0
-    assert likelihoods.longest == POSITIONS + 1, "a long document's windows; their last token is only told"
+    assert likelihoods.cached_tokens == 0
+    assert likelihoods.longest_row == POSITIONS + 1, "a long document's windows; their last token is only told"
     assert likelihoods.tokens == sum(batch.input_ids.numel() for batch in likelihoods.requests.rows.batches)
     text = loaded("own_text", path=own)
-    prompts = [len(one.prompt) for one in text.requests.written.values()]
-    assert text.longest == max(prompts) + 8 == POSITIONS, "the longest prompt leaves room for its answer"
-    assert text.longest <= text.written <= len(prompts) * text.longest
+    prompts = [len(one.prompt) for one in text.requests.generations.values()]
+    assert text.longest_row == max(prompts) + 8 == POSITIONS, "the longest prompt leaves room for its answer"
+    assert text.longest_row <= text.cached_tokens <= len(prompts) * text.longest_row
     assert sum(prompts) <= text.tokens <= len(prompts) * max(prompts)
 
 
 def test_the_key_is_of_the_content(own: Path) -> None:
     keys = [loaded(*ALL_OWN, path=own, items=items).key for items in (None, None, 5)]
-    keys.append(harness(ALL_OWN, str(own), None, tokenizer(), 60, False).key)
+    keys.append(build_harness(ALL_OWN, str(own), None, tokenizer(), 60, False).key)
     lines = (own / "test.jsonl").read_text()
     (own / "test.jsonl").write_text(lines.replace('"right": 0', '"right": 1', 1))
     keys.append(loaded(*ALL_OWN, path=own).key)
@@ -141,7 +142,7 @@ def test_it_goes_to_another_process_without_its_files(own: Path, model: ModelSou
     again = cloudpickle.loads(pickled)
     assert (again.key, again.tasks, again.tokens) == (made.key, made.tasks, made.tokens)
     with masked(tmp_path, model, shards=1) as pipeline:
-        assert as_mapping(again.ask(pipeline, None)) == as_mapping(made.ask(pipeline, None))
+        assert as_mapping(again.run(pipeline, None)) == as_mapping(made.run(pipeline, None))
 
 
 # the tasks that come with the package
@@ -149,7 +150,7 @@ def test_it_goes_to_another_process_without_its_files(own: Path, model: ModelSou
 
 @pytest.fixture(scope="module")
 def samples() -> Mapping[str, Any]:
-    made = harness(list(SAMPLED), None, None, tokenizer(), 512, False)
+    made = build_harness(list(SAMPLED), None, None, tokenizer(), 512, False)
     return {task.task_name: task for task in made._loaded}
 
 
@@ -185,7 +186,7 @@ def test_samples_ask_and_score_as_the_stock_tasks(name: str, samples: Mapping[st
     data = {"test": str(SAMPLES / f"{stock}.jsonl"), "validation": str(SAMPLES / f"{stock}.jsonl")}
     settings |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": data}}
     with silence():
-        task = _manager([name], None).load([settings])["tasks"][stock]
+        task = task_manager([name], None).load([settings])["tasks"][stock]
         task.set_fewshot_seed(0)
         task.build_all_requests()
     ours = samples[name]
@@ -211,7 +212,10 @@ def refused(*names: str, path: Path | None = None, positions: int = POSITIONS) -
     ("name", "words"),
     [
         ("own_set", "its metrics (bleu) are of a whole set"),
-        ("own_sampling", "asks for text by {'do_sample': True, 'temperature': 0.5, 'until': []}; here"),
+        (
+            "own_sampling",
+            "needs text generated with {'do_sample': True, 'temperature': 0.5, 'until': []}; only greedy",
+        ),
         ("own_lacking", "cannot be loaded ("),
         ("own_image", "images"),
         ("own_code", "runs code"),
@@ -226,13 +230,13 @@ def test_a_task_that_cannot_be_taken(name: str, words: str, own: Path) -> None:
 def test_a_task_that_nobody_knows_and_one_out_of_reach() -> None:
     """Both look through all that the harness has, which takes seconds."""
     with silence():
-        manager = _manager(["xwinograd_fr"], None)
+        manager = task_manager(["xwinograd_fr"], None)
         with pytest.raises(SpecError) as unknown:
-            _load(manager, "sample_xwinograd_fra", "evaluation.tasks[0]")
+            load_tasks(manager, "sample_xwinograd_fra", "evaluation.tasks[0]")
         with pytest.raises(SpecError) as unreachable:
-            _load(manager, "xwinograd_fr", "evaluation.tasks[1]")
+            load_tasks(manager, "xwinograd_fr", "evaluation.tasks[1]")
     assert unknown.value.key == "evaluation.tasks[0]"
-    assert "names like it: sample_xwinograd_fr, " in unknown.value.remedy
+    assert "similar names: sample_xwinograd_fr, " in unknown.value.remedy
     assert "Muennighoff/xwinograd" in unreachable.value.remedy
     assert "evaluation.task_path" in unreachable.value.remedy
     assert "\n" not in str(unreachable.value)
@@ -243,7 +247,7 @@ def test_documents_that_do_not_fit(own: Path) -> None:
     rows = [json.loads(line) for line in (own / "test.jsonl").read_text().splitlines()]
     rows[3]["choices"] = None
     (own / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "its documents do not fit it (" in refused("own_choice_fr", path=own).remedy
+    assert "its documents do not match it (" in refused("own_choice_fr", path=own).remedy
 
 
 def test_no_such_folder_of_tasks(tmp_path: Path) -> None:

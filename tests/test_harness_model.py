@@ -11,9 +11,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mlprune.errors import ModelError
-from mlprune.evaluation.harness_model import Encoder, HarnessModel, Requests, Row, Scored
+from mlprune.evaluation.harness.encoder import Encoder
+from mlprune.evaluation.harness.requests import LikelihoodRequest, Requests, Row
 from mlprune.models.source import ModelSource
-from tests.harnessed import POSITIONS, hf, masked, model, requests, silence, texts
+from tests.harnessed import POSITIONS, HarnessModel, hf, masked, model, requests, silence, texts
 from tests.tiny import tokenizer
 from tests.tiny_models import source
 from tests.work import RANDOM, opened, ready
@@ -73,9 +74,9 @@ def test_greedy_is_what_the_model_would_write(model: ModelSource, tmp_path: Path
         new = pipeline.generate(prompts, 3, lambda row, tokens: False, RANDOM.key)
         changed = [[*tokens[:2], (tokens[2] + 1) % 384] for tokens in new]
         rows = [(*prompt, *end) for ends in (new, changed) for prompt, end in zip(prompts, ends, strict=True)]
-        asked = [Scored((Row(row, len(row) - 3),), False) for row in rows]
-        told = Requests.of(asked, 0, False).answers(pipeline, RANDOM.key)
-    assert [greedy for _, greedy in told] == [True] * 6 + [False] * 6
+        asked = [LikelihoodRequest((Row(row, len(row) - 3),), False) for row in rows]
+        told = Requests.build(asked, 0, False).responses(pipeline, RANDOM.key)
+    assert [one[1] for one in told if isinstance(one, tuple)] == [True] * 6 + [False] * 6
 
 
 def test_text_ends_where_the_checkpoint_says(model: ModelSource, hf: Any, tmp_path: Path) -> None:
@@ -102,9 +103,9 @@ def test_text_ends_where_the_checkpoint_says(model: ModelSource, hf: Any, tmp_pa
 def test_text_is_written_no_further_than_it_is_read() -> None:
     (asked,) = Encoder(tokenizer(), 512).generate_until(requests("generate_until", [("x", {"until": ["\n\n"]})]))
     ids = tokenizer().encode("some\ntext\n\nand more")
-    ends = [asked.ended(ids[:length]) for length in range(1, len(ids))]
+    ends = [asked.has_ended(ids[:length]) for length in range(1, len(ids))]
     assert tokenizer().decode(ids[: ends.index(True) + 1]).rstrip("an") == "some\ntext\n\n"
-    assert asked.ended([*ids[:2], 1]), "the end-of-sequence token"
+    assert asked.has_ended([*ids[:2], 1]), "the end-of-sequence token"
 
 
 def test_positions_are_those_of_hf(hf: Any, model: ModelSource) -> None:
@@ -121,9 +122,9 @@ def test_positions_are_those_of_hf(hf: Any, model: ModelSource) -> None:
     ("kind", "arguments", "words"),
     [
         ("loglikelihood", (" ", "x"), "spaces alone"),
-        ("loglikelihood", ("x", "y" * 65), "likelihood of 65 tokens; the model can tell 1 to 64"),
-        ("generate_until", ("x", {"until": [], "do_sample": True, "temperature": 0.7}), "greedily"),
-        ("generate_until", ("x", {"until": [], "temperature": 0.7}), "greedily"),
+        ("loglikelihood", ("x", "y" * 65), "likelihood of 65 tokens; the model can score 1 to 64"),
+        ("generate_until", ("x", {"until": [], "do_sample": True, "temperature": 0.7}), "only greedy decoding"),
+        ("generate_until", ("x", {"until": [], "temperature": 0.7}), "only greedy decoding"),
         ("generate_until", ("x", {"until": [], "num_beams": 4}), "num_beams"),
         ("generate_until", ("x", {"until": [], "max_gen_toks": 64}), "text of 64 tokens; the model takes 64"),
         ("generate_until", ("", {"until": []}), "no tokens"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlprune.data.calibration import Batch, RowSet
+from mlprune.data.batches import Batch, RowSet
 from mlprune.models.hollow import Span
 from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import Resident

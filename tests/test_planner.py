@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
+from mlprune.data.batches import MICRO_BATCH_TOKENS, Batch
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
 from mlprune.planning import planner

@@ -171,11 +171,11 @@ MISTAKES: dict[str, tuple[Sequence[Mapping[str, Any]], Form, str, str]] = {
     "half": (changed(premise="\ud83d"), INFERENCE, "data", "line 2 of premise has half a character"),
     "no id": (with_ids("a", ""), INFERENCE, "data", "line 2 has no id"),
     "id lost": ([*with_ids("a"), ROWS[1]], INFERENCE, "data", "line 2 has no id"),
-    "id twice": (with_ids("a", "b", "a"), INFERENCE, "data", "line 3 has the id a of a line before"),
+    "id twice": (with_ids("a", "b", "a"), INFERENCE, "data", "line 3 repeats the id a"),
     "three stars": (ONLY_THREE, SENTIMENT, "data", "has only reviews of 3 stars"),
-    "few": (ROWS, INFERENCE, "items 4", "has 3 in fr; ask for no more"),
-    "few stars": ([*ONLY_THREE, *STARS], SENTIMENT, "items 5", "has 4 in fr; ask for no more"),
-    "one class": (STARS, SENTIMENT, "items 3", "the first 3 questions in fr are all negative; ask for more"),
+    "few": (ROWS, INFERENCE, "items 4", "has 3 in fr; use a smaller number"),
+    "few stars": ([*ONLY_THREE, *STARS], SENTIMENT, "items 5", "has 4 in fr; use a smaller number"),
+    "one class": (STARS, SENTIMENT, "items 3", "the first 3 questions in fr are all negative; use more"),
 }
 
 
@@ -209,7 +209,7 @@ FILES = {
     "a cell too few": ("fr.tsv", "premise\thypothesis\tlabel\na\tb\n", "row 1 below the header has 2 columns"),
     "a column twice": ("fr.tsv", "premise\tpremise\n", "the header of fr.tsv names a column twice"),
     "not utf-8": ("fr.jsonl", "\udcff", "fr.jsonl is not UTF-8 at byte 0"),
-    "another language": ("de.tsv", "premise\n", "has no fr.jsonl or fr.tsv; languages there: de, en"),
+    "another language": ("de.tsv", "premise\n", "has no fr.jsonl or fr.tsv; its languages: de, en"),
 }
 
 
@@ -235,6 +235,6 @@ def test_what_is_no_folder_and_no_id_is_one_line(where: str, remedy: str) -> Non
 
 
 def test_an_empty_folder_and_a_file_are_no_data(tmp_path: Path) -> None:
-    check(tmp_path, INFERENCE, None, "data", "languages there: none")
+    check(tmp_path, INFERENCE, None, "data", "its languages: none")
     as_jsonl(ROWS, tmp_path / "all.json")
     check(tmp_path / "all.json", INFERENCE, None, "data", "no such folder")

@@ -6,7 +6,8 @@ from random import Random
 import pytest
 import torch
 
-from mlprune.data.calibration import evaluation_set, row_set
+from mlprune.data.batches import build_row_set
+from mlprune.data.heldout import build_heldout_rows
 from tests.tiny import sample, tokenizer
 
 
@@ -19,7 +20,7 @@ def random_rows(random: Random, count: int = 25) -> tuple[list[list[int]], list[
 def test_the_scored_mask_is_where_a_state_tells_a_scored_token(pad_free: bool) -> None:
     for seed in range(5):
         rows, starts = random_rows(Random(seed))
-        made = row_set(rows, starts, pad=7, pad_free=pad_free)
+        made = build_row_set(rows, starts, pad=7, pad_free=pad_free)
         assert made.count == 25
         found = [number for batch in made.batches for number in batch.rows]
         assert sorted(found) == list(range(25))
@@ -38,7 +39,7 @@ def test_the_scored_mask_is_where_a_state_tells_a_scored_token(pad_free: bool) -
 
 
 def test_without_starts_every_token_but_the_first_is_scored() -> None:
-    made = evaluation_set(sample(), ["en", "fr"], tokenizer(), lines=30, max_positions=None)
+    made, _ = build_heldout_rows(sample(), ["en", "fr"], tokenizer(), lines=30, max_positions=None)
     for batch in made.batches:
         assert batch.starts == ()
         from_first = replace(batch, starts=(1,) * len(batch.rows))
@@ -49,17 +50,17 @@ def test_without_starts_every_token_but_the_first_is_scored() -> None:
 
 def test_the_key_of_rows_follows_ids_starts_and_layout() -> None:
     rows, starts = random_rows(Random(0))
-    key = row_set(rows, starts, pad=7).key
-    assert key == row_set([tuple(row) for row in rows], tuple(starts), pad=7).key
+    key = build_row_set(rows, starts, pad=7).key
+    assert key == build_row_set([tuple(row) for row in rows], tuple(starts), pad=7).key
     other = next(n for n, row in enumerate(rows) if len(row) > starts[n] + 1)
     moved = [start + (n == other) for n, start in enumerate(starts)]
     changed = [[*row[:-1], row[-1] ^ (n == 3)] for n, row in enumerate(rows)]
     others = [
-        row_set(rows, moved, pad=7),
-        row_set(changed, starts, pad=7),
-        row_set(rows, starts, 7, pad_free=True),
+        build_row_set(rows, moved, pad=7),
+        build_row_set(changed, starts, pad=7),
+        build_row_set(rows, starts, 7, pad_free=True),
     ]
-    others += [row_set(rows[::-1], starts[::-1], pad=7), row_set(rows[:-1], starts[:-1], pad=7)]
+    others += [build_row_set(rows[::-1], starts[::-1], pad=7), build_row_set(rows[:-1], starts[:-1], pad=7)]
     assert len({key, *(made.key for made in others)}) == 1 + len(others)
 
 
@@ -72,12 +73,14 @@ def test_the_key_of_rows_follows_ids_starts_and_layout() -> None:
 )
 def test_keys_stay_as_they_are(pad_free: bool, lines_key: str, rows_key: str) -> None:
     """Stored results are found by these keys, so a change here makes every store worthless."""
-    lines = evaluation_set(sample(), ["en", "fr"], tokenizer(), lines=30, max_positions=None, pad_free=pad_free)
+    lines, _ = build_heldout_rows(
+        sample(), ["en", "fr"], tokenizer(), lines=30, max_positions=None, pad_free=pad_free
+    )
     assert lines.key == lines_key
-    assert row_set(*random_rows(Random(0)), pad=7, pad_free=pad_free).key == rows_key
+    assert build_row_set(*random_rows(Random(0)), pad=7, pad_free=pad_free).key == rows_key
 
 
 @pytest.mark.parametrize(("row", "start"), [([5], 1), ([5, 6], 2), ([5, 6], 0), ([], 1)])
 def test_a_row_without_a_token_to_score_is_our_mistake(row: list[int], start: int) -> None:
     with pytest.raises(AssertionError):
-        row_set([[1, 2, 3], row], [1, start], pad=0)
+        build_row_set([[1, 2, 3], row], [1, start], pad=0)

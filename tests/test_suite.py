@@ -59,8 +59,8 @@ def test_each_task_is_answered_as_if_it_were_alone(shards: int, data: dict[str, 
         make_masks(job, pipeline, RANDOM)
         for variant in (None, RANDOM.key):
             together = suite.run(pipeline, variant)
-            alone = [item for task in suite.scored for item in Suite((task,)).run(pipeline, variant)]
-            alone += [item for task in suite.asking for item in task.ask(pipeline, variant)]
+            alone = [item for task in suite.likelihood_tasks for item in Suite((task,)).run(pipeline, variant)]
+            alone += [item for task in suite.pipeline_tasks for item in task.run(pipeline, variant)]
             assert answers(together) == answers(alone)
     assert [(one.task, one.language) for one in together] == [
         *(("perplexity", code) for code in ("en", "hi")),
@@ -113,7 +113,7 @@ def test_another_question_is_another_trial(change: dict[str, Any], data: dict[st
 
 def test_the_planner_is_told_of_all_tasks(data: dict[str, str], tmp_path: Path) -> None:
     job = prepared(tmp_path, data)
-    (translation,) = suite_of(job).asking
-    assert translation.written == 2 * translation.longest
+    (translation,) = suite_of(job).pipeline_tasks
+    assert translation.cached_tokens == 2 * translation.longest_row
     assert job.plan.memory[0].writing > 0
     assert ready(tmp_path).plan.memory[0].writing == 0

@@ -15,7 +15,7 @@ from mlprune.data.corpora import Corpus, held_out
 from mlprune.data.demonstrations import sample_lines
 from mlprune.errors import CorpusError, ModelError, UserError
 from mlprune.evaluation.items import metrics_of
-from mlprune.evaluation.translation import Translation, translation
+from mlprune.evaluation.translation import Translation, build_translation
 from mlprune.models.quiet import quiet_transformers
 from mlprune.spec.evaluation import TranslationSpec
 from tests.tiny import sample, tokenizer
@@ -46,7 +46,7 @@ def made(
     **changes: Any,
 ) -> Translation:
     layout = {"seed": 3, "template": "{language}: {text}", "separator": None, **changes}
-    return translation(spec or asked(), corpus, by or tokenizer(), positions, **layout)
+    return build_translation(spec or asked(), corpus, by or tokenizer(), positions, **layout)
 
 
 def texts(task: Translation) -> list[str]:
@@ -153,7 +153,7 @@ def test_an_answer_ends_at_the_first_of_separator_end_of_sequence_and_line_end(
 ) -> None:
     task = made(asked(lines=1, max_new_tokens=90), **layout)
     writer: Any = Writer(text)
-    (items,) = task.ask(writer, None)
+    (items,) = task.run(writer, None)
     assert items.columns["output"] == (answer,)
     assert writer.written == [written], "it ends with the token that ends it"
 
@@ -161,7 +161,7 @@ def test_an_answer_ends_at_the_first_of_separator_end_of_sequence_and_line_end(
 def test_every_pair_gets_the_answers_to_its_lines_in_one_call() -> None:
     task = made(asked("fr-en", "en-fr", lines=2))
     writer: Any = Writer(" one</s>", " two</s>", " un</s>", " deux</s>")
-    english, french = task.ask(writer, "a variant", print)
+    english, french = task.run(writer, "a variant", print)
     assert writer.asked == {
         "prompts": [one.prompt for one in task.requests],
         "variant": "a variant",
@@ -198,7 +198,7 @@ def test_answers_are_what_the_whole_model_writes(tmp_path: Path) -> None:
     assert len({text.partition(end)[0] for text in whole if end in text}) > 3
     for shards in (1, 2):
         with opened(ready(tmp_path / str(shards), source("gpt2"), shards)) as pipeline:
-            items = replace(task, ends=(end,)).ask(pipeline, None)
+            items = replace(task, ends=(end,)).run(pipeline, None)
         outputs = [output for of_pair in items for output in of_pair.columns["output"]]
         assert outputs == [text.partition(end)[0].strip() for text in whole]
 
@@ -211,8 +211,8 @@ def test_the_planner_is_told_of_prompts_with_pads_and_room_for_the_answer() -> N
     lengths = [len(request.prompt) for request in made(spec).requests]
     assert len(set(lengths)) > 1
     assert made(spec).tokens == 10 * max(lengths), "all are one group"
-    assert made(spec).longest == max(lengths) + 9
-    assert made(spec).written == 10 * made(spec).longest
+    assert made(spec).longest_row == max(lengths) + 9
+    assert made(spec).cached_tokens == 10 * made(spec).longest_row
 
 
 def test_the_key_is_of_all_that_the_answers_depend_on() -> None:
@@ -271,19 +271,19 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[UserError], str, str]] = {
         lambda: made(asked(shots=19)),
         CorpusError,
         "evaluation.translation.shots: 19: ",
-        "the corpus 'numbers' has 18 lines for calibration; ask for no more",
+        "the corpus 'numbers' has 18 lines for calibration; use a smaller number",
     ),
     "lines": (
         lambda: made(asked(lines=7)),
         CorpusError,
         "evaluation.translation.lines: 7: ",
-        "the corpus 'numbers' of 24 lines holds out 6; ask for no more",
+        "the corpus 'numbers' of 24 lines holds out 6; use a smaller number",
     ),
     "positions": (
         lambda: made(positions=LONGEST + 8),
         CorpusError,
         "evaluation.translation.shots: 2: fr-en: the prompt of line ",
-        f"is {LONGEST} tokens, max_new_tokens is 9; the model takes {LONGEST + 8}: ask for fewer of either",
+        f"is {LONGEST} tokens, max_new_tokens is 9; the model takes {LONGEST + 8}: lower either",
     ),
     "end": (lambda: made(by=without_end()), ModelError, "tokenizer: ", "has no end-of-sequence token"),
 }
@@ -300,6 +300,6 @@ def test_a_mistake_is_one_line(mistake: str) -> None:
 
 
 def test_what_fits_just_so_is_taken() -> None:
-    assert made(positions=LONGEST + 9).longest == LONGEST + 9
+    assert made(positions=LONGEST + 9).longest_row == LONGEST + 9
     assert len(made(asked(lines=6, shots=18)).requests) == 6
     assert made(by=without_end(), separator="\n").ends == ("\n",)

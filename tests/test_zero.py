@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlprune.data.calibration import MICRO_BATCH_TOKENS, Batch
+from mlprune.data.batches import MICRO_BATCH_TOKENS, Batch
 from mlprune.errors import WorkerLostError
 from mlprune.evaluation.suite import Suite
 from mlprune.models.replay import ReplayModel

@@ -1,13 +1,13 @@
 """Files of program code, the other side of contrastive calibration, opened from any of five forms.
 
-    stdlib                      the library of the Python that runs
+    stdlib                      the standard library of the running Python
     FOLDER                      all *.py below it
-    FOLDER                      of one split, written by `datasets.save_to_disk`
-    FILE.jsonl                  one object a line
-    ID[:CONFIG][@SPLIT]         a Hugging Face dataset, streamed: the split by its name, no slice of it
+    FOLDER                      one split of a dataset, written by `datasets.save_to_disk`
+    FILE.jsonl                  one object per line
+    ID[:CONFIG][@SPLIT]         a Hugging Face dataset, streamed: the split by its name, without slices
 
-Of objects and datasets, the first of the keys in COLUMNS that is there holds the code. Files that say nothing, as
-most `__init__.py` do, do not count.
+In objects and datasets, the code is in the first existing column of COLUMNS. Blank files, as most `__init__.py`
+are, are left out. Which files a calibration set uses is decided in `demonstrations`.
 """
 
 import os
@@ -18,24 +18,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from mlprune.data.corpora import (
-    PATH_STARTS,
-    Fault,
-    checked_text,
-    is_saved,
-    jsonl_rows,
-    read_dataset,
-    read_text,
-)
+from mlprune.data.readers import PATH_STARTS, Fault, checked_text, is_saved, jsonl_rows, read_dataset, read_text
 from mlprune.errors import CorpusError
 
 KEY = "calibration.code"
 COLUMNS = ("content", "code", "text", "whole_func_string")
-# Sets of code have millions of rows; of a dataset only the first are read, and of the hub's no more downloaded.
+# Code datasets have millions of rows; only the first rows are read, and no more are downloaded from the hub.
 DATASET_ROWS = 10_000
-# Shorter files of the standard library mostly hand on names of others.
+# Shorter files of the standard library mostly re-export names of others.
 STDLIB_BYTES = 2048
-# Folders and files of the standard library that are no ordinary code, that distributions leave out, or that the
+# Folders and files of the standard library that are not ordinary code, that distributions leave out, or that the
 # build writes: without them, the files of one version are the same on most machines.
 NOT_STDLIB = (
     *("test", "tests", "idle_test", "encodings", "pydoc_data"),
@@ -49,14 +41,14 @@ _FORMS = "stdlib, a folder of .py files or a .jsonl file"
 class CodeFiles:
     """Program code. No file is blank."""
 
-    name: str  # as the user wrote it; of the standard library with its version, on which the files depend
-    files: Sequence[tuple[str, str]]  # path or row (from 1), and text
+    name: str  # as the user wrote it; the standard library's name has its version, on which the files depend
+    files: Sequence[tuple[str, str]]  # path, or row number from 1; and text
 
 
 def open_code(where: str, key: str = KEY) -> CodeFiles:
-    """Opens the code `where` (see the top of the file): a folder's files by path, rows in their order.
+    """Open the code `where` (see the top of the file): the files of a folder sorted by path, rows in their order.
 
-    Raises CorpusError, naming `key`, when it is not there, is not text or has no column of code.
+    Raises CorpusError, naming `key`, when it does not exist, is not text or has no column of code.
     """
 
     def fault(remedy: str) -> CorpusError:
@@ -64,12 +56,12 @@ def open_code(where: str, key: str = KEY) -> CodeFiles:
 
     if where == "stdlib":
         return CodeFiles(f"stdlib {platform.python_version()}", _stdlib(fault))
-    found = [(source, text) for source, text in _files(where, fault) if text.strip()]
-    return CodeFiles(where, tuple(found))
+    files = [(source, text) for source, text in _files(where, fault) if text.strip()]
+    return CodeFiles(where, tuple(files))
 
 
 def _files(where: str, fault: Fault) -> list[tuple[str, str]]:
-    """Tells the forms apart, as `corpora` does: what is on the disk goes before what may be on the hub."""
+    """Detect the form, as `corpora` does, and read the files. Local files take precedence over the hub."""
     path = Path(where)
     if path.is_dir() and not is_saved(path, fault):
         return [(name, read_text(path / name, fault)) for name in _python_files(path, fault)]
@@ -79,7 +71,7 @@ def _files(where: str, fault: Fault) -> list[tuple[str, str]]:
         return _column(jsonl_rows(path, fault, '{"content": "..."}'), fault)
     if path.suffix == ".jsonl" or (where.startswith(PATH_STARTS) and not path.is_dir()):
         raise fault("no such file or folder")
-    rows = read_dataset(where, lambda found: list(found.take(DATASET_ROWS)), fault, _FORMS, streaming=True)
+    rows = read_dataset(where, lambda dataset: list(dataset.take(DATASET_ROWS)), fault, _FORMS, streaming=True)
     return _column(rows, fault)
 
 
@@ -88,7 +80,7 @@ def _column(rows: Sequence[Mapping[str, object]], fault: Fault) -> list[tuple[st
     column = next((name for name in COLUMNS if name in names), None)
     if column is None:
         remedy = f"has no column {', '.join(COLUMNS)}; it has {', '.join(names) or 'no row'}"
-        raise fault(f"{remedy}: rename the one of code")
+        raise fault(f"{remedy}: rename the column that holds the code")
     return [(str(n), checked_text(row.get(column), n, column, fault)) for n, row in enumerate(rows, 1)]
 
 
@@ -111,9 +103,10 @@ def _is_utf8(raw: bytes) -> bool:
 
 
 def _python_files(root: Path, fault: Fault, without: Sequence[str] = ()) -> list[str]:
-    """The *.py files below, by their paths from `root`, sorted. `without`: patterns of names not to look at.
+    """Return the paths of the *.py files below `root`, relative to it and sorted.
 
-    Links are not followed, so that no file is there twice, and none from outside.
+    `without`: patterns of names to skip. Links are not followed, so that no file is listed twice and none comes
+    from outside.
     """
 
     def wanted(name: str) -> bool:
@@ -122,9 +115,9 @@ def _python_files(root: Path, fault: Fault, without: Sequence[str] = ()) -> list
     def refuse(error: OSError) -> None:
         raise fault(f"{error.filename} cannot be read: {error.strerror}")
 
-    found = []
+    names = []
     for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = filter(wanted, folders)
         paths = [Path(folder, name) for name in files if name.endswith(".py") and wanted(name)]
-        found += [path.relative_to(root).as_posix() for path in paths if not path.is_symlink()]
-    return sorted(found)
+        names += [path.relative_to(root).as_posix() for path in paths if not path.is_symlink()]
+    return sorted(names)

@@ -1,22 +1,24 @@
-"""Questions with a right answer among a few labels, in several languages, opened from either of two forms.
+"""Questions with one right answer among a few labels, in several languages, opened from either of two forms.
 
-    FOLDER          fr.jsonl or fr.tsv (with a header), ...: a file a language
-    ID[@SPLIT]      a Hugging Face dataset with a configuration a language, as facebook/xnli; the split is test
+    FOLDER          fr.jsonl or fr.tsv (with a header), ...: one file per language
+    ID[@SPLIT]      a Hugging Face dataset, one configuration per language, e.g. facebook/xnli; default split: test
+
+How a model answers them is not decided here: see `evaluation.choices`.
 
 A row has the columns of the task's `Form`, and `label`: a number, or the label's name. Reviews may have `stars`
-instead: 1 and 2 are negative, 4 and 5 positive, and those of 3 are left out, as in the two-class reading of the
-Multilingual Amazon Reviews Corpus (MARC, Keung et al. 2020, arXiv 2010.02573). A label of reviews that goes up
-to 4 is their stars less one.
+instead: 1 and 2 are negative, 4 and 5 positive, and reviews of 3 stars are left out, as in the two-class reading
+of the Multilingual Amazon Reviews Corpus (MARC, Keung et al. 2020, arXiv 2010.02573). Labels of reviews that go up
+to 4 are read as their stars minus one.
 
-`id` names a row if it is there, else its number from 1. Where languages are parallel, as in XNLI, the same id must
-be the same question in each.
+`id` names a row if the column exists, otherwise its number from 1 does. Where languages are parallel, as in XNLI,
+the same id must be the same question in each language.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlprune.data.corpora import PATH_STARTS, Fault, checked_text, jsonl_rows, read_dataset, tsv_columns
+from mlprune.data.readers import PATH_STARTS, Fault, checked_text, jsonl_rows, read_dataset, tsv_columns
 from mlprune.errors import CorpusError
 
 SPLIT = "test"
@@ -28,11 +30,11 @@ _Row = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Form:
-    """What the questions of a task consist of."""
+    """The columns and labels of a task's questions."""
 
-    columns: Mapping[str, tuple[str, ...]]  # each text, and the names that its column may have
-    labels: tuple[str, ...]  # their names, in the order of their numbers
-    starred: bool = False  # whether `stars` may stand for the label
+    columns: Mapping[str, tuple[str, ...]]  # text of a question -> the names that its column may have
+    labels: tuple[str, ...]  # names of the labels, in the order of their numbers
+    starred: bool = False  # whether a column `stars` may replace the label
 
 
 INFERENCE = Form(
@@ -54,32 +56,37 @@ class Question:
 
 
 def open_questions(where: str, language: str, form: Form, items: int | None, key: str) -> list[Question]:
-    """The first `items` questions of `where` (see the top of the file) in `language`; None is all of them.
+    """Return the first `items` questions of `where` (see the top of the file) in `language`; None means all.
 
-    Raises CorpusError, naming `key`.data or `key`.items, when the language, a column, a text or enough questions
-    are wanting, or a row is malformed. All rows are read, so that a wrong label is seen wherever it stands.
+    Raises CorpusError, naming `key`.data or `key`.items, when the language, a column or a text is missing, there
+    are too few questions, or a row is malformed. All rows are read, so that a wrong label is found in any of them.
     """
 
     def fault(remedy: str) -> CorpusError:
         return CorpusError(f"{key}.data", repr(where), f"{language}: {remedy}")
 
-    found = _questions(_rows(where, language, form, fault), form, fault)
-    if not found:
+    questions = _questions(_rows(where, language, form, fault), form, fault)
+    if not questions:
         raise fault("has only reviews of 3 stars, which are left out; add others")
     if items is None:
-        return found
-    if items > len(found):
-        raise CorpusError(f"{key}.items", items, f"{where!r} has {len(found)} in {language}; ask for no more")
-    taken = found[:items]
-    if items > 1 and len({one.answer for one in taken}) == 1 < len({one.answer for one in found}):
-        # sets of reviews are often sorted by stars; such an accuracy would say nothing
-        remedy = f"the first {items} questions in {language} are all {form.labels[taken[0].answer]}"
-        raise CorpusError(f"{key}.items", items, f"{remedy}; ask for more, or shuffle the rows of {where!r}")
-    return taken
+        return questions
+    if items > len(questions):
+        remedy = f"{where!r} has {len(questions)} in {language}; use a smaller number"
+        raise CorpusError(f"{key}.items", items, remedy)
+    first = questions[:items]
+    if items > 1 and len(_answers(first)) == 1 < len(_answers(questions)):
+        # datasets of reviews are often sorted by stars; an accuracy on one label would be meaningless
+        remedy = f"the first {items} questions in {language} are all {form.labels[first[0].answer]}"
+        raise CorpusError(f"{key}.items", items, f"{remedy}; use more, or shuffle the rows of {where!r}")
+    return first
+
+
+def _answers(questions: Sequence[Question]) -> set[int]:
+    return {question.answer for question in questions}
 
 
 def _rows(where: str, language: str, form: Form, fault: Fault) -> Sequence[_Row]:
-    """What is on the disk goes before what may be on the hub."""
+    """Read the rows of one language. Local files take precedence over the hub."""
     folder = Path(where)
     if folder.is_dir():
         return _file_rows(_file(folder, language, fault), form, fault)
@@ -96,8 +103,8 @@ def _file(folder: Path, language: str, fault: Fault) -> Path:
     for suffix in SUFFIXES:
         if (file := folder / f"{language}{suffix}").is_file():
             return file
-    there = sorted({file.stem for file in folder.iterdir() if file.suffix in SUFFIXES})
-    raise fault(f"has no {language}.jsonl or {language}.tsv; languages there: {', '.join(there) or 'none'}")
+    languages = sorted({file.stem for file in folder.iterdir() if file.suffix in SUFFIXES})
+    raise fault(f"has no {language}.jsonl or {language}.tsv; its languages: {', '.join(languages) or 'none'}")
 
 
 def _file_rows(file: Path, form: Form, fault: Fault) -> Sequence[_Row]:
@@ -109,33 +116,34 @@ def _file_rows(file: Path, form: Form, fault: Fault) -> Sequence[_Row]:
 
 
 def _questions(rows: Sequence[_Row], form: Form, fault: Fault) -> list[Question]:
-    """Every row that has an answer."""
+    """Parse the rows, and return those that have an answer."""
     if not rows:
         raise fault("has no rows; add some")
-    there = list(rows[0])
-    sources = {name: _column(names, there, fault) for name, names in form.columns.items()}
-    label = _column(("label", "stars") if form.starred else ("label",), there, fault)
-    known = _known([str(row.get(label)) for row in rows], label, form)
-    found: dict[str, Question] = {}
+    columns = list(rows[0])
+    sources = {name: _column(names, columns, fault) for name, names in form.columns.items()}
+    label = _column(("label", "stars") if form.starred else ("label",), columns, fault)
+    answers = _answer_of_label([str(row.get(label)) for row in rows], label, form)
+    questions: dict[str, Question] = {}
     for number, row in enumerate(rows, 1):
         texts = {name: _text(row.get(source), number, source, fault) for name, source in sources.items()}
-        answer = _answer(row.get(label), number, label, known, fault)
-        name = row.get("id") if "id" in there else number
+        answer = _answer(row.get(label), number, label, answers, fault)
+        name = row.get("id") if "id" in columns else number
         if name in (None, ""):
             raise fault(f"line {number} has no id; give it one")
-        if str(name) in found:
-            raise fault(f"line {number} has the id {name} of a line before; an id names one question")
+        if str(name) in questions:
+            raise fault(f"line {number} repeats the id {name}; give every question its own id")
         if answer is not None:
-            found[str(name)] = Question(str(name), texts, answer)
-    return list(found.values())
+            questions[str(name)] = Question(str(name), texts, answer)
+    return list(questions.values())
 
 
-def _column(names: Sequence[str], there: Sequence[str], fault: Fault) -> str:
-    """Which of `names` the rows have; the first goes before the others."""
+def _column(names: Sequence[str], columns: Sequence[str], fault: Fault) -> str:
+    """Return the first of `names` that is a column."""
     for name in names:
-        if name in there:
+        if name in columns:
             return name
-    raise fault(f"has no column {' or '.join(names)}; it has {', '.join(there)}: rename the one that is meant")
+    has = ", ".join(columns)
+    raise fault(f"has no column {' or '.join(names)}; it has {has}: rename the column that holds it")
 
 
 def _text(value: object, number: int, name: str, fault: Fault) -> str:
@@ -145,8 +153,8 @@ def _text(value: object, number: int, name: str, fault: Fault) -> str:
     return text
 
 
-def _known(values: Sequence[str], label: str, form: Form) -> Mapping[str, int | None]:
-    """What each value says: an answer, or None for a review that is neither negative nor positive."""
+def _answer_of_label(values: Sequence[str], label: str, form: Form) -> Mapping[str, int | None]:
+    """Map each valid value of the label column to its answer: None for a review neither negative nor positive."""
     if label == "stars":
         return STARS
     if form.starred and {"3", "4"} <= set(values):
@@ -154,7 +162,7 @@ def _known(values: Sequence[str], label: str, form: Form) -> Mapping[str, int | 
     return {**{str(n): n for n in range(len(form.labels))}, **{name: n for n, name in enumerate(form.labels)}}
 
 
-def _answer(value: object, number: int, label: str, known: Mapping[str, int | None], fault: Fault) -> int | None:
-    if str(value) not in known:
-        raise fault(f"line {number} has the {label} {value!r}; known: {', '.join(known)}")
-    return known[str(value)]
+def _answer(value: object, number: int, label: str, answers: Mapping[str, int | None], fault: Fault) -> int | None:
+    if str(value) not in answers:
+        raise fault(f"line {number} has the {label} {value!r}; known: {', '.join(answers)}")
+    return answers[str(value)]

@@ -1,8 +1,8 @@
-"""Likelihood of held-out lines, for each language: perplexity and bits per byte.
+"""Likelihood of held-out lines, per language, from which perplexity and bits per byte follow.
 
-A line is scored alone: every token after one token of context (the tokenizer's beginning-of-sequence token,
-else its end-of-sequence token). Perplexity is a token's, so it compares variants of one model; bits per byte
-of UTF-8 text compares models with different tokenizers too. Neither compares languages with each other.
+A line is scored alone: every token after one token of context (the tokenizer's beginning-of-sequence token, else
+its end-of-sequence token). Perplexity is per token, so it compares variants of one model; bits per byte of UTF-8
+text compares models with different tokenizers too. Neither compares languages with each other.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlprune.data.calibration import EvaluationSet, evaluation_set
+from mlprune.data.batches import RowSet
 from mlprune.data.corpora import Corpus
+from mlprune.data.heldout import Line, build_heldout_rows
 from mlprune.evaluation.items import Items
 from mlprune.spec.evaluation import PerplexitySpec
 
@@ -22,21 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Perplexity:
-    """Held-out lines, the same in every language."""
+    """A likelihood task: held-out lines, the same in every language."""
 
-    rows: EvaluationSet
+    rows: RowSet
+    lines: tuple[Line, ...]  # the line of each row
 
-    def answer(self, nll: Sequence[float]) -> list[Items]:
-        """The lines' likelihoods, a language each; a line is named by its number in the corpus."""
-        lines = self.rows.lines
+    def items(self, nll: Sequence[float]) -> list[Items]:
+        """Return the lines' likelihoods, one Items per language; the id of a line is its number in the corpus.
+
+        `nll`: negative log-likelihood of each row, in nats.
+        """
+        lines = self.lines
         tokens = {
             row: length - 1
             for batch in self.rows.batches
             for row, length in zip(batch.rows, batch.lengths, strict=True)
         }
-        of_language: dict[str, list[int]] = {}
+        rows_by_language: dict[str, list[int]] = {}
         for row, line in enumerate(lines):
-            of_language.setdefault(line.language, []).append(row)
+            rows_by_language.setdefault(line.language, []).append(row)
         return [
             Items(
                 "perplexity",
@@ -49,19 +54,23 @@ class Perplexity:
                     "bytes": tuple(lines[row].bytes for row in rows),
                 },
             )
-            for language, rows in of_language.items()
+            for language, rows in rows_by_language.items()
         ]
 
 
-def perplexity(
-    asked: PerplexitySpec,
+def build_perplexity(
+    spec: PerplexitySpec,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     positions: int | None,
     pad_free: bool,
 ) -> Perplexity:
-    """The first held-out lines in each language. Raises CorpusError when there are too few, or one is too long."""
-    made = evaluation_set(
-        corpus, asked.languages, tokenizer, lines=asked.lines, max_positions=positions, pad_free=pad_free
+    """Take the first held-out lines in each language.
+
+    `positions`: the longest row that the model accepts, in tokens. Raises CorpusError when there are too few lines
+    or one is too long.
+    """
+    rows, lines = build_heldout_rows(
+        corpus, spec.languages, tokenizer, lines=spec.lines, max_positions=positions, pad_free=pad_free
     )
-    return Perplexity(made)
+    return Perplexity(rows, lines)

@@ -1,4 +1,8 @@
-"""All that a model is asked: tasks answered by likelihoods, in one pass for all, and tasks that ask themselves."""
+"""The two kinds of evaluation tasks, and the suite of all tasks of a sweep.
+
+Likelihood tasks share one pass through the model; pipeline tasks call the pipeline themselves. The tasks are in
+modules of their own, and `build` makes the suite from a spec.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +13,76 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
-from mlprune.data.calibration import EvaluationSet, RowSet
+from mlprune.data.batches import RowSet
 from mlprune.evaluation.items import Items
 from mlprune.shards.pipeline import Pipeline, Progress
 
 
-class Scored(Protocol):
-    """A task answered by the negative log-likelihood of token rows."""
+class LikelihoodTask(Protocol):
+    """A task whose items follow from the negative log-likelihoods of token rows."""
 
     @property
-    def rows(self) -> RowSet | EvaluationSet: ...
+    def rows(self) -> RowSet: ...
 
-    def answer(self, nll: Sequence[float]) -> list[Items]: ...
+    def items(self, nll: Sequence[float]) -> list[Items]:
+        """Return the items, given the negative log-likelihood (nats) of each row."""
 
 
-class Asking(Protocol):
-    """A task that asks the pipeline by itself, as one that has text written."""
+class PipelineTask(Protocol):
+    """A task that calls the pipeline itself, e.g. because it generates text."""
 
     @property
     def key(self) -> str:
-        """A content hash of all that its numbers depend on, but the model."""
+        """A content hash of everything that its numbers depend on, except the model."""
 
     @property
     def tokens(self) -> int:
-        """Of its requests, pads included."""
+        """The number of tokens of its requests, padding included."""
 
     @property
-    def longest(self) -> int:
-        """Tokens of its longest row."""
+    def longest_row(self) -> int:
+        """The number of tokens of its longest row."""
 
     @property
-    def written(self) -> int:
-        """Tokens of rows that are written at the same time, prompts included; 0 if nothing is written."""
+    def cached_tokens(self) -> int:
+        """Tokens of the rows that are generated at the same time, prompts included; 0 if nothing is generated."""
 
-    def ask(self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None) -> list[Items]: ...
+    def run(self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None) -> list[Items]:
+        """Return the items of the dense model (`variant` None) or of a variant."""
 
 
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """The tasks of a sweep; every one of its trials, and the dense model, answers them all."""
+    """The tasks of a sweep. Each of its trials, and the dense model, runs all of them."""
 
-    scored: tuple[Scored, ...]
-    asking: tuple[Asking, ...] = ()
+    likelihood_tasks: tuple[LikelihoodTask, ...]
+    pipeline_tasks: tuple[PipelineTask, ...] = ()
 
     @functools.cached_property
     def key(self) -> str:
-        parts = [*(task.rows.key for task in self.scored), *(task.key for task in self.asking)]
+        """A content hash of all tasks. Result keys contain it, so its input must not change."""
+        parts = [*(task.rows.key for task in self.likelihood_tasks), *(task.key for task in self.pipeline_tasks)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 
     @functools.cached_property
     def rows(self) -> RowSet:
-        """Of all tasks answered by likelihoods, one after another."""
+        """The rows of all likelihood tasks, one task after another."""
         batches = []
         count = 0
-        for task in self.scored:
+        for task in self.likelihood_tasks:
             for batch in task.rows.batches:
                 batches.append(replace(batch, rows=tuple(row + count for row in batch.rows)))
             count += task.rows.count
         return RowSet(count, tuple(batches), self.key)
 
     def run(self, pipeline: Pipeline, variant: str | None = None, progress: Progress | None = None) -> list[Items]:
-        """What the dense model, or a variant of it, answers."""
+        """Return the items of all tasks for the dense model (`variant` None) or for a variant."""
         rows = self.rows
         nll = pipeline.likelihood(rows, variant, progress)
         items = []
-        starts = accumulate((task.rows.count for task in self.scored), initial=0)
-        for task, start in zip(self.scored, starts, strict=False):
-            items += task.answer(nll[start : start + task.rows.count])
-        for asking in self.asking:
-            items += asking.ask(pipeline, variant, progress)
+        starts = accumulate((task.rows.count for task in self.likelihood_tasks), initial=0)
+        for task, start in zip(self.likelihood_tasks, starts, strict=False):
+            items += task.items(nll[start : start + task.rows.count])
+        for pipeline_task in self.pipeline_tasks:
+            items += pipeline_task.run(pipeline, variant, progress)
         return items

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlprune.data.calibration import Batch
+from mlprune.data.batches import Batch
 from mlprune.models.hollow import Span
 from mlprune.models.memory import SLACK
 from mlprune.models.zero import BORROWED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mlprune.data.calibration import MICRO_BATCH_TOKENS
+from mlprune.data.batches import MICRO_BATCH_TOKENS
 from mlprune.pruning.scores import Solver, find_score
 from mlprune.spec.variants import Variant
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mlprune.data.calibration import MICRO_BATCH_TOKENS
+from mlprune.data.batches import MICRO_BATCH_TOKENS
 from mlprune.models.cache import KeyValues, Past
 from mlprune.models.replay import Call, ReplayModel
 from mlprune.models.residency import Ranks, Residency, Resident, masked_by

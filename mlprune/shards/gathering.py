@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlprune.data.calibration import Batch
+from mlprune.data.batches import Batch
 from mlprune.models.residency import Ranks, Residency
 from mlprune.pruning.moments import Moments
 from mlprune.storage.moments import CorruptMomentsError, MomentStore

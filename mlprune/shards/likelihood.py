@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mlprune.data.calibration import Batch
+from mlprune.data.batches import Batch
 from mlprune.models.replay import ReplayModel
 
 

@@ -21,7 +21,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from mlprune.data.calibration import Batch, CalibrationSet, EvaluationSet, RowSet
+from mlprune.data.batches import Batch, RowSet
+from mlprune.data.calibration import CalibrationSet
 from mlprune.errors import WorkerLostError
 from mlprune.models.hollow import Span
 from mlprune.planning.memory import Chunks
@@ -202,7 +203,7 @@ class Pipeline(ABC):
     # evaluation
 
     def likelihood(
-        self, rows: RowSet | EvaluationSet, variant: str | None = None, progress: Progress | None = None
+        self, rows: RowSet, variant: str | None = None, progress: Progress | None = None
     ) -> list[float]:
         """Return the negative log-likelihood of each row's scored tokens, in nats.
 
@@ -217,7 +218,7 @@ class Pipeline(ABC):
         return [(nll, bool(greedy)) for nll, greedy in self._row_values(rows, variant, True, progress)]
 
     def _row_values(
-        self, rows: RowSet | EvaluationSet, variant: str | None, greedy: bool, progress: Progress | None
+        self, rows: RowSet, variant: str | None, greedy: bool, progress: Progress | None
     ) -> list[list[float]]:
         """Return for each row its likelihood, and with `greedy` 1 or 0 beside it."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlprune.data.calibration import Batch
+from mlprune.data.batches import Batch
 from mlprune.models.hollow import Span
 from mlprune.models.matrices import Observer
 from mlprune.models.memory import peak_memory

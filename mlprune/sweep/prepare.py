@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlprune.console import say, step
-from mlprune.data.calibration import Batch, CalibrationSet, calibration_set
+from mlprune.data.batches import Batch
+from mlprune.data.calibration import CalibrationSet, build_calibration_set
 from mlprune.data.code import open_code
 from mlprune.data.corpora import Corpus, open_corpus
 from mlprune.errors import ModelError, SpecError
-from mlprune.evaluation.build import asked_languages, suite_of
+from mlprune.evaluation.build import build_suite, required_languages
 from mlprune.evaluation.suite import Suite
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
@@ -117,7 +118,7 @@ def _text(
     """Every calibration set that the variants need, by demonstration, and what the model is asked."""
     demonstrations = dict.fromkeys(part for variant in variants for part in variant.demonstrations)
     needed = [code for part in demonstrations for code in part.languages]
-    needed += asked_languages(spec.evaluation) if evaluate else ()
+    needed += required_languages(spec.evaluation) if evaluate else ()
     if not demonstrations and not evaluate:
         return {}, None
     if demonstrations:
@@ -128,7 +129,7 @@ def _text(
     suite = None
     if evaluate:
         assert corpus is not None
-        suite = suite_of(spec, corpus, tokenizer, size.positions, size.has_experts)
+        suite = build_suite(spec, corpus, tokenizer, size.positions, size.has_experts)
     batches = [batch for made in sets.values() for batch in made.batches] + (
         [*suite.rows.batches] if suite else []
     )
@@ -146,7 +147,7 @@ def _calibration_sets(
     check_template(asked.template, "calibration.template", needed=["text"], optional=["language"])
     code = open_code(asked.code) if any(part.kind == "code" for part in demonstrations) else None
     return {
-        str(part): calibration_set(
+        str(part): build_calibration_set(
             corpus,
             part,
             tokenizer,
@@ -173,15 +174,15 @@ def _check_vocabulary(source: ModelSource, size: ModelSize, batches: Iterable[Ba
 
 def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None) -> Work:
     """Count the work from the real token counts of the calibration sets and the evaluation."""
-    tasks, rows = (suite.asking, suite.rows.batches) if suite else ((), ())
+    tasks, rows = (suite.pipeline_tasks, suite.rows.batches) if suite else ((), ())
     lengths = [batch.input_ids.shape[1] for made in sets.values() for batch in made.batches]
-    lengths += [*(batch.input_ids.shape[1] for batch in rows), *(task.longest for task in tasks)]
+    lengths += [*(batch.input_ids.shape[1] for batch in rows), *(task.longest_row for task in tasks)]
     return build_work(
         variants,
         {name: _tokens(made.batches) for name, made in sets.items()},
         evaluation=_tokens(rows) + sum(task.tokens for task in tasks),
         longest=max(lengths, default=0),
-        written=max((task.written for task in tasks), default=0),
+        written=max((task.cached_tokens for task in tasks), default=0),
     )
 
 
