@@ -1,5 +1,7 @@
-# make sweep   a virtual environment, mlprune in it, the demo model, and the quickstart sweep
-# make test    every check and every test
+# make sweep    create .venv, install mlprune, run the quickstart sweep on the demo model
+# make test     run every check and every test
+# make check    run ruff and mypy
+# make format   fix style and format with ruff
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(shell command -v python3.11 || command -v python3)

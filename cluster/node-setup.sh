@@ -1,13 +1,13 @@
 #!/bin/bash
-# Makes a node ready: installs mlprune from ~/mlprune into an environment, unless it is there, and puts what mlprune,
-# Ray and MLflow need into every shell's environment. Run it as often as you like.
-#   bash ~/mlprune/cluster/node-setup.sh [FOLDER OF THE ENVIRONMENT; ~/mlprune-env if not said]
+# Prepares a node: installs mlprune from ~/mlprune into an environment, unless it is installed, and sets the variables
+# that mlprune, Ray and MLflow need in every shell. It can be run repeatedly.
+#   bash ~/mlprune/cluster/node-setup.sh [FOLDER OF THE ENVIRONMENT, by default ~/mlprune-env]
 set -eu
 env=${1:-$HOME/mlprune-env}
 
 if [ ! -x "$env/bin/mlprune" ]; then
     python3 -m venv "$env"
-    # editable: files that a later `ray up` brings are what then runs
+    # editable, so that files copied by a later `ray up` take effect
     "$env/bin/pip" install -c ~/mlprune/constraints.txt -e ~/mlprune
 fi
 
@@ -20,8 +20,8 @@ export OMP_WAIT_POLICY=PASSIVE
 export MLFLOW_TRACKING_URI=http://127.0.0.1:5000
 END
 
-# Twice: at the top, because a start-up file often returns early where nobody types (`ssh NODE COMMAND`); at the end,
-# so that no other Python that the file puts on PATH (conda, pyenv) comes before ours.
+# The line is added twice: at the top, because start-up files often return early in non-interactive shells
+# (`ssh NODE COMMAND`); at the end, so that another Python that the file adds to PATH (conda, pyenv) does not come first.
 line='. ~/.mlprune.sh'
 touch ~/.bashrc
 if ! grep -qxF "$line" ~/.bashrc; then

@@ -1,4 +1,4 @@
-"""Prune multilingual language models, and find out which calibration text keeps your languages alive."""
+"""Prune multilingual language models, and find the calibration text that preserves your languages best."""
 
 from importlib.metadata import version
 

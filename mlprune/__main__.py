@@ -1,4 +1,4 @@
-"""`python -m mlprune`."""
+"""Run the command line with `python -m mlprune`."""
 
 from mlprune.cli import main
 
