@@ -31,7 +31,7 @@ def plain_numbers(spec: Path) -> Numbers:
         gather_moments(prepared, pipeline, variants)
         results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
     return {
-        json.dumps(vars(one.variant) if one.variant else None): (one.digest, _lasting(one.metrics))
+        json.dumps(one.variant.to_dict() if one.variant else None): (one.digest, _lasting(one.metrics))
         for one in results
     }
 
