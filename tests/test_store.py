@@ -336,61 +336,20 @@ def test_a_result_of_another_variants_fields_is_none(tmp_path: Path) -> None:
     assert results(tmp_path).load("abc") is None
 
 
-# stored by the version of mlprune before this layout of packages (November 2026)
+STORED = Path(__file__).parent / "data" / "store-2" / "store"
 
-OLD_STORE = Path(__file__).parent / "old_store"
-OLD_MIXTURE = parse_variant("mix:code=0.5,translation:en-fr=0.5", "wanda", 0.5, "2:4", "dense")
-OLD_CONTRAST = parse_variant("translation:en-fr/code", "contrastive", 0.3, "unstructured", "sequential", "owl")
-OLD_RESULTS = (
-    (Result("dense", None, {"bits_per_byte.en": 1.5, "sparsity.actual": 0.0}), "[]"),
-    (
-        Result(
-            *("abc", OLD_MIXTURE, {"bits_per_byte.en": 1 / 3, "nothing": float("nan")}),
-            *("f00d", ("0.mlp.experts.up.3",)),
-        ),
-        '[{"é": 1}]',
-    ),
-    (Result("two", OLD_CONTRAST, {"bits_per_byte.en": 2.5}, "beef"), "[2]"),
-)
-OLD_MOMENTS = {
-    "self_attn.q_proj": Moments(12, torch.tensor([0.5, 1.25, 3.0], dtype=torch.float64)),
-    "mlp.down_proj": Moments(9, torch.tensor([2.0, 0.0625], dtype=torch.float64)),
-}
+
+def test_results_are_written_as_earlier_versions_wrote_them(tmp_path: Path) -> None:
+    """Byte for byte, under the same names."""
+    keys = [file.stem for file in (STORED / "results").iterdir()]
+    assert keys
+    for key in keys:
+        stored = results(STORED).load(key)
+        assert stored is not None
+        results(tmp_path).save(stored, results(STORED).items(key))
+    for kind in ("results", "items"):
+        assert content_of(tmp_path / kind) == content_of(STORED / kind)
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.mark.parametrize(("expected", "items"), OLD_RESULTS)
-def test_old_results_are_read(expected: Result, items: str) -> None:
-    assert repr(results(OLD_STORE).load(expected.key)) == repr(expected)  # repr, because nan is not itself
-    assert results(OLD_STORE).items(expected.key) == items
-
-
-def test_old_moments_are_read() -> None:
-    assert same(store(OLD_STORE).load("set", 7), OLD_MOMENTS)
-
-
-def test_results_are_written_as_they_were(tmp_path: Path) -> None:
-    """Byte for byte, under the same names."""
-    for made, items in OLD_RESULTS:
-        results(tmp_path).save(made, items)
-    old = {name: content for name, content in content_of(OLD_STORE).items() if not name.startswith("moments")}
-    assert content_of(tmp_path) == old
-
-
-def test_moments_are_written_as_they_were(tmp_path: Path) -> None:
-    """Under the same name, with the same checksum; safetensors writes its metadata in any order."""
-    store(tmp_path).save("set", 7, OLD_MOMENTS)
-    ((name, content),) = content_of(tmp_path).items()
-    ((old_name, old_content),) = (
-        (name, content) for name, content in content_of(OLD_STORE).items() if name.startswith("moments")
-    )
-    assert name == old_name
-    assert _header(content) == _header(old_content)
-    assert safetensors.torch.load(content).keys() == safetensors.torch.load(old_content).keys()
-
-
-def _header(content: bytes) -> object:
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
