@@ -286,14 +286,14 @@ def tracked(*settings: str) -> tuple[SweepTracker, SweepSpec, Variant]:
     variant = variants_of(spec.search)[1]
     tracker.start_trial("key", variant)
     tracker.start_trial("dense", None)
-    assert tracker.settle(10, print)
+    assert tracker.flush(10, print)
     return tracker, spec, variant
 
 
 @pytest.mark.parametrize("sparsity", ["0.3", "0.1234567"])
 def test_trial_of_a_sweep_is_exported_by_its_run(sparsity: str, model: str) -> None:
     tracker, _, variant = tracked(f"search.sparsity=[{sparsity}]")
-    by_run = values_of("prune", "--run", tracker.run_of("key"), "--output", "by-run")
+    by_run = values_of("prune", "--run", tracker.run_id("key"), "--output", "by-run")
     assert by_run["variant"] == variant.to_dict()
     options = ("--calibration", "mono:fr", "--sparsity", sparsity, "--propagation", "dense")
     assert by_run == values_of("prune", model, "--spec", "tiny.yaml", *options, "--output", "by-hand")
@@ -304,14 +304,14 @@ def test_trial_of_any_score_is_exported_by_its_run(score: str) -> None:
     settings = (f"search.score=['{score}']", "search.sparsity=[0.3,0.5]", "search.allocation=[owl]")
     tracker, _, variant = tracked(*settings)
     assert (variant.score.name, variant.allocation) == (score.partition(":")[0], "owl")
-    manifest = values_of("prune", "--run", tracker.run_of("key"), "--output", "by-run")
+    manifest = values_of("prune", "--run", tracker.run_id("key"), "--output", "by-run")
     assert manifest["variant"] == variant.to_dict()
     assert len(set(manifest["sparsity"]["layers"])) > 1
 
 
 def test_run_that_cannot_be_exported_is_answered() -> None:
     tracker, spec, _ = tracked()
-    trial, dense = tracker.run_of("key"), tracker.run_of("dense")
+    trial, dense = tracker.run_id("key"), tracker.run_id("dense")
     shutil.rmtree(spec.storage_folder / "mlartifacts")  # only the database was carried here
     for run_id in (dense, tracker.parent_id, trial):
         result = CliRunner().invoke(main, ["prune", "--run", run_id, "--output", "out"])

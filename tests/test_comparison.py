@@ -46,8 +46,8 @@ def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepTracker:
 def finished(tracker: SweepTracker, key: str, sparsity: float, items: Sequence[Items]) -> str:
     made = store.Result(key, variant(sparsity), metrics_of(items))
     tracker.finish_trial(made, lambda: to_json(items))
-    assert tracker.settle(10, print)
-    return tracker.run_of(key)
+    assert tracker.flush(10, print)
+    return tracker.run_id(key)
 
 
 def compared(*words: str) -> Result:
@@ -112,8 +112,8 @@ def test_what_cannot_be_compared_is_answered(tracker: SweepTracker) -> None:
     a = finished(tracker, "a", 0.3, [likelihoods("en", 0)])
     other = finished(tracker, "b", 0.5, [likelihoods("fr", 0)])
     tracker.start_trial("c", variant(0.7))
-    assert tracker.settle(10, print)
-    going = tracker.run_of("c")
+    assert tracker.flush(10, print)
+    going = tracker.run_id("c")
     for words, told in (
         ((a, "nothing"), "'nothing': no such run in sqlite:///"),
         ((a, tracker.parent_id), "not the run of a trial of mlprune"),

@@ -65,7 +65,7 @@ def a_standing(trials: int = 3, replicas: int = 1, shards: int = 2, label: str =
         trials=tuple(a_trial(number, label) for number in range(trials)),
         shards=tuple(a_shard(replica, shard) for replica in range(replicas) for shard in range(shards)),
         seconds_left=840.0,
-        notes=("MLflow does not answer: 12 things wait",),
+        notes=("12 updates queued for MLflow: connection refused",),
     )
 
 
@@ -92,7 +92,7 @@ def test_a_table_fits_its_terminal(trials: int, replicas: int, shards: int, labe
     assert "12 of 40 trials, 1 failed" in text
     assert f"{trials} under way" in text
     assert "about 14 min left" in text
-    assert "note: MLflow does not answer: 12 things wait" in text
+    assert "note: 12 updates queued for MLflow: connection refused" in text
     assert f"{100 * replicas:,} tokens/s" in text  # each token passes all shards of its replica
     assert re.search(r"shards? 50% busy", text)
     first = next(number for number, line in enumerate(lines, start=1) if line.startswith("trial  "))
@@ -193,11 +193,11 @@ def test_plain_lines_tell_news_at_once_and_else_seldom() -> None:
     assert told(finished=1, seconds_left=840.0) == [f"1 of 40 trials, {counts}, about 14 min left"]
     assert told(failed=1) == [f"1 of 40 trials, 1 failed, {counts}, about 14 min left"]
     assert told(trials=at.trials[:2], shards=(a_shard(0, 0, busy=0.9),)) == []  # these change all the time
-    waits = "MLflow does not answer: {} things wait"
-    assert told(notes=(waits.format(1),)) == ["note: MLflow does not answer: 1 things wait"]
+    waits = "{} updates queued for MLflow: connection refused"
+    assert told(notes=(waits.format(1),)) == ["note: 1 updates queued for MLflow: connection refused"]
     assert [told(notes=(waits.format(number),)) for number in (2, 13, "1,400", 1)] == [[]] * 4
     assert told(notes=(waits.format(3), "waiting for 2 GPUs")) == ["note: waiting for 2 GPUs"]
-    assert told(notes=("waiting for 2 GPUs",)) == ["over: MLflow does not answer: 3 things wait"]
+    assert told(notes=("waiting for 2 GPUs",)) == ["over: 3 updates queued for MLflow: connection refused"]
     assert [len(told()) for _ in range(30)] == [0] * 29 + [1]  # from the last line on, whatever it told
     assert told(phase="ending", notes=())[0] == "over: waiting for 2 GPUs"
     assert told(phase="done")[0].startswith("quickstart, done: 1 of 40 trials")

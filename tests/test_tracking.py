@@ -27,15 +27,10 @@ from sqlalchemy.engine import Engine
 from mlprune.errors import SpecError
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import parse_variant
-from mlprune.tracking.delivery import AwayError, Outbox
-from mlprune.tracking.tracker import (
-    SweepTracker,
-    check_tracking,
-    client_of,
-    log_analysis,
-    parallel_coordinates_link,
-    recall_items,
-)
+from mlprune.tracking.delivery import DeliveryQueue, UnavailableError
+from mlprune.tracking.lookup import load_trial_items, parallel_coordinates_link
+from mlprune.tracking.mlflow_client import check_tracking, open_client
+from mlprune.tracking.tracker import SweepTracker, log_analysis
 from tests.servers import Server, free_port
 
 WANDA = parse_variant("mono:en", "wanda", 0.5, "unstructured", "dense")
@@ -45,7 +40,7 @@ WANDA = parse_variant("mono:en", "wanda", 0.5, "unstructured", "dense")
 def made_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's tables, to be copied: making them takes seconds."""
     file = tmp_path_factory.mktemp("database") / "m.db"
-    client_of(f"sqlite:///{file}")
+    open_client(f"sqlite:///{file}")
     return file
 
 
@@ -174,7 +169,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
 
 
 def arrived(tracker: SweepTracker, patience: float = 30) -> None:
-    assert tracker.settle(patience, lambda count, why: None), (tracker.behind, tracker.trouble)
+    assert tracker.flush(patience, lambda count, why: None), (tracker.pending, tracker.last_error)
 
 
 def runs_of(uri: str, tracker: SweepTracker) -> dict[str, Any]:
@@ -202,7 +197,7 @@ def small_sweep(tracker: SweepTracker) -> None:
     for step in range(3):
         tracker.log_sweep_metrics({"speed": 10.0 * step}, step)
     tracker.start_trial("a", WANDA)
-    tracker.log_trial("a", WANDA, {"bits": 2.0}, step=4)
+    tracker.log_trial("a", WANDA, {"bits": 2.0})
     tracker.finish_trial(Result("a", WANDA, {"bits": 2.5}, digest="d1"), lambda: "[2]")
     tracker.fail_trial("b", WANDA, "it died")
     tracker.start_trial("c", WANDA)
@@ -248,7 +243,7 @@ def test_a_database_holds_what_was_logged(undisturbed: dict[str, Any]) -> None:
     assert statuses == {"": "FAILED", "dense": "FINISHED", "a": "FINISHED", "b": "FAILED", "c": "KILLED"}
     _, name, params, tags, points, texts = undisturbed["a"]
     assert (name, params["score"], tags["mlprune.masks"]) == (WANDA.short, "wanda", "d1")
-    assert (points, texts) == ({"bits": ["(0, 2.5)", "(4, 2.0)"]}, {"items.json": "[2]"})
+    assert (points, texts) == ({"bits": ["(0, 2.0)", "(0, 2.5)"]}, {"items.json": "[2]"})
     assert undisturbed["b"][3]["mlprune.cause"] == "it died"
     _, _, params, tags, points, texts = undisturbed[""]
     assert (params, tags["mlflow.note.content"]) == ({"model": "tiny", "seed": "0"}, "# tiny")
@@ -298,7 +293,7 @@ def test_a_run_made_twice_after_all_is_told_once(proxy: Proxy, server: Server, o
     tracker.finish_sweep("FINISHED", {}, [])
     arrived(tracker)
     assert {run.info.status for run in runs_of(server.uri, tracker).values()} == {"FINISHED"}
-    assert runs_of(server.uri, tracker)["a"].info.run_id == tracker.run_of("a")
+    assert runs_of(server.uri, tracker)["a"].info.run_id == tracker.run_id("a")
     assert len(deleted(server.uri, tracker)) == 1
 
 
@@ -311,35 +306,35 @@ def test_a_server_that_dies_does_not_disturb_the_sweep(server: Server, opened: O
         nonlocal put, longest
         while put < end:
             before = time.monotonic()
-            key, step = f"trial-{put // 10}", put % 10
-            tracker.log_trial(key, WANDA, {"bits": float(put)}, step=step)
+            key = f"trial-{put // 10}"
+            tracker.log_trial(key, WANDA, {"bits": float(put)})
             tracker.log_sweep_metrics({"speed": float(put)}, put)
-            if step == 9:
+            if put % 10 == 9:
                 tracker.finish_trial(Result(key, WANDA, {"last": float(put)}), partial("[{}]".format, put))
             longest = max(longest, time.monotonic() - before)
             put += 1
 
     log_until(80)
-    while tracker.behind > 60:  # in the midst
+    while tracker.pending > 60:  # in the midst
         time.sleep(0.01)
-    assert tracker.behind > 10
+    assert tracker.pending > 10
     server.kill()
     log_until(130)
     deadline = time.monotonic() + 20
-    while "refused" not in str(tracker.trouble):
-        assert time.monotonic() < deadline, tracker.trouble
+    while "refused" not in str(tracker.last_error):
+        assert time.monotonic() < deadline, tracker.last_error
         time.sleep(0.02)
     waited: list[tuple[int, str]] = []
-    behind = tracker.behind
-    assert not tracker.settle(1.5, lambda count, why: waited.append((count, why)))
-    assert behind > 60
-    assert set(waited) == {(behind, tracker.trouble)}
+    pending = tracker.pending
+    assert not tracker.flush(1.5, lambda count, why: waited.append((count, why)))
+    assert pending > 60
+    assert set(waited) == {(pending, tracker.last_error)}
     log_until(total)
     stopped = int(time.time() * 1000)
     server.start()
     time.sleep(0.5)  # so that times at which things arrive are others
     arrived(tracker, patience=60)
-    assert tracker.trouble is None
+    assert tracker.last_error is None
     assert longest < 0.5, "the sweep waited"
 
     found = runs_of(server.uri, tracker)
@@ -351,12 +346,13 @@ def test_a_server_that_dies_does_not_disturb_the_sweep(server: Server, opened: O
     assert started <= times[0] <= times[-1] <= stopped, "not when it happened"
     for n in range(total // 10):
         run = found[f"trial-{n}"]
-        assert run.info.run_id == tracker.run_of(f"trial-{n}")
+        assert run.info.run_id == tracker.run_id(f"trial-{n}")
         assert run.info.status == "FINISHED"
         assert started <= run.info.start_time <= run.info.end_time <= stopped
-        assert history(server.uri, run.info.run_id, "bits") == [(step, float(10 * n + step)) for step in range(10)]
+        bits = history(server.uri, run.info.run_id, "bits")  # in any order: they have one step
+        assert sorted(bits) == [(0, float(10 * n + number)) for number in range(10)]
         assert run.data.metrics["last"] == 10 * n + 9
-    assert recall_items(server.uri, tracker.run_of("trial-14"), "RUN")[1] == "[149]"
+    assert load_trial_items(server.uri, tracker.run_id("trial-14"), "RUN")[1] == "[149]"
 
 
 def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, opened: Opened) -> None:
@@ -369,7 +365,7 @@ def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, open
     assert {run.info.status for run in runs_of(server.uri, first).values()} == {"KILLED", "FAILED"}
     proxy.faults = [("log-batch", unavailable)] * 99
     first.start_trial("c", WANDA)  # it is made, and then the server dies: no params
-    while not first.trouble:
+    while not first.last_error:
         time.sleep(0.01)
     first.close()  # as when it is killed
     proxy.faults = []
@@ -381,7 +377,7 @@ def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, open
     arrived(again)
     found = runs_of(server.uri, again)
     assert {run.info.status for run in found.values()} == {"RUNNING"}
-    assert found["a"].info.run_id == first.run_of("a")
+    assert found["a"].info.run_id == first.run_id("a")
     assert found["c"].data.params == found["a"].data.params != {}
     for key in "abc":
         again.finish_trial(Result(key, WANDA, {"bits": 1.0}), lambda: "[]")
@@ -390,7 +386,7 @@ def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, open
     found = runs_of(server.uri, again)
     assert {found[key].info.status for key in "abc"} == {"FINISHED"}
     assert "mlprune.cause" not in found["b"].data.tags
-    assert history(server.uri, again.run_of("a"), "bits") == [(0, 1.0)]
+    assert history(server.uri, again.run_id("a"), "bits") == [(0, 1.0)]
 
 
 def test_what_is_refused_for_good_is_raised_once_and_the_rest_goes_on(
@@ -410,7 +406,7 @@ def test_what_is_refused_for_good_is_raised_once_and_the_rest_goes_on(
     assert history(server.uri, tracker.parent_id, "speed") == [(0, 1.0)]
     proxy.faults = [("runs/create", forbidden)]
     tracker.start_trial("a", WANDA)
-    while tracker.behind:
+    while tracker.pending:
         time.sleep(0.01)
     with pytest.raises(SpecError, match="not yours"):
         tracker.log_sweep_metrics({"speed": 2.0}, 1)
@@ -430,8 +426,8 @@ def test_a_locked_database_is_waited_for(opened: Opened, database: str, tmp_path
         with closing(sqlite3.connect(tmp_path / "m.db")) as other:
             other.execute("BEGIN EXCLUSIVE")
             tracker.log_sweep_metrics({"speed": 1.0}, 0)
-            assert not tracker.settle(1.0, lambda count, why: None)
-            assert tracker.trouble == "database is locked"
+            assert not tracker.flush(1.0, lambda count, why: None)
+            assert tracker.last_error == "database is locked"
             other.rollback()
         arrived(tracker)
     finally:
@@ -452,13 +448,13 @@ try:
         tracker.log_sweep_metrics({"speed": float(n)}, n)
     tracker.start_trial("a", None)
     if count > 100:
-        tracker.settle(99, print)  # this takes long
+        tracker.flush(99, print)  # this takes long
     tracker.finish_trial(Result("a", None, {"bits": 1.0}), lambda: "[]")
     tracker.finish_sweep("FINISHED", {}, [])
 except KeyboardInterrupt:
-    print("interrupted", tracker.behind, flush=True)
+    print("interrupted", tracker.pending, flush=True)
     tracker.finish_sweep("KILLED", {}, [])
-print("settled", tracker.settle(60, print))
+print("settled", tracker.flush(60, print))
 """
 
 
@@ -479,9 +475,9 @@ def test_sweeps_that_start_together_share_a_fresh_database_and_one_is_interrupte
     time.sleep(0.3)
     slow.send_signal(signal.SIGINT)
     told = slow.stdout.read()
-    behind = re.match(r"interrupted (\d+)\nsettled True\n", told)
-    assert behind, (told, slow.communicate()[1])
-    assert int(behind[1]) > 10, "interrupted too late to show anything"
+    pending = re.match(r"interrupted (\d+)\nsettled True\n", told)
+    assert pending, (told, slow.communicate()[1])
+    assert int(pending[1]) > 10, "interrupted too late to show anything"
     assert quick.communicate(timeout=60)[0] == "open\nsettled True\n"
     assert slow.communicate()[1] == ""
     client = MlflowClient(f"sqlite:///{tmp_path}/m.db")
@@ -568,32 +564,32 @@ def test_the_page_that_compares_runs() -> None:
     assert parallel_coordinates_link("sqlite:///x.db", "7", ["a"]) is None
 
 
-def test_an_outbox_pauses_longer_and_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_between_attempts_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlprune.tracking.delivery.LONGEST_PAUSE", 0.3)
     times: list[float] = []
 
     def thing() -> None:
         times.append(time.monotonic())
         if len(times) < 6:
-            raise AwayError("not yet")
+            raise UnavailableError("not yet")
 
-    with closing(Outbox()) as outbox:
-        outbox.put(thing)
-        assert outbox.settle(5, lambda count, why: None)
+    with closing(DeliveryQueue()) as queue:
+        queue.submit(thing)
+        assert queue.flush(5, lambda count, why: None)
     pauses = [after - before for before, after in pairwise(times)]
     assert all(low <= pause < low + 0.25 for low, pause in zip((0.1, 0.2, 0.3, 0.3, 0.3), pauses, strict=True))
 
 
 def test_patience_is_with_what_stands_still() -> None:
     """Many things that each take a while are waited for; one that does not get through is not."""
-    with closing(Outbox()) as outbox:
+    with closing(DeliveryQueue()) as queue:
         for _ in range(6):
-            outbox.put(lambda: time.sleep(0.15))
-        assert outbox.settle(0.5, lambda count, why: None)
+            queue.submit(lambda: time.sleep(0.15))
+        assert queue.flush(0.5, lambda count, why: None)
         held = threading.Event()
-        outbox.put(partial(held.wait, 20))
+        queue.submit(partial(held.wait, 20))
         started = time.monotonic()
-        assert not outbox.settle(0.3, lambda count, why: None)
+        assert not queue.flush(0.3, lambda count, why: None)
         assert 0.3 <= time.monotonic() - started < 1
         held.set()
-        assert outbox.settle(5, lambda count, why: None)
+        assert queue.flush(5, lambda count, why: None)

@@ -36,7 +36,8 @@ from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import run_on_model
 from mlprune.sweep.trial import unseen_note
-from mlprune.tracking.tracker import check_tracking, log_analysis
+from mlprune.tracking.mlflow_client import check_tracking
+from mlprune.tracking.tracker import log_analysis
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from mlprune.errors import SpecError
 from mlprune.evaluation.items import from_json
 from mlprune.evaluation.significance import Difference, compare, family_of, gain
 from mlprune.spec.schema import SweepSpec
-from mlprune.tracking.tracker import Trial, recall_items
+from mlprune.tracking.lookup import TrialRun, load_trial_items
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Run b against run a."""
 
-    a: Trial
-    b: Trial
+    a: TrialRun
+    b: TrialRun
     differences: tuple[Difference, ...]
 
     def is_worst(self, found: Difference) -> bool:
@@ -28,7 +28,7 @@ class Comparison:
 
 def compare_runs(spec: SweepSpec, runs: Sequence[str]) -> Comparison:
     """Compare two trials, by MLflow run ids. Raises SpecError where one is none, or they share no items."""
-    (a, items_a), (b, items_b) = (recall_items(spec.tracking_uri, run, "RUN") for run in runs)
+    (a, items_a), (b, items_b) = (load_trial_items(spec.tracking_uri, run, "RUN") for run in runs)
     try:
         return Comparison(a, b, tuple(compare(from_json(items_a), from_json(items_b))))
     except ValueError as error:

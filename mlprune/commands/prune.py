@@ -22,7 +22,7 @@ from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import run_on_model
 from mlprune.sweep.trial import run_dense, unseen_note
-from mlprune.tracking.tracker import recall_trial
+from mlprune.tracking.lookup import load_trial_spec
 
 
 def choose(
@@ -68,7 +68,7 @@ def choose_run(
     if given:
         raise SpecError("--" + given[0], repr(chosen[given[0]]), "the run says which; leave it out, or --run")
     here = load_spec("quickstart", assignments)  # for the storage and the tracking that were set
-    text, params = recall_trial(here.tracking_uri, run_id)
+    text, params = load_trial_spec(here.tracking_uri, run_id)
     values = apply_assignments(read_values(text, "--run", run_id), [*to_assignments(settings), *assignments])
     search: dict[str, Any] = {name: [params[name]] for name in ("pattern", "propagation", "allocation")}
     two_sided = "/" in params["calibration"]  # of contrastive: both sides belong to the score

@@ -10,7 +10,7 @@ from mlprune.report.ranking import ranking_cells
 from mlprune.report.sweep import export_command
 from mlprune.spec.languages import language_name
 from mlprune.sweep.ranking import SweepOutcome
-from mlprune.tracking.mlflow_client import parallel_coordinates_link
+from mlprune.tracking.lookup import parallel_coordinates_link
 from mlprune.tracking.tracker import TAG_LENGTH
 
 UI = "http://127.0.0.1:5000"  # the default address of `mlflow ui`

@@ -107,8 +107,8 @@ class Watch:
         trials, spans = self._trials, self._replicas.spans
         under_way = list(trials.under_way.values())
         notes = []
-        if self._tracker.trouble:
-            notes.append(f"MLflow: {self._tracker.trouble}; {self._tracker.behind} things wait")
+        if self._tracker.last_error:
+            notes.append(f"{self._tracker.pending} updates queued for MLflow: {self._tracker.last_error}")
         shards = tuple(
             ShardState(
                 replica,

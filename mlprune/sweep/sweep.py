@@ -181,7 +181,7 @@ def _concluded(prepared: Prepared, ran: Ran, tracker: SweepTracker) -> SweepOutc
         ranking=ranking.trials,
         changes=ranking.changes,
         level=ranking.level,
-        runs={result.key: tracker.run_of(result.key) for result in (ran.dense, *ranking.trials)},
+        runs={result.key: tracker.run_id(result.key) for result in (ran.dense, *ranking.trials)},
         parent_run=tracker.parent_id,
         experiment=tracker.experiment_id,
         pictures=tuple(pictures),
@@ -198,13 +198,13 @@ def _without_password(spec: SweepSpec) -> SweepSpec:
 
 def _settled(tracker: SweepTracker) -> None:
     """Wait for MLflow; raises SweepError when it does not come back. All results are in the storage by then."""
-    if not tracker.settle(PATIENCE, lambda count, why: say(f"  {count} things wait for MLflow: {why}")):
-        waits = f"{tracker.behind} things did not reach MLflow ({tracker.trouble})"
+    if not tracker.flush(PATIENCE, lambda count, why: say(f"  {count} updates queued for MLflow: {why}")):
+        waits = f"{tracker.pending} updates did not reach MLflow ({tracker.last_error})"
         raise SweepError(f"{waits}; all results are kept: run the same command when it is back")
 
 
 def _settle(tracker: SweepTracker, patience: float) -> bool:
-    settled = tracker.settle(patience, lambda count, reason: say(f"  {count} things wait for MLflow: {reason}"))
+    settled = tracker.flush(patience, lambda count, reason: say(f"  {count} updates queued for MLflow: {reason}"))
     tracker.close()
     return settled
 

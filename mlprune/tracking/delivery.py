@@ -1,98 +1,107 @@
-"""An outbox: what is put in is delivered in order by one thread, each thing until it has got through.
+"""DeliveryQueue: updates for a server that may be unavailable, delivered in order by one thread.
 
-Who puts something in goes on at once. Ctrl-C, which only the main thread hears, breaks no delivery off.
+What an update does, and which errors mean that the server is unavailable, is decided by the caller.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; each is twice the one before
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; each pause is twice the previous one
 
 
-class AwayError(Exception):
-    """The other side is not there for the moment: the same thing is tried again."""
+class UnavailableError(Exception):
+    """The server is unavailable at the moment: the same update is tried again later."""
 
 
-class Outbox:
-    """Things on their way. A thing is delivered by calling it, from the outbox's own thread, one at a time.
+class DeliveryQueue:
+    """Updates waiting to be delivered. An update is a function; the queue's own thread calls one at a time.
 
-    A thing that raises AwayError is tried again, with growing pauses, for as long as it takes; so it must do no
-    harm when it has been done halfway before. One that raises anything else is refused for good: it is dropped,
-    the next ones go on, and the error is raised once, by `raise_refused` or `settle`.
+    An update that raises UnavailableError is retried, with growing pauses, until it succeeds. It must therefore be
+    safe to repeat, even after it was carried out in part. An update that raises anything else is rejected: it is
+    dropped, the following ones are delivered, and its error is raised once, by `raise_rejected` or `flush`.
+
+    `submit` returns at once. Ctrl-C, which Python delivers to the main thread only, interrupts no delivery.
     """
 
     def __init__(self) -> None:
-        self.trouble: str | None = None  # why nothing gets through at the moment
-        self._things: deque[Callable[[], object]] = deque()  # the first one is under way
+        self.last_error: str | None = None  # why the server is unavailable at the moment; None if it is available
+        self._updates: deque[Callable[[], object]] = deque()  # the first one is being delivered
         self._changed = threading.Condition()
         self._delivered, self._closed = 0, False
-        self._refused: Exception | None = None
-        threading.Thread(target=self._deliver, name="outbox", daemon=True).start()
+        self._rejected: Exception | None = None
+        threading.Thread(target=self._deliver_all, name="delivery", daemon=True).start()
 
     @property
-    def behind(self) -> int:
-        """Things that have not been delivered yet."""
-        return len(self._things)
+    def pending(self) -> int:
+        """The number of updates that have not been delivered yet."""
+        return len(self._updates)
 
-    def put(self, thing: Callable[[], object]) -> None:
+    def submit(self, update: Callable[[], object]) -> None:
+        """Queue an update."""
         assert not self._closed
         with self._changed:
-            self._things.append(thing)
+            self._updates.append(update)
             self._changed.notify_all()
 
-    def raise_refused(self) -> None:
+    def raise_rejected(self) -> None:
+        """Raise the error of the first rejected update, if it has not been raised yet."""
         with self._changed:
-            refused, self._refused = self._refused, None
-        if refused is not None:
-            raise refused
+            rejected, self._rejected = self._rejected, None
+        if rejected is not None:
+            raise rejected
 
-    def settle(self, patience: float, waiting: Callable[[int, str], None]) -> bool:
-        """Wait until all is delivered; False when nothing got through for `patience` seconds.
+    def flush(self, patience: float, on_wait: Callable[[int, str], None]) -> bool:
+        """Wait until all updates are delivered. Returns False if none was delivered for `patience` seconds.
 
-        About once a second while the other side is away, `waiting` is told how many things wait, and why.
-        Raises the first thing's error that was refused for good, after all others.
+        While the server is unavailable, `on_wait(pending, last_error)` is called about once a second. Raises the
+        error of the first rejected update, after all others were delivered.
         """
         delivered, since = self._delivered, time.monotonic()
-        while self._things and (left := since + patience - time.monotonic()) > 0:
+        while self._updates and (remaining := since + patience - time.monotonic()) > 0:
             with self._changed:
-                self._changed.wait_for(lambda: not self._things, min(1.0, left))
+                self._changed.wait_for(lambda: not self._updates, min(1.0, remaining))
             if self._delivered > delivered:
                 delivered, since = self._delivered, time.monotonic()
-            trouble = self.trouble
-            if self._things and trouble is not None:
-                waiting(len(self._things), trouble)
-        self.raise_refused()
-        return not self._things
+            last_error = self.last_error
+            if self._updates and last_error is not None:
+                on_wait(len(self._updates), last_error)
+        self.raise_rejected()
+        return not self._updates
 
     def close(self) -> None:
-        """Deliver nothing more."""
+        """Stop delivering; pending updates are dropped."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def _deliver(self) -> None:
+    def _deliver_all(self) -> None:
         pause = FIRST_PAUSE
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._things or self._closed)
+                self._changed.wait_for(lambda: self._updates or self._closed)
             if self._closed:
                 return
             try:
-                self._things[0]()
-            except AwayError as away:
-                self.trouble = str(away)
+                self._updates[0]()
+            except UnavailableError as error:
+                self.last_error = str(error)
+                logger.debug("retry in %.1f s: %s", pause, error)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             except Exception as error:
-                self._refused = self._refused or error
-            self.trouble, pause = None, FIRST_PAUSE
+                logger.debug("rejected: %s", error)
+                self._rejected = self._rejected or error
+            self.last_error, pause = None, FIRST_PAUSE
             with self._changed:
-                self._things.popleft()
+                self._updates.popleft()
                 self._delivered += 1
                 self._changed.notify_all()

@@ -1,0 +1,94 @@
+"""What is read back from MLflow: a trial's run, its answers, the spec of its sweep; and links to MLflow's pages.
+
+What the runs contain is decided in `tracker`, which writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from mlprune.errors import SpecError
+from mlprune.spec.urls import redact, without_credentials
+from mlprune.tracking.mlflow_client import open_client
+from mlprune.tracking.tracker import ITEMS, PARENT_TAG, SPEC, TRIAL_TAG, trial_params
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """The MLflow run of a trial."""
+
+    run_id: str
+    parent_id: str
+    name: str
+    params: Mapping[str, str]
+
+
+def load_trial_items(uri: str, run_id: str, key: str) -> tuple[TrialRun, str]:
+    """Return a trial and its answers (JSON text).
+
+    Raises SpecError, naming `key`, if the run is not a trial's or the trial has not finished.
+    """
+    client = open_client(uri)
+    trial = _trial_run(client, uri, run_id, key)
+    items = _artifact(client, run_id, ITEMS)
+    if items is None:
+        remedy = f"has no {ITEMS}: it did not finish, or an older version of mlprune wrote it"
+        raise SpecError(key, repr(run_id), remedy)
+    return trial, items
+
+
+def load_trial_spec(uri: str, run_id: str) -> tuple[str, dict[str, str]]:
+    """Return the sweep's spec (YAML) and the params of a trial's run.
+
+    Raises SpecError if the run is not a trial's.
+    """
+    client = open_client(uri)
+    trial = _trial_run(client, uri, run_id, "--run")
+    if trial.params["score"] == trial_params(None)["score"]:
+        raise SpecError("--run", repr(run_id), "is the run of the dense model; use the run of a trial")
+    spec = _artifact(client, trial.parent_id, SPEC)
+    if spec is None:
+        raise SpecError("--run", repr(run_id), f"its parent run {trial.parent_id} has no artifact {SPEC}")
+    return spec, dict(trial.params)
+
+
+def _artifact(client: MlflowClient, run_id: str, name: str) -> str | None:
+    """Return the text of a run's artifact; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(client.download_artifacts(run_id, name)).read_text(encoding="utf-8")
+    except (MlflowException, OSError):
+        return None
+
+
+def _trial_run(client: MlflowClient, uri: str, run_id: str, key: str) -> TrialRun:
+    """Return the run of a trial. Raises SpecError, naming `key`, if there is none with this id."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        remedy = f"no such run in {redact(uri)}; name its database or server with --set tracking.uri=..."
+        raise SpecError(key, repr(run_id), remedy) from None
+    parent = run.data.tags.get(PARENT_TAG)
+    if TRIAL_TAG not in run.data.tags or parent is None:
+        raise SpecError(key, repr(run_id), "is not the run of a trial of mlprune; use the id of a nested run")
+    return TrialRun(run_id, parent, run.info.run_name, run.data.params)
+
+
+def parallel_coordinates_link(base: str, experiment_id: str, run_ids: Sequence[str]) -> str | None:
+    """Return the address of the page that compares runs, on the server at `base`; None if `base` is a database."""
+    if not base.startswith("http"):
+        return None
+    address = without_credentials(base).rstrip("/")
+    runs, experiments = quote(json.dumps(list(run_ids))), quote(json.dumps([experiment_id]))
+    return f"{address}/#/compare-runs?runs={runs}&experiments={experiments}"
