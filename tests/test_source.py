@@ -1,4 +1,4 @@
-"""A model's name to a folder: what is refused and how it is said, the fingerprint, the hub."""
+"""Resolving a model's name to a folder: error messages, fingerprints and hub downloads."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, cache: Path) -> Path:
-    """A model's folder with safetensors; fingerprints go to a cache of the test's own."""
+    """A model's folder with safetensors; fingerprints go to the test's own cache."""
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
 
@@ -43,7 +43,7 @@ def tiny(tmp_path: Path, cache: Path) -> Path:
 # folders
 
 
-def test_folder_is_found_with_its_config_and_dtype(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_resolved_with_its_config_and_dtype(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny.parent)
     source = find_model("tiny")
     assert source.name == "tiny"
@@ -52,7 +52,7 @@ def test_folder_is_found_with_its_config_and_dtype(tiny: Path, monkeypatch: pyte
     assert pickle.loads(pickle.dumps(source)) == source  # noqa: S301 (our own bytes)
 
 
-def test_dtype_is_the_checkpoints_own_or_the_one_asked(tiny: Path) -> None:
+def test_dtype_is_the_checkpoints_own_or_the_requested_one(tiny: Path) -> None:
     assert find_model(str(tiny)).dtype("auto") == torch.float32
     change_config(tiny, dtype="bfloat16")
     source = find_model(str(tiny))
@@ -66,12 +66,12 @@ def test_dtype_is_the_checkpoints_own_or_the_one_asked(tiny: Path) -> None:
         source.dtype("int8")
 
 
-def test_names_that_are_no_model(tiny: Path) -> None:
+def test_invalid_names(tiny: Path) -> None:
     for name in ("./nowhere", "/no/where", "~/nowhere-at-all", "~nobody-here/x", "a/b/c"):
         refused(name, "no such folder")
-    refused("", "name a folder, a hub id, or demo")
+    refused("", "name a folder, a Hugging Face model id, or demo")
     refused(tiny / "config.json", "a file", "config.json")
-    refused(tiny, "v2", "only a hub id", key="model.revision", revision="v2")
+    refused(tiny, "v2", "only a Hugging Face model id", key="model.revision", revision="v2")
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_malformed_config(tiny: Path) -> None:
         refused(tiny, "names no model_type")
 
 
-def test_model_that_is_no_causal_language_model(tmp_path: Path) -> None:
+def test_model_that_is_not_a_causal_language_model(tmp_path: Path) -> None:
     T5Config().save_pretrained(tmp_path)
     refused(tmp_path, "a t5 is not a causal language model", weights=False)
 
@@ -97,7 +97,7 @@ def test_unknown_model_type(tiny: Path) -> None:
     refused(tiny, "does not know model_type 'tomorrow'", "upgrade")
 
 
-def test_code_of_the_models_own_needs_trust(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_own_code_needs_trust(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tiny.parent / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))  # the modules' folder is put on it
     code = """
@@ -150,7 +150,7 @@ def test_pickled_weights_need_consent(tiny: Path) -> None:
     assert [path.name for path in source.weight_files()] == ["pytorch_model.bin"]
 
 
-def test_tokenizer_that_is_not_there(tiny: Path) -> None:
+def test_missing_tokenizer(tiny: Path) -> None:
     with pytest.raises(ModelError, match="its tokenizer cannot be read") as caught:
         find_model(str(tiny)).tokenizer()
     assert "\n" not in str(caught.value)
@@ -163,7 +163,7 @@ def fingerprint(folder: Path, allow_pickle: bool = False) -> str:
     return find_model(str(folder), allow_pickle=allow_pickle).fingerprint()
 
 
-def test_fingerprint_sees_one_byte_of_a_weight(tiny: Path) -> None:
+def test_fingerprint_depends_on_every_byte_of_a_weight(tiny: Path) -> None:
     before, path = fingerprint(tiny), tiny / "model.safetensors"
     assert len(before) == 32
     assert int(before, 16)
@@ -176,13 +176,13 @@ def test_fingerprint_sees_one_byte_of_a_weight(tiny: Path) -> None:
     assert fingerprint(tiny) != before
 
 
-def test_fingerprint_sees_the_config(tiny: Path) -> None:
+def test_fingerprint_depends_on_the_config(tiny: Path) -> None:
     before = fingerprint(tiny)
     change_config(tiny, rms_norm_eps=1e-3)
     assert fingerprint(tiny) != before
 
 
-def test_fingerprint_sees_content_and_not_where_it_lies(tiny: Path) -> None:
+def test_fingerprint_depends_on_content_and_not_on_the_folder(tiny: Path) -> None:
     before = fingerprint(tiny)
     other = tiny.with_name("other")
     shutil.copytree(tiny, other)
@@ -221,7 +221,7 @@ def test_files_are_hashed_once(tiny: Path, cache: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff", "short entries"])
-def test_damaged_cache_is_made_again(tiny: Path, cache: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_cache_is_rebuilt(tiny: Path, cache: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(tiny)
     stored = cache / "fingerprints.json"
     entries = {path: [1] for path in json.loads(stored.read_text())}
@@ -246,11 +246,11 @@ def http(kind: Callable[..., Exception]) -> Exception:
 
 HUB_FAILURES = [
     (http(errors.RepositoryNotFoundError), "no such model on the hub"),
-    (http(errors.GatedRepoError), "ask for access at https://huggingface.co/some/model"),
+    (http(errors.GatedRepoError), "request access at https://huggingface.co/some/model"),
     (http(errors.RevisionNotFoundError), "no revision v9"),
     (http(errors.HfHubHTTPError), "cannot be fetched from the hub (two lines)"),
-    (errors.LocalEntryNotFoundError("far\naway"), "out of reach"),
-    (errors.OfflineModeIsEnabled("off"), "out of reach"),
+    (errors.LocalEntryNotFoundError("far\naway"), "unreachable"),
+    (errors.OfflineModeIsEnabled("off"), "unreachable"),
     (OSError(28, "No space left on device"), "No space left on device"),
 ]
 
@@ -264,12 +264,12 @@ def test_hub_failure_is_one_line(failure: Exception, words: str, monkeypatch: py
     refused("some/model", words, revision="v9")
 
 
-def test_name_that_is_no_hub_id() -> None:
-    refused("not a model", "no such folder, and no hub id")  # answered before the network is asked
+def test_name_that_is_not_a_model_id() -> None:
+    refused("not a model", "not a Hugging Face model id (owner/name)")  # without a request to the hub
 
 
-def hub_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """`snapshot_download` gives `folder`; the calls that were made of it."""
+def fake_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Let `snapshot_download` return `folder`; return the list of its calls."""
     calls = []
 
     def download(name: str, **options: Any) -> str:
@@ -281,17 +281,17 @@ def hub_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
 
 
 def test_hub_model_is_fetched_without_code_or_pickles(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = hub_of(tiny, monkeypatch)
+    calls = fake_hub(tiny, monkeypatch)
     source = find_model("some/model", revision="v1", allow_pickle=True)
     assert source == ModelSource("some/model", tiny, trust_remote_code=False, allow_pickle=True, commit=tiny.name)
-    (call,) = calls  # there are safetensors: pickles are not asked for even where they are allowed
+    (call,) = calls  # there are safetensors: pickles are not fetched even where they are allowed
     assert (call["name"], call["revision"]) == ("some/model", "v1")
     assert not {"*.py", "*.bin", "pytorch_model*.bin"} & set(call["allow_patterns"])
     assert {"*.safetensors", "*.json", "*.jinja"} <= set(call["allow_patterns"])
 
 
 def test_hub_files_follow_what_is_allowed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = hub_of(tiny, monkeypatch)
+    calls = fake_hub(tiny, monkeypatch)
     find_model("some/model", weights=False, trust_remote_code=True)
     assert "*.py" in calls[0]["allow_patterns"]
     assert "*.safetensors" not in calls[0]["allow_patterns"]

@@ -1,50 +1,47 @@
-"""Any model, as the user names it, to a local folder that is checked before a weight is loaded.
+"""Resolves a model's name to a local folder, and checks it before a weight is loaded.
 
-A name is `demo`, a folder, or a Hugging Face hub id. Whatever it is, the outcome is a folder with config,
-weights and tokenizer, and a fingerprint of its content by which moments and masks are stored.
-
-Weights are found as transformers finds them: `model.safetensors`, else its index, else `pytorch_model.bin`,
-else its index; the last two only if the user trusts the model, because a pickle can carry code.
+A name is `demo`, a folder, or a Hugging Face model id. In each case the result is a `ModelSource`: a folder with
+config, weights and tokenizer, and a fingerprint of its content by which moments and masks are stored. The demo
+model is built in `demo`, downloads are in `hub`, the weights' files are checked in `weight_files`.
 """
 
+from __future__ import annotations
+
 import contextlib
-import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mlprune.errors import ModelError
-from mlprune.models.demo import Progress, cache_folder, demo_folder
-from mlprune.storage.files import write_whole
+from mlprune.models.demo import Progress, demo_folder
+from mlprune.models.fingerprint import fingerprint
+from mlprune.models.hub import fetch_from_hub
+from mlprune.models.weight_files import find_weight_files, unreadable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.tiktoken", "*.model")
-# a second copy of the weights in its maker's own format, and everything in subfolders (onnx/, original/)
-HUB_IGNORED = ("consolidated*", "*/*")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's folder, and what the user allows in reading it."""
+    """A model's folder, and what the user allows when it is read."""
 
-    name: str  # as the user wrote it: demo, a hub id, a folder
-    folder: Path  # where config, weights and tokenizer lie; a config file alone, where no more is needed
+    name: str  # as the user wrote it: demo, a Hugging Face model id or a folder
+    folder: Path  # holds config, weights and tokenizer; a config file alone, where no more is needed
     trust_remote_code: bool
     allow_pickle: bool
     commit: str | None = None  # of a hub model
 
-    def on_this_node(self) -> "ModelSource":
-        """The same model on this machine, which may not be the one that found it."""
+    def on_this_node(self) -> ModelSource:
+        """Return the same model with a folder on this node; it may have been resolved on another one.
+
+        Raises ModelError if the folder is not on this node and the model cannot be fetched.
+        """
         if self.folder.exists():
             return self
         if self.name == "demo":
@@ -52,97 +49,48 @@ class ModelSource:
         if self.commit is None:
             remedy = f"{self.folder} is not on {platform.node()}: put it on a shared disk, or there on every node"
             raise ModelError("model.path", self.name, remedy)
-        extra = ("*.py",) if self.trust_remote_code else ()
-        fetched = _fetch(self.name, self.commit, extra, weights=True, allow_pickle=self.allow_pickle)
-        return replace(self, folder=fetched)
+        code, allow_pickle = self.trust_remote_code, self.allow_pickle
+        folder = fetch_from_hub(self.name, self.commit, code=code, weights=True, allow_pickle=allow_pickle)
+        return replace(self, folder=folder)
 
     @property
     def config_file(self) -> Path:
+        """Return the path of the model's config.json."""
         return self.folder if self.folder.is_file() else self.folder / "config.json"
 
     def config(self) -> PretrainedConfig:
+        """Read the configuration. Raises ModelError."""
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # a config class, perhaps the model's own code, may raise anything
-            raise self._unreadable("config.json", error) from error
+            raise unreadable(self.name, "config.json", error) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer. Raises ModelError."""
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # as above
-            raise self._unreadable("tokenizer", error) from error
+            raise unreadable(self.name, "tokenizer", error) from error
 
-    def dtype(self, asked: str) -> torch.dtype:
-        """The dtype asked for; `auto` is the checkpoint's own."""
-        if asked in DTYPES:
-            return DTYPES[asked]
-        if asked != "auto":
-            raise ModelError("model.dtype", asked, f"write auto, {', '.join(DTYPES)}")
+    def dtype(self, requested: str) -> torch.dtype:
+        """Return the requested dtype; `auto` is the checkpoint's own. Raises ModelError for another name."""
+        if requested in DTYPES:
+            return DTYPES[requested]
+        if requested != "auto":
+            raise ModelError("model.dtype", requested, f"write auto, {', '.join(DTYPES)}")
         config = self.config()
         own = config.get_text_config().dtype or config.dtype or torch.float32
         dtype: torch.dtype = getattr(torch, own) if isinstance(own, str) else own
         return dtype
 
     def weight_files(self) -> list[Path]:
-        """The files that hold the weights, in order of name; an error if one is absent."""
-        for name in (*SAFE_WEIGHTS, *(PICKLED_WEIGHTS if self.allow_pickle else ())):
-            path = self.folder / name
-            if path.is_file():
-                files = self._files_of_index(path) if name.endswith(".json") else [path]
-                for file in files:
-                    self._check_whole(file)
-                return files
-        if any((self.folder / name).is_file() for name in PICKLED_WEIGHTS):
-            remedy = "its weights are pickled, and a pickle can carry code: convert it to safetensors, or set "
-            raise self._error(remedy + "model.allow_pickle=true if you trust it")
-        wanted = " or ".join(PICKLED_WEIGHTS if self.allow_pickle else SAFE_WEIGHTS)
-        hint = "" if self.allow_pickle else " (pickled weights are read only with model.allow_pickle=true)"
-        raise self._error(f"no weights in {self.folder}: looked for {wanted}{hint}")
+        """Return the files that hold the weights, in order of name. Raises ModelError if one is absent."""
+        return find_weight_files(self.name, self.folder, self.allow_pickle)
 
     def fingerprint(self) -> str:
-        """32 hex digits of the content: config, weights and, where it is trusted, the model's own code."""
-        digest = hashlib.sha256(self.config_file.read_bytes())
+        """Return 32 hex digits of the content: config, weights and, if it is trusted, the model's own code."""
         code = sorted(self.folder.glob("*.py")) if self.trust_remote_code else []
-        files = [*self.weight_files(), *code]
-        for path, content in zip(files, _file_hashes(files), strict=True):
-            digest.update(f"{path.name}\0{path.stat().st_size}\0{content}\n".encode())
-        return digest.hexdigest()[:32]
-
-    def _files_of_index(self, index: Path) -> list[Path]:
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._unreadable(index.name, error) from error
-        if not names:
-            raise self._error(f"{index.name} names no file: fetch it again")
-        if index.name in SAFE_WEIGHTS and not all(name.endswith(".safetensors") for name in names):
-            raise self._error(f"{index.name} names files that are no safetensors: fetch it again")
-        absent = [name for name in names if not (self.folder / name).is_file()]
-        if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise self._error(f"{index.name} names {absent[0]}{more}, not in {self.folder}: fetch it again")
-        return [self.folder / name for name in names]
-
-    def _check_whole(self, file: Path) -> None:
-        """A safetensors file says in its header how long it is: an interrupted download is known by that."""
-        if file.suffix != ".safetensors":
-            return
-        try:
-            with file.open("rb") as opened:
-                header_bytes = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(min(header_bytes, file.stat().st_size)))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            whole = file.stat().st_size == 8 + header_bytes + max(ends, default=0)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            whole = False
-        if not whole:
-            raise self._error(f"{file.name} is not a whole safetensors file: fetch it again")
-
-    def _error(self, remedy: str) -> ModelError:
-        return ModelError("model.path", self.name, remedy)
-
-    def _unreadable(self, what: str, error: Exception) -> ModelError:
-        return self._error(f"its {what} cannot be read ({_one_line(error)})")
+        return fingerprint(self.config_file, [*self.weight_files(), *code])
 
 
 def find_model(
@@ -154,14 +102,17 @@ def find_model(
     weights: bool = True,
     progress: Progress | None = None,
 ) -> ModelSource:
-    """Find the model, fetch it if need be, and check all that can be checked without loading a weight."""
-    folder = Path(name) if _is_config(name) and not weights else _folder_of(name, progress)
+    """Resolve the model's name, fetch the model if necessary, and check it without loading a weight.
+
+    `weights` False: only the config is needed, and `name` may be that of a config file. Raises ModelError.
+    """
+    folder = Path(name) if not weights and _is_config_file(name) else _local_folder(name, progress)
     if folder is not None and revision is not None:
-        raise ModelError("model.revision", revision, f"only a hub id has revisions, and {name} is none")
+        remedy = f"only a Hugging Face model id has revisions, and {name} is not one"
+        raise ModelError("model.revision", revision, remedy)
     commit = None
     if folder is None:
-        extra = ("*.py",) if trust_remote_code else ()
-        folder = _fetch(name, revision, extra, weights=weights, allow_pickle=allow_pickle)
+        folder = fetch_from_hub(name, revision, code=trust_remote_code, weights=weights, allow_pickle=allow_pickle)
         commit = folder.name
     source = ModelSource(name, folder, trust_remote_code, allow_pickle, commit)
     _check_config(source)
@@ -171,21 +122,21 @@ def find_model(
     return source
 
 
-def _is_config(name: str) -> bool:
+def _is_config_file(name: str) -> bool:
     return name.endswith(".json") and os.path.isfile(name)  # noqa: PTH113 - a Path refuses some names
 
 
-def _folder_of(name: str, progress: Progress | None) -> Path | None:
-    """The folder that a name stands for; None if only the hub can know it."""
+def _local_folder(name: str, progress: Progress | None) -> Path | None:
+    """Return the folder that a name stands for; None if it can only be a Hugging Face model id."""
     if name == "demo":
         return demo_folder(progress)
     if not name.strip():
-        raise ModelError("model.path", repr(name), "name a folder, a hub id, or demo")
+        raise ModelError("model.path", repr(name), "name a folder, a Hugging Face model id, or demo")
     path = Path(name)
-    with contextlib.suppress(RuntimeError):  # ~somebody unknown: no such folder, said below
+    with contextlib.suppress(RuntimeError):  # the ~user does not exist: reported as "no such folder" below
         path = path.expanduser()
     if path.is_dir():
-        return path.absolute()  # workers and trials run in folders of their own
+        return path.absolute()  # workers and trials run in other working directories
     if path.is_file():
         raise ModelError("model.path", name, "a file: name the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -193,112 +144,44 @@ def _folder_of(name: str, progress: Progress | None) -> Path | None:
     return None
 
 
-def _fetch(name: str, revision: str | None, extra: Sequence[str], *, weights: bool, allow_pickle: bool) -> Path:
-    """The hub's files for a model; pickled weights only where there are no others."""
-    patterns = [*HUB_FILES, *extra]
-    folder = _snapshot(name, revision, [*patterns, *(["*.safetensors"] if weights else [])])
-    if weights and allow_pickle and not any((folder / file).is_file() for file in SAFE_WEIGHTS):
-        return _snapshot(name, revision, [*patterns, "pytorch_model*.bin"])
-    return folder
-
-
-def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    ignored = list(HUB_IGNORED)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
-    except Exception as error:  # the hub's, the network's and the disk's failures share no class
-        raise ModelError("model.path", name, _hub_remedy(error, name, revision)) from error
-
-
-def _hub_remedy(error: Exception, name: str, revision: str | None) -> str:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.HFValidationError):
-        return "no such folder, and no hub id (owner/name) either"
-    if isinstance(error, errors.GatedRepoError):
-        return f"gated: ask for access at https://huggingface.co/{name}, then log in (hf auth login)"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "no such folder, and no such model on the hub; if it is private, log in (hf auth login)"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"the hub has no revision {revision} of it: check model.revision"
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return "no such folder, not in the hub's local cache, and the hub is out of reach: check the network"
-    return f"cannot be fetched from the hub ({_one_line(error)})"
-
-
 def _check_config(source: ModelSource) -> None:
-    """The config is there, well formed, and of a causal language model that may be run."""
+    """Check that the config exists, is well formed, and describes a causal language model that may be run."""
     path = source.config_file
     if not path.is_file():
-        raise source._error(f"no config.json in {source.folder}: name a Hugging Face model's folder")
+        raise _error(source, f"no config.json in {source.folder}: name a Hugging Face model's folder")
     try:
         raw = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise source._unreadable("config.json", error) from error
+        raise unreadable(source.name, "config.json", error) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise source._error("its config.json names no model_type: name a Hugging Face model's folder")
+        raise _error(source, "its config.json names no model_type: name a Hugging Face model's folder")
     own_code = bool(raw.get("auto_map"))
     if raw["model_type"] not in transformers.CONFIG_MAPPING:
         _check_unknown_type(source, raw["model_type"], own_code)
     if own_code and source.trust_remote_code:
         source.config()
-    elif source.config_file.with_name("adapter_config.json").is_file():
-        raise source._error("holds an adapter, for which another model would be loaded: merge it into its model")
+    elif path.with_name("adapter_config.json").is_file():
+        raise _error(source, "holds an adapter, for which another model would be loaded: merge it into its model")
     elif type(source.config()) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise source._error(f"a {raw['model_type']} is not a causal language model: name one that is")
+        raise _error(source, f"a {raw['model_type']} is not a causal language model: name one that is")
 
 
 def _check_attention(source: ModelSource) -> None:
-    """A name with a slash is that of a kernel on the hub: code."""
+    """Refuse an attention implementation of the hub unless it is trusted: it is code. Its name has a slash."""
     config = source.config()
     for part in (config, config.get_text_config()):
         if "/" in str(part._attn_implementation) and not source.trust_remote_code:
-            remedy = f"its attention is code of the hub ({part._attn_implementation}): set "
-            raise source._error(remedy + "model.trust_remote_code=true if you trust it")
+            remedy = f"its attention is code from the hub ({part._attn_implementation}): set "
+            raise _error(source, remedy + "model.trust_remote_code=true if you trust it")
 
 
-def _check_unknown_type(source: ModelSource, model_type: object, own_code: bool) -> None:
+def _check_unknown_type(source: ModelSource, model_type: str, own_code: bool) -> None:
     if not own_code:
         version = transformers.__version__
-        raise source._error(f"transformers {version} does not know model_type {model_type!r}: upgrade it")
+        raise _error(source, f"transformers {version} does not know model_type {model_type!r}: upgrade it")
     if not source.trust_remote_code:
-        raise source._error("it runs code of its own: set model.trust_remote_code=true if you trust it")
+        raise _error(source, "it runs code of its own: set model.trust_remote_code=true if you trust it")
 
 
-def _file_hashes(files: Sequence[Path]) -> list[str]:
-    """SHA-256 of each file, from the cache where path, size and time of change are as they were."""
-    known = _known_hashes()
-    hashes, news = [], {}
-    for path in files:
-        status = path.stat()
-        state: list[object] = [status.st_size, status.st_mtime_ns]
-        key = str(path.resolve())
-        entry = known.get(key)
-        if not (isinstance(entry, list) and entry[:2] == state and len(entry) == 3):
-            with path.open("rb") as file:
-                entry = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
-            news[key] = entry
-        hashes.append(str(entry[2]))
-    if news:
-        _cache_hashes({**known, **news})
-    return hashes
-
-
-def _known_hashes() -> dict[str, Any]:
-    try:
-        known = json.loads((cache_folder() / "fingerprints.json").read_bytes())
-    except (OSError, ValueError):  # absent or damaged: the hashes are computed again
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _cache_hashes(hashes: dict[str, Any]) -> None:
-    """Write the cache whole. Of two concurrent writers one wins; the other's hashes are computed again."""
-    with contextlib.suppress(OSError):  # without a writable cache, hashing is slow and still correct
-        write_whole(cache_folder() / "fingerprints.json", json.dumps(hashes).encode())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _error(source: ModelSource, remedy: str) -> ModelError:
+    return ModelError("model.path", source.name, remedy)
