@@ -66,9 +66,7 @@ def test_demo_without_pip_or_network(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert list(cache.iterdir()) == []
 
 
-def test_demo_needs_space_and_a_writable_cache(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_needs_space_and_a_writable_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "NEEDED_BYTES", 10**18)
     with pytest.raises(StorageError, match=r"MLPRUNE_CACHE: .*cache: .* GB are free"):
         demo_folder()
