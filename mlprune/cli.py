@@ -204,26 +204,32 @@ def prune(
     corpus: str | None,
     assignments: tuple[str, ...],
     output: Path,
-    **options: str | float | None,
+    calibration: str | None,
+    score: str | None,
+    sparsity: float | None,
+    pattern: str | None,
+    allocation: str | None,
+    propagation: str | None,
 ) -> Values:
     """Prune a model and write the checkpoint to a new folder.
 
     MODEL is a folder, a Hugging Face model id, or demo. By default, the inputs of a layer come from the
     pruned layers before it (--propagation sequential).
     """
-    from mlprune.commands import prune as winner
+    from mlprune.commands import prune as command
 
+    options = command.VariantOptions(calibration, score, sparsity, pattern, allocation, propagation)
     settings = {"model.path": model, "calibration.corpus": corpus}
     if run_id is not None:
         if spec is not None:
             raise SpecError("--spec", repr(spec), "the run determines the spec; leave out --spec or --run")
-        checked, variant = winner.choose_run(run_id, options, settings, assignments)
+        checked, variant = command.select_run(run_id, options, settings, assignments)
     else:
-        checked, variant = winner.choose(spec or "quickstart", options, settings, assignments)
-    manifest = winner.prune(checked, variant, output)
-    click.echo(f"{variant.label}: {manifest['sparsity']['actual']:.2%} of the weights dropped", err=True)
+        checked, variant = command.select_variant(spec or "quickstart", options, settings, assignments)
+    pruned = command.prune(checked, variant, output)
+    click.echo(f"{variant.label}: {pruned.sparsity:.2%} of the weights dropped", err=True)
     click.echo(f"written to {output}; evaluate it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
-    return manifest
+    return pruned.manifest
 
 
 @_command
@@ -278,10 +284,10 @@ def plan(
         _parse_size("--host-memory", host_memory),
         _parse_size("--host-to-device", host_to_device),
     )
-    from mlprune.commands.plan import Asked, plan_scale
+    from mlprune.commands.plan import MachineOptions, plan_scale
     from mlprune.report import plan as report
 
-    scale = plan_scale(checked, Asked(nodes, gpus_per_node, *sizes, flops))
+    scale = plan_scale(checked, MachineOptions(nodes, gpus_per_node, *sizes, flops))
     report.show_scale(scale)
     return report.scale_values(scale)
 
@@ -315,7 +321,7 @@ def evaluate(
         "evaluation.perplexity.languages": codes,
     }
     checked = _load_spec(spec, assignments, settings)
-    from mlprune.commands.prune import evaluate_checkpoint
+    from mlprune.commands.evaluate import evaluate_checkpoint
     from mlprune.report import sweep as report
 
     metrics = evaluate_checkpoint(checked)
@@ -354,12 +360,12 @@ def analyze(
     of Wanda's mask two calibrations share.
     """
     checked = _load_spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
-    from mlprune.commands.analyze import Question
+    from mlprune.commands.analyze import AnalysisRequest
     from mlprune.commands.analyze import analyze as study
     from mlprune.report import analysis as report
 
     codes = tuple(dict.fromkeys(code.strip() for code in languages.split(",")))
-    result = study(checked, Question(codes, pivot, layer, ratio, sparsity), output)
+    result = study(checked, AnalysisRequest(codes, pivot, layer, ratio, sparsity), output)
     report.show_analysis(result)
     return report.analysis_values(result)
 

@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from mlprune.analysis.features import ENDS, is_at, overlaps, shares
 from mlprune.cli import main
-from mlprune.commands.analyze import Question
+from mlprune.commands.analyze import AnalysisRequest
 from mlprune.pruning.masks import PackedMask
 from mlprune.shards.worker import ShardWorker
 from mlprune.spec.loading import load_spec
@@ -71,7 +71,9 @@ def test_every_condition_is_measured(found: Found, model: str) -> None:
     values, _, place = found
     assert values["conditions"] == CONDITIONS
     settings = [f"model.path={model}", f"storage={place / 'again'}"]
-    prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), Question(("en", "fr", "hi")).variants, False)
+    prepared = prepare(
+        load_spec(str(place / "tiny.yaml"), settings), AnalysisRequest(("en", "fr", "hi")).variants, False
+    )
     with open_local(prepared) as pipeline:
         sums = pipeline.gather_features([prepared.sets[name] for name in CONDITIONS], 32)
     assert torch.equal(magnitudes(place), torch.stack(sums) / 5), "the mean of five prompts"
@@ -104,9 +106,9 @@ def test_masks_are_those_of_a_trial(found: Found, model: str) -> None:
             assert values["masks"][a][b] == values["masks"][b][a] == both / either
             assert 0.25 < both / either < 1
     settings = [f"model.path={model}", f"storage={place / 'store'}"]
-    question = Question(("en", "fr", "hi"), sparsity=0.4)
-    prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), question.variants, False)
-    chosen = [question.variants[n] for n in question.places("fr")]
+    request = AnalysisRequest(("en", "fr", "hi"), sparsity=0.4)
+    prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), request.variants, False)
+    chosen = [request.variants[n] for n in request.indices("fr")]
     with open_local(prepared) as pipeline:
         gather_moments(prepared, pipeline, chosen)
         pruned = [pipeline.prune(prepared.recipe(variant)) for variant in chosen]

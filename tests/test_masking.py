@@ -1,6 +1,7 @@
 """What a variant makes of a model's weights, by rules that read more than a norm, or change what they keep."""
 
 import hashlib
+import json
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def test_code_calibrates_and_the_manifest_says_which(tmp_path: Path) -> None:
     spec = ready(tmp_path, calibration={"samples": 3, "shots": 2, "max_tokens": 60}).spec
     digests = set()
     for variant in (mixed, against, plain):
-        manifest = prune(spec, variant, tmp_path / variant.key)
+        prune(spec, variant, tmp_path / variant.key)
+        manifest = json.loads((tmp_path / variant.key / "mlprune.json").read_text(encoding="utf-8"))
         digests.add(manifest["masks"]["digest"])
         kinds = [prompt["kind"] for prompt in manifest["prompts"]]
         assert kinds.count("code") == (0 if variant is plain else 3)

@@ -239,7 +239,7 @@ def outcome(
         dense=dense,
         ranking=tuple(results),
         changes={one.key: (0.1, 0.05, 0.15) for one in results},
-        level=frozenset({results[1].key}),
+        tied=frozenset({results[1].key}),
         runs={one.key: f"run{one.key}" for one in results},
         parent_run="parent",
         pictures=(),

@@ -51,7 +51,7 @@ def stored_moments(prepared: Prepared) -> dict[str, tuple[int, bytes]]:
     found = {}
     for name, calibration in prepared.sets.items():
         for layer in range(4):
-            moments = prepared.store().load(calibration.key, layer)
+            moments = prepared.moment_store().load(calibration.key, layer)
             assert moments is not None
             for matrix, seen in moments.items():
                 found[f"{name} {layer}.{matrix}"] = seen.tokens, seen.sumsq_I.numpy().tobytes()
@@ -158,7 +158,7 @@ def test_a_corrupt_file_is_gathered_again_with_a_warning(
     prepared = ready(tmp_path)
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [WANDA])
-    file = tmp_path / prepared.store().name(prepared.sets[str(WANDA.calibration)].key, 2)
+    file = tmp_path / prepared.moment_store().name(prepared.sets[str(WANDA.calibration)].key, 2)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)

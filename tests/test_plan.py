@@ -11,7 +11,7 @@ import ray
 from click.testing import CliRunner
 
 from mlprune.cli import main
-from mlprune.commands.plan import Asked, ScalePlan, plan_scale
+from mlprune.commands.plan import MachineOptions, ScalePlan, plan_scale
 from mlprune.console import time_text
 from mlprune.planning.forecast import DISK_BYTES_PER_SECOND, EFFICIENCY, MASKED_PER_SECOND
 from mlprune.runtime.ray_cluster import cluster_machine
@@ -30,7 +30,9 @@ MODELS = {
 def planned(model: str, *settings: str, **asked: Any) -> ScalePlan:
     node = {"gpus_per_node": 4, "gpu_memory": 48 * 10**9, "host_memory": 384 * GIB, "flops": 362e12}
     path = ROOT / "docs" / "models" / f"{model}.json"
-    return plan_scale(load_spec("quickstart", [f"model.path={path}", *settings]), Asked(**{**node, **asked}))
+    return plan_scale(
+        load_spec("quickstart", [f"model.path={path}", *settings]), MachineOptions(**{**node, **asked})
+    )
 
 
 def row(name: str, nodes: int) -> str:

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mlprune.commands import checkpoint as export
-from mlprune.commands.prune import evaluate_checkpoint, prune
+from mlprune.commands.evaluate import evaluate_checkpoint
+from mlprune.commands.prune import prune
 from mlprune.errors import StorageError
 from mlprune.models.quiet import quiet_transformers
 from mlprune.spec.variants import Variant
 from mlprune.sweep.masks import gather_moments, make_masks
-from mlprune.sweep.trial import scores_of
+from mlprune.sweep.trial import trial_metrics
 from tests.tiny_models import config, save, source
 from tests.work import CONTRASTIVE, MIXED, OWL, RANDOM, SEQUENTIAL, SPARSE_2_4, SPARSEGPT, WANDA, opened, ready
 
@@ -25,7 +26,7 @@ def evaluated(storage: Path, model: Any, variant: Variant) -> dict[str, float]:
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [variant])
         make_masks(prepared, pipeline, variant)
-        return scores_of(prepared.evaluation.run(pipeline, variant.key))
+        return trial_metrics(prepared.evaluation.run(pipeline, variant.key))
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,9 @@ def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(
     made = prepared.sets["mono:hi"]
     with pytest.raises(WorkerLostError):
         pipeline.gather([made], strike)
-    assert not any(prepared.store().has(made.key, layer) for layer in range(len(prepared.model_size.layers)))
+    assert not any(
+        prepared.moment_store().has(made.key, layer) for layer in range(len(prepared.model_size.layers))
+    )
     replicas.repair()
 
 

@@ -25,7 +25,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from safetensors.torch import load_file
 
 from mlprune import console
-from mlprune.commands.prune import choose_run
+from mlprune.commands.prune import VariantOptions, select_run
 from mlprune.data.corpora import open_corpus
 from mlprune.errors import CorpusError, ModelError, SpecError
 from mlprune.models.hollow import LoadedPart, Span, load_hollow
@@ -392,15 +392,15 @@ def test_a_strangers_run_is_pruned_with_no_more_than_is_granted(seen: Seen) -> N
     theirs = logged | {"model": logged["model"] | {"allow_pickle": True}}
     file.write_text(yaml.safe_dump(theirs))
     with pytest.raises(SpecError) as caught:
-        choose_run(seen.outcome["winner"], {}, {}, [storage])
+        select_run(seen.outcome["winner"], VariantOptions(), {}, [storage])
     assert str(caught.value).startswith("model.allow_pickle: True: ")
     assert str(caught.value).endswith("--set model.allow_pickle=true")
-    made, _ = choose_run(seen.outcome["winner"], {}, {}, [storage, "model.allow_pickle=true"])
+    made, _ = select_run(seen.outcome["winner"], VariantOptions(), {}, [storage, "model.allow_pickle=true"])
     assert made.model.allow_pickle
     for text in ("- a", "a: [", "!!python/object/apply:os.getcwd []"):
         file.write_text(text)
         with pytest.raises(SpecError, match=r"^--run: "):
-            choose_run(seen.outcome["winner"], {}, {}, [storage])
+            select_run(seen.outcome["winner"], VariantOptions(), {}, [storage])
 
 
 # what is near it

@@ -35,14 +35,14 @@ def test_nothing_is_run_again(plan: SweepPlan) -> None:
 def test_results_and_items_are_read_as_they_were_written(plan: SweepPlan) -> None:
     outcomes = json.loads((STORED / "outcome.json").read_text())
     stored = {_text(one["variant"]): one for one in outcomes}
-    dense = plan.prepared.results().load(plan.prepared.result_key(None))
+    dense = plan.prepared.result_store().load(plan.prepared.result_key(None))
     assert dense is not None
     assert len(stored) == 1 + len(plan.finished)
     for result in (dense, *plan.finished):
         expected = stored[_text(result.variant.to_dict() if result.variant else None)]
         assert {name: result.metrics[name] for name in expected["metrics"]} == expected["metrics"]
         assert result.digest == expected["masks"]
-        metrics = metrics_of(from_json(plan.prepared.results().items(result.key)))
+        metrics = metrics_of(from_json(plan.prepared.result_store().items(result.key)))
         assert {name: result.metrics[name] for name in metrics} == metrics
 
 
@@ -51,7 +51,7 @@ def _text(variant: object) -> str:
 
 
 def test_moments_are_read_and_intact(plan: SweepPlan) -> None:
-    store = plan.prepared.store()
+    store = plan.prepared.moment_store()
     keys = [calibration.key for calibration in plan.prepared.sets.values()]
     layers = [store.load(key, layer) for key in keys for layer in range(2)]
     assert len(layers) == 4

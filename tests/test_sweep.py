@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from mlprune.cli import main
 from mlprune.evaluation.items import from_json
 from mlprune.spec.loading import parse_spec
-from mlprune.sweep.sweep import chosen_variants
-from mlprune.sweep.trial import scores_of
+from mlprune.sweep.sweep import select_variants
+from mlprune.sweep.trial import trial_metrics
 from tests.numbers import numbers
 from tests.tiny import tokenizer
 from tests.tiny_models import source
@@ -130,7 +130,7 @@ def test_what_was_answered_is_kept_and_two_runs_are_compared_by_it(tmp_path: Pat
     client = MlflowClient(outcome["tracking_uri"])
     text = {run: Path(client.download_artifacts(run, "items.json")).read_text() for run in runs_of(outcome)}
     for result in (outcome["dense"], trial):
-        found = scores_of(from_json(text[result["run"]]))
+        found = trial_metrics(from_json(text[result["run"]]))
         assert found.keys() > {"xnli.fr", "rankc.xnli.en-fr", "bleu.fr-en", "sample_xwinograd_en.acc"}
         assert {name: result["metrics"][name] for name in found} == found
         assert {name: client.get_run(result["run"]).data.metrics[name] for name in found} == found
@@ -202,14 +202,14 @@ def test_optuna_optimises_the_worst_language_and_resumes(undisturbed: dict[str, 
 
 def test_random_samples_are_seeded_and_different() -> None:
     search = {"score": ["wanda"], "calibration": ["mono:en", "mono:fr"], "sparsity": [0.1, 0.2, 0.3, 0.4]}
-    whole = chosen_variants(parse_spec({"search": search}).search, seed=0)
+    whole = select_variants(parse_spec({"search": search}).search, seed=0)
     drawn = parse_spec({"search": {**search, "samples": 5}}).search
-    some = chosen_variants(drawn, seed=0)
+    some = select_variants(drawn, seed=0)
     assert len(whole) == 8
     assert len(set(some)) == 5
     assert set(some) < set(whole)
-    assert chosen_variants(drawn, seed=0) == some
-    assert any(chosen_variants(drawn, seed=seed) != some for seed in (1, 2, 3))
+    assert select_variants(drawn, seed=0) == some
+    assert any(select_variants(drawn, seed=seed) != some for seed in (1, 2, 3))
 
 
 def overflowing(folder: Path) -> Path:

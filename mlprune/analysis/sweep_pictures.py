@@ -16,9 +16,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from mlprune.analysis.pictures import BEYOND, MARKERS, draw_sweep, grid, short_names, write
+from mlprune.evaluation.significance import Interval
 from mlprune.storage.results import Result
-
-Interval = tuple[float, float, float]  # a value, and the low and high end of 95%
 
 CELL = (0.52, 0.27)  # inches
 WIDEST = 11.0  # inches of panels side by side: MLflow shrinks what is wider

@@ -1,7 +1,7 @@
-"""A variant as an ordinary Hugging Face checkpoint, written layer by layer, with a manifest of how it came to be.
+"""Writes a variant as an ordinary Hugging Face checkpoint, layer by layer, with a manifest that describes it.
 
-Masks are applied as zeros in place: `from_pretrained` needs nothing of ours. The folder appears whole or not at
-all: it is written beside its place and then renamed.
+Dropped weights are zeros, so `from_pretrained` loads it without mlprune. The folder is complete or absent: it is
+written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,9 +26,9 @@ from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 from mlprune.storage.files import check_folder
 
-FILE_BYTES = 2 * 2**30  # of one weights file; a layer is never split
-NAME_BYTES = 255  # of a folder, on every common file system
-MARGIN_BYTES = 64 * 2**20  # tokenizer, configuration and what a file system takes for itself
+FILE_BYTES = 2 * 2**30  # size of one weights file; a layer is never split
+NAME_BYTES = 255  # longest folder name on every common file system
+MARGIN_BYTES = 64 * 2**20  # tokenizer, configuration, overhead of the file system
 
 
 def check_output(output: Path, weight_bytes: int) -> None:
@@ -39,10 +38,10 @@ def check_output(output: Path, weight_bytes: int) -> None:
     check_folder(output.parent, "--output", output)
     if os.path.lexists(output):
         raise StorageError("--output", repr(str(output)), "exists already; name a new folder")
-    place = output.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free, need = shutil.disk_usage(place).free, weight_bytes + MARGIN_BYTES
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free, need = shutil.disk_usage(parent).free, weight_bytes + MARGIN_BYTES
     if free < need:
         remedy = f"the checkpoint takes {size_text(need)} and {size_text(free)} are free; make room"
         raise StorageError("--output", repr(str(output)), remedy)
@@ -52,17 +51,21 @@ def write_checkpoint(
     source: ModelSource,
     dtype: torch.dtype,
     weights: Iterable[dict[str, Tensor]],
-    manifest: dict[str, Any],
+    manifest: Mapping[str, object],
     output: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write `weights` (pieces, names as in the loaded model) with tokenizer, configuration and `mlprune.json`."""
-    with _appearing_whole(output) as folder:
-        written = _Weights(folder)
+    """Write weights, tokenizer, configuration and `mlprune.json` to the new folder `output`.
+
+    `weights` are pieces of the model with the names of the loaded model; `progress` is called with the number of
+    pieces written.
+    """
+    with _complete_or_absent(output) as folder:
+        files = _WeightFiles(folder)
         for number, piece in enumerate(_as_saved(source, weights), start=1):
-            written.add(piece)
+            files.add(piece)
             progress(number)
-        written.finish()
+        files.finish()
         config = source.config()
         config.dtype = dtype
         with quiet_transformers():
@@ -74,7 +77,7 @@ def write_checkpoint(
 
 
 @contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
+def _complete_or_absent(output: Path) -> Iterator[Path]:
     output = output.absolute()
     partial = output.with_name(f".mlprune-{uuid.uuid4().hex}")
     try:
@@ -88,7 +91,7 @@ def _appearing_whole(output: Path) -> Iterator[Path]:
 
 
 def _as_saved(source: ModelSource, pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Each piece with the names and shapes that checkpoints of the family have on disk (experts apart, say)."""
+    """Yield each piece with the names and shapes of the family's checkpoints (e.g. experts one by one)."""
     model = meta_model(source.config())
     seen: set[str] = set()
     for piece in pieces:
@@ -97,27 +100,27 @@ def _as_saved(source: ModelSource, pieces: Iterable[dict[str, Tensor]]) -> Itera
         yield revert_weight_conversion(model, new) if new else {}
 
 
-class _Weights:
-    """Weight files of bounded size, and their index; names are final once their number is known."""
+class _WeightFiles:
+    """Weight files of bounded size, and their index. Files are renamed once their number is known."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._held: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
         self._files: list[list[str]] = []  # tensor names, a list a file
         self._bytes = 0
 
     def add(self, piece: dict[str, Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in piece.values())
-        if self._held and size + sum(tensor.nbytes for tensor in self._held.values()) > FILE_BYTES:
+        if self._pending and size + sum(tensor.nbytes for tensor in self._pending.values()) > FILE_BYTES:
             self._flush()
-        self._held |= piece
+        self._pending |= piece
         self._bytes += size
 
     def _flush(self) -> None:
-        tensors = {name: tensor.contiguous() for name, tensor in self._held.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self._pending.items()}
         save_file(tensors, self._folder / f"part-{len(self._files)}", {"format": "pt"})
         self._files.append(list(tensors))
-        self._held = {}
+        self._pending = {}
 
     def finish(self) -> None:
         self._flush()
@@ -130,6 +133,8 @@ class _Weights:
             part.chmod(0o644)
             part.rename(self._folder / name)
         if count > 1:
-            where = {tensor: name for name, held in zip(names, self._files, strict=True) for tensor in held}
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(where.items()))}
+            weight_map = {
+                tensor: name for name, tensors in zip(names, self._files, strict=True) for tensor in tensors
+            }
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""Two runs of the same items, item by item: what differs, how surely, and which language lost most."""
+"""`mlprune compare`: two trials, item by item: which differences are significant, and which language lost most.
+
+The tests are in `evaluation/significance.py`; the table is in `report`.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,23 @@ from mlprune.tracking.lookup import TrialRun, load_trial_items
 
 @dataclass(frozen=True)
 class Comparison:
-    """Run b against run a."""
+    """Run b compared with run a."""
 
     a: TrialRun
     b: TrialRun
     differences: tuple[Difference, ...]
 
-    def is_worst(self, found: Difference) -> bool:
-        """Whether no other language of the task fares worse in b, against a."""
-        alike = [other for other in self.differences if family_of(other) == family_of(found)]
-        return len(alike) > 1 and found is min(alike, key=gain)
+    def is_worst(self, difference: Difference) -> bool:
+        """Return whether the task has several languages and this one gains least, or loses most, from a to b."""
+        same_task = [other for other in self.differences if family_of(other) == family_of(difference)]
+        return len(same_task) > 1 and difference is min(same_task, key=gain)
 
 
 def compare_runs(spec: SweepSpec, runs: Sequence[str]) -> Comparison:
-    """Compare two trials, by MLflow run ids. Raises SpecError where one is none, or they share no items."""
+    """Compare two trials, given by their MLflow run ids.
+
+    Raises SpecError if a run is not a finished trial, or if the two share no items.
+    """
     (a, items_a), (b, items_b) = (load_trial_items(spec.tracking_uri, run, "RUN") for run in runs)
     try:
         return Comparison(a, b, tuple(compare(from_json(items_a), from_json(items_b))))

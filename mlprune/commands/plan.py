@@ -1,6 +1,6 @@
-"""`mlprune plan`: how a model would be held on machines, how long a spec would take there, and what would help.
+"""`mlprune plan`: where a model is held on given machines, how long a sweep takes there, and what would help.
 
-From the configuration alone: no weight, tokenizer or corpus is read, so tokens are estimated.
+Only the model's configuration is read: no weights, tokenizer or corpus. So token counts are estimates.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mlprune.runtime.ray_cluster import cluster_machine
 from mlprune.spec.schema import PipelineSpec, SweepSpec
 from mlprune.sweep.grid import variants_of
 
-TOKENS_PER_LINE = 64  # of news text; a language that the tokenizer hardly knows takes several times as many
-MOST_NODES = 64
+TOKENS_PER_LINE = 64  # news text; a language that the tokenizer covers badly takes several times as many
+MAX_NODES = 64  # when looking for a number of nodes that would help
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The machines as options give them; None: not given."""
+class MachineOptions:
+    """The machines as the command line describes them; None: option not used."""
 
     nodes: int | None = None
     gpus_per_node: int | None = None
@@ -40,7 +40,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """A model on machines. `plan` None: it does not fit, for the reason `reason`."""
+    """A model planned on machines. `plan` is None if it does not fit; `reason` then says why."""
 
     name: str
     model_size: ModelSize
@@ -49,54 +49,56 @@ class ScalePlan:
     plan: Plan | None
     reason: str
     phases: tuple[Phase, ...]
-    changes: tuple[str, ...]  # what would make it fit, or fit better
+    changes: tuple[str, ...]  # changes that would make it fit, or avoid offloading
 
 
-def plan_scale(spec: SweepSpec, asked: Asked) -> ScalePlan:
-    """Plan the spec on the machines. Raises UserError for what is wrong with either."""
+def plan_scale(spec: SweepSpec, options: MachineOptions) -> ScalePlan:
+    """Plan the spec on the machines. Raises UserError for a mistake in either."""
     source = find_model(
         spec.model.path,
         revision=spec.model.revision,
         trust_remote_code=spec.model.trust_remote_code,
         weights=False,
     )
-    size = measure_model(source.config(), source.dtype(spec.model.dtype), source.name)
-    machine = machine_of(asked, size.dtype)
-    work = _estimated_work(spec, size)
+    model = measure_model(source.config(), source.dtype(spec.model.dtype), source.name)
+    machine = _machine(options, model.dtype)
+    work = _estimated_work(spec, model)
     try:
-        plan, reason = make_plan(size, work, machine, spec.pipeline, source.name), ""
+        plan, reason = make_plan(model, work, machine, spec.pipeline, source.name), ""
     except ModelError as error:
         plan, reason = None, error.remedy
-    phases = tuple(forecast(size, work, plan, machine)) if plan else ()
-    settled = plan is not None and plan.residency.offload is None
-    changes = () if settled else tuple(_changes(size, work, machine, spec.pipeline, plan))
-    return ScalePlan(source.name, size, work, machine, plan, reason, phases, changes)
+    phases = tuple(forecast(model, work, plan, machine)) if plan else ()
+    resident = plan is not None and plan.residency.offload is None
+    changes = () if resident else tuple(_changes(model, work, machine, spec.pipeline, plan))
+    return ScalePlan(source.name, model, work, machine, plan, reason, phases, changes)
 
 
-def machine_of(asked: Asked, dtype: torch.dtype) -> Machine:
-    """The machines that were asked for; without any word of them the running cluster, or this machine."""
-    if all(value is None for value in (asked.nodes, asked.gpus_per_node, asked.gpu_memory, asked.host_memory)):
+def _machine(options: MachineOptions, dtype: torch.dtype) -> Machine:
+    """Return the described machines; without a description the running cluster, or else this machine."""
+    if all(
+        value is None for value in (options.nodes, options.gpus_per_node, options.gpu_memory, options.host_memory)
+    ):
         machine = cluster_machine(launch=False) or this_machine()
     else:
-        machine = _described(asked)
+        machine = _described_machine(options)
     return replace(
         machine,
-        host_to_device=asked.host_to_device or machine.host_to_device,
-        flops=asked.flops or machine.flops or measured_flops(dtype),
+        host_to_device=options.host_to_device or machine.host_to_device,
+        flops=options.flops or machine.flops or measured_flops(dtype),
     )
 
 
-def _described(asked: Asked) -> Machine:
-    gpus = asked.gpus_per_node or 0
-    if gpus and asked.gpu_memory is None:
+def _described_machine(options: MachineOptions) -> Machine:
+    gpus = options.gpus_per_node or 0
+    if gpus and options.gpu_memory is None:
         raise SpecError("--gpu-memory", None, "missing; give the memory of one GPU, e.g. --gpu-memory 80GiB")
-    if asked.host_memory is None:
+    if options.host_memory is None:
         raise SpecError("--host-memory", None, "missing; give the memory of one node, e.g. --host-memory 1TiB")
     return Machine(
-        nodes=asked.nodes or 1,
+        nodes=options.nodes or 1,
         gpus=gpus,
-        gpu_memory=asked.gpu_memory or 0,
-        host_memory=asked.host_memory,
+        gpu_memory=options.gpu_memory or 0,
+        host_memory=options.host_memory,
         host_to_device=HOST_TO_DEVICE,
         flops=UNKNOWN_GPU_FLOPS if gpus else 0.0,
     )
@@ -117,36 +119,36 @@ def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
 
 
 def _changes(
-    size: ModelSize, work: Work, machine: Machine, asked: PipelineSpec, plan: Plan | None
+    model: ModelSize, work: Work, machine: Machine, options: PipelineSpec, plan: Plan | None
 ) -> Iterator[str]:
-    """What would make the model fit, or, where its weights have to move, stay."""
-    free = asked.model_copy(update={"residency": "auto", "offload": None})
-    if plan is None and (other := _fits(size, work, machine, free)):
+    """Yield changes that would make the model fit or, if it fits only offloaded, keep its weights resident."""
+    free = options.model_copy(update={"residency": "auto", "offload": None})
+    if plan is None and (other := _fits(model, work, machine, free)):
         yield f"pipeline.residency=auto: {other.residency}"
     for nodes in _doubled(machine.nodes):
         more = replace(machine, nodes=nodes)
-        if (other := _fits(size, work, more, free)) and not other.residency.offload:
+        if (other := _fits(model, work, more, free)) and not other.residency.offload:
             yield f"{nodes} nodes: {other.residency}, {len(other.spans)} shards"
             break
     for place, kind in (("cpu", "host memory"), ("nvme", "disk")):
         roomy = replace(machine, host_memory=2**60, disk=None)
-        wanted = asked.model_copy(update={"residency": "zero", "offload": place})
-        if plan is None and machine.gpus and (other := _fits(size, work, roomy, wanted)):
+        wanted = options.model_copy(update={"residency": "zero", "offload": place})
+        if plan is None and machine.gpus and (other := _fits(model, work, roomy, wanted)):
             host = largest_node_sum([part.host for part in other.memory], machine, other.residency.ranks)
             disk = largest_node_sum([part.disk for part in other.memory], machine, other.residency.ranks)
             tail = f" and {size_text(disk)} of disk" if disk else ""
             yield f"{size_text(host)} of host memory a node{tail}: zero/{place} ({kind})"
-    if plan is None and size.dtype == torch.float32:
+    if plan is None and model.dtype == torch.float32:
         yield "model.dtype=bfloat16: half of the weights' memory"
 
 
 def _doubled(nodes: int) -> Iterator[int]:
-    while (nodes := nodes * 2) <= MOST_NODES:
+    while (nodes := nodes * 2) <= MAX_NODES:
         yield nodes
 
 
-def _fits(size: ModelSize, work: Work, machine: Machine, asked: PipelineSpec) -> Plan | None:
+def _fits(model: ModelSize, work: Work, machine: Machine, options: PipelineSpec) -> Plan | None:
     try:
-        return make_plan(size, work, machine, asked, "")
+        return make_plan(model, work, machine, options, "")
     except (ModelError, SpecError):
         return None

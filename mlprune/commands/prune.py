@@ -1,56 +1,87 @@
-"""One variant for good: masks, a checkpoint and its manifest; and the score of any checkpoint."""
+"""`mlprune prune`: one variant as a checkpoint: makes its masks and writes the model with a manifest.
+
+The variant comes from options, or from the trial of a sweep. The files are written in `checkpoint`.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mlprune import __version__
 from mlprune.commands.checkpoint import check_output, write_checkpoint
-from mlprune.console import step, warn
+from mlprune.console import step
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import find_score
 from mlprune.shards.pipeline import MaskOutcome, Pipeline
 from mlprune.spec.loading import apply_assignments, load_spec, parse_spec, read_values, to_assignments
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Calibration, Pattern, Scoring, Variant
-from mlprune.storage.results import Result
 from mlprune.sweep.grid import variants_of
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import run_on_model
-from mlprune.sweep.trial import run_dense, unseen_note
+from mlprune.sweep.trial import unseen_warning
 from mlprune.tracking.lookup import load_trial_spec
 
+logger = logging.getLogger(__name__)
 
-def choose(
-    spec_name: str, chosen: Mapping[str, Any], settings: Mapping[str, Any], assignments: Sequence[str]
+
+@dataclass(frozen=True)
+class VariantOptions:
+    """The options that describe a variant, as text; None: option not used."""
+
+    calibration: str | None = None
+    score: str | None = None
+    sparsity: float | None = None
+    pattern: str | None = None
+    allocation: str | None = None
+    propagation: str | None = None
+
+
+def select_variant(
+    spec_name: str, options: VariantOptions, settings: Mapping[str, object], assignments: Sequence[str]
 ) -> tuple[SweepSpec, Variant]:
-    """The spec with one variant in it, as options give it (`chosen`: calibration, score, sparsity, ...)."""
-    score, pattern = chosen["score"] or "wanda", chosen["pattern"] or "unstructured"
-    fixed = Pattern.parse(pattern, "--pattern").sparsity
-    sparsity = chosen["sparsity"]
-    if sparsity is None and fixed is None:
-        raise SpecError("--sparsity", None, "missing; give the share of weights to drop, e.g. --sparsity 0.5")
-    if sparsity is not None and fixed is not None and sparsity != fixed:
-        raise SpecError("--sparsity", sparsity, f"pattern {pattern} drops {float(fixed):g} of the weights")
-    rule = find_score(Scoring.parse(score, "--score").name, "--score")
-    if rule.sides == 1 and chosen["calibration"] is None:
-        raise SpecError("--calibration", None, f"{score} needs it; write e.g. --calibration translation:en-fr")
-    if chosen["calibration"] is not None:
-        Calibration.parse(chosen["calibration"], "--calibration")
-    search = {
-        "calibration": [chosen["calibration"]] if chosen["calibration"] else [],
-        "score": [score],
-        "sparsity": [float(fixed) if sparsity is None and fixed is not None else sparsity],
-        "pattern": [pattern],
-        "propagation": [chosen["propagation"] or "sequential"],
-        "allocation": [chosen["allocation"] or "uniform"],
-    }
+    """Load the spec, replace its search by the one variant that the options describe, and return both.
+
+    `settings` and then `assignments` (--set) replace other keys of the spec.
+    """
+    search = _search(options)
     spec = load_spec(spec_name, [*to_assignments({"search": search, **settings}), *assignments])
     return spec, _only_variant(spec)
+
+
+def _search(options: VariantOptions) -> dict[str, list[str] | list[float]]:
+    """Check the options and return them as the `search` section of a spec."""
+    score, pattern = options.score or "wanda", options.pattern or "unstructured"
+    sparsity = _sparsity(options.sparsity, Pattern.parse(pattern, "--pattern"))
+    rule = find_score(Scoring.parse(score, "--score").name, "--score")
+    if rule.sides == 1 and options.calibration is None:
+        raise SpecError("--calibration", None, f"{score} needs it; write e.g. --calibration translation:en-fr")
+    if options.calibration is not None:
+        Calibration.parse(options.calibration, "--calibration")
+    return {
+        "calibration": [options.calibration] if options.calibration else [],
+        "score": [score],
+        "sparsity": [sparsity],
+        "pattern": [pattern],
+        "propagation": [options.propagation or "sequential"],
+        "allocation": [options.allocation or "uniform"],
+    }
+
+
+def _sparsity(requested: float | None, pattern: Pattern) -> float:
+    if pattern.sparsity is None:
+        if requested is None:
+            raise SpecError("--sparsity", None, "missing; give the share of weights to drop, e.g. --sparsity 0.5")
+        return requested
+    fixed = float(pattern.sparsity)
+    if requested is not None and requested != pattern.sparsity:
+        raise SpecError("--sparsity", requested, f"pattern {pattern} drops {fixed:g} of the weights")
+    return fixed
 
 
 def _only_variant(spec: SweepSpec) -> Variant:
@@ -60,19 +91,24 @@ def _only_variant(spec: SweepSpec) -> Variant:
     return variants[0]
 
 
-def choose_run(
-    run_id: str, chosen: Mapping[str, Any], settings: Mapping[str, Any], assignments: Sequence[str]
+def select_run(
+    run_id: str, options: VariantOptions, settings: Mapping[str, object], assignments: Sequence[str]
 ) -> tuple[SweepSpec, Variant]:
-    """The spec of the sweep that the MLflow run `run_id` was a trial of, and that trial's variant."""
-    given = [name for name, value in chosen.items() if value is not None]
-    if given:
-        raise SpecError("--" + given[0], repr(chosen[given[0]]), "the run says which; leave it out, or --run")
-    here = load_spec("quickstart", assignments)  # for the storage and the tracking that were set
-    text, params = load_trial_spec(here.tracking_uri, run_id)
+    """Return the variant of the trial with the MLflow run `run_id`, and the spec of its sweep.
+
+    Raises SpecError if the options describe a variant too.
+    """
+    for name, value in vars(options).items():
+        if value is not None:
+            raise SpecError(f"--{name}", repr(value), "the run determines it; leave out this option or --run")
+    defaults = load_spec("quickstart", assignments)  # storage and tracking may be set by --set
+    text, params = load_trial_spec(defaults.tracking_uri, run_id)
     values = apply_assignments(read_values(text, "--run", run_id), [*to_assignments(settings), *assignments])
-    search: dict[str, Any] = {name: [params[name]] for name in ("pattern", "propagation", "allocation")}
-    two_sided = "/" in params["calibration"]  # of contrastive: both sides belong to the score
-    search |= {
+    two_sided = "/" in params["calibration"]  # contrastive: both sides belong to the score
+    search: dict[str, list[str] | list[float]] = {
+        "pattern": [params["pattern"]],
+        "propagation": [params["propagation"]],
+        "allocation": [params["allocation"]],
         "score": [f"{params['score']}:{params['calibration']}" if two_sided else params["score"]],
         "calibration": [] if two_sided or params["calibration"] == "none" else [params["calibration"]],
         "sparsity": [float(params["sparsity"])],
@@ -81,24 +117,32 @@ def choose_run(
     return spec, _only_variant(spec)
 
 
-def prune(spec: SweepSpec, variant: Variant, output: Path) -> dict[str, Any]:
-    """Write `variant` of the spec's model to the new folder `output`; returns the manifest.
+@dataclass(frozen=True)
+class PrunedModel:
+    """A written checkpoint: the share of dropped weights, and the manifest in its folder."""
 
-    Raises UserError for what is wrong with the spec or the folder, before weights are loaded.
+    sparsity: float
+    manifest: dict[str, object]
+
+
+def prune(spec: SweepSpec, variant: Variant, output: Path) -> PrunedModel:
+    """Write `variant` of the spec's model to the new folder `output`.
+
+    Raises UserError for a mistake in the spec or the folder, before weights are loaded.
     """
-    check_output(output, 0)  # a taken name is known before anything else is done
+    check_output(output, 0)  # report an existing folder before any other work
     prepared = prepare(spec, [variant], evaluate=False)
     check_output(output, prepared.model_size.total)
     return run_on_model(prepared, "pruning", partial(_write, prepared, variant, output))
 
 
-def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipeline) -> dict[str, Any]:
+def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipeline) -> PrunedModel:
     gather_moments(prepared, pipeline, [variant])
     with step(f"masks: {variant.label}", "layers") as progress:
-        pruned = make_masks(prepared, pipeline, variant, progress)
-    if pruned.unseen:
-        warn(unseen_note(pruned.unseen))
-    manifest = _manifest(prepared, variant, pruned)
+        outcome = make_masks(prepared, pipeline, variant, progress)
+    if outcome.unseen:
+        logger.warning(unseen_warning(outcome.unseen))
+    manifest = _manifest(prepared, variant, outcome)
     pieces = len(prepared.model_size.layers) + 1
     with step(f"writing {output}", "layers") as progress:
         write_checkpoint(
@@ -109,35 +153,26 @@ def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipelin
             output,
             lambda done: progress(done, pieces),
         )
-    return manifest
+    return PrunedModel(outcome.sparsity, manifest)
 
 
-def _manifest(prepared: Prepared, variant: Variant, pruned: MaskOutcome) -> dict[str, Any]:
-    spec, dtype = prepared.spec, str(prepared.model_size.dtype).removeprefix("torch.")
+def _manifest(prepared: Prepared, variant: Variant, outcome: MaskOutcome) -> dict[str, object]:
+    spec, sets = prepared.spec, prepared.sets_of(variant)
     return {
         "mlprune": __version__,
-        "model": {"path": spec.model.path, "fingerprint": prepared.fingerprint, "dtype": dtype},
+        "model": {
+            "path": spec.model.path,
+            "fingerprint": prepared.fingerprint,
+            "dtype": prepared.dtype_name,
+        },
         "variant": variant.to_dict(),
         "sparsity": {
-            "actual": pruned.sparsity,
-            "dropped": pruned.dropped,
-            "weights": pruned.weights,
-            "layers": list(pruned.layers),
+            "actual": outcome.sparsity,
+            "dropped": outcome.dropped,
+            "weights": outcome.weights,
+            "layers": list(outcome.layers),
         },
-        "masks": {"digest": pruned.digest, "unseen": list(pruned.unseen)},
+        "masks": {"digest": outcome.digest, "unseen": list(outcome.unseen)},
         "calibration": spec.calibration.model_dump(),
-        "prompts": [prompt.manifest() for made in prepared.sets_of(variant) for prompt in made.prompts],
+        "prompts": [prompt.manifest() for calibration in sets for prompt in calibration.prompts],
     }
-
-
-def evaluate_checkpoint(spec: SweepSpec) -> Mapping[str, float]:
-    """The metrics of the spec's model as it is."""
-    prepared = prepare(spec, [])
-
-    def score(pipeline: Pipeline) -> Result:
-        with step("evaluating", "batches") as progress:
-            return run_dense(prepared, pipeline, progress)[0]
-
-    found = run_on_model(prepared, "evaluating", score)
-    dropped = "sparsity.actual"  # nothing was, here
-    return {name: value for name, value in found.metrics.items() if name != dropped}

@@ -33,6 +33,9 @@ LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "word_perplexity", "byte_perpl
 TEXTS = {"likelihood": "bytes", "choice": "answer", "translation": "reference"}  # columns that no run changes
 
 
+Interval = tuple[float, float, float]  # a value, and the low and high end of its 95% confidence interval
+
+
 @dataclass(frozen=True)
 class Difference:
     """How run b differs from run a in one metric of one task in one language."""
@@ -221,7 +224,7 @@ def _judged(found: Difference) -> Difference:
     return replace(found, verdict="better" if better else "worse")
 
 
-def mean_ratio_interval(a: Sequence[Items], b: Sequence[Items]) -> tuple[float, float, float]:
+def mean_ratio_interval(a: Sequence[Items], b: Sequence[Items]) -> Interval:
     """How much higher run b's mean bits per byte over languages is than run a's (0.04: 4%), low and high of 95%.
 
     Languages with the same ids are parallel text: a resample draws the same lines of all. Others are

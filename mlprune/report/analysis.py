@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from mlprune.analysis.features import ENDS, overlaps, shares, total
-from mlprune.commands.analyze import Findings
+from mlprune.commands.analyze import AnalysisResult
 from mlprune.console import results as out
 from mlprune.report.tables import new_table, show_tracking
 from mlprune.spec.languages import language_name
 from mlprune.spec.urls import redact
 
 
-def show_analysis(result: Findings) -> None:
+def show_analysis(result: AnalysisResult) -> None:
     """Print one row per language, its monolingual against its translation text, and the written files."""
-    request = result.question
+    request = result.request
     overlap, masks = _mean_overlaps(result), _mask_shares(result)
     table = new_table(
         f"{result.spec.model.path}: mono:x against translation:{request.pivot}-x",
@@ -23,7 +23,7 @@ def show_analysis(result: Findings) -> None:
         "masks in common",
     )
     for code in request.translated:
-        mono, translation = request.places(code)
+        mono, translation = request.indices(code)
         top, bottom = overlap["top"], overlap["bottom"]
         values = (top[mono][translation], bottom[translation][mono], bottom[mono][translation])
         cells = [f"{share:.3f}" for share in (*values, masks[mono][translation])]
@@ -38,9 +38,9 @@ def show_analysis(result: Findings) -> None:
     show_tracking(result.spec)
 
 
-def analysis_values(result: Findings) -> dict[str, object]:
+def analysis_values(result: AnalysisResult) -> dict[str, object]:
     """Return plain values; matrices are over pairs of conditions: means over layers, masks over all matrices."""
-    request = result.question
+    request = result.request
     return {
         "model": result.spec.model.path,
         "conditions": list(request.conditions),
@@ -55,13 +55,13 @@ def analysis_values(result: Findings) -> dict[str, object]:
     }
 
 
-def _mean_overlaps(result: Findings) -> dict[str, list[list[float]]]:
+def _mean_overlaps(result: AnalysisResult) -> dict[str, list[list[float]]]:
     """The overlap of top channels with each end's channels, for each pair of conditions, mean over layers."""
-    ratio = result.question.ratio
+    ratio = result.request.ratio
     return {end: overlaps(result.magnitude_CLH, ratio, end).mean(2).tolist() for end in ENDS}
 
 
-def _mask_shares(result: Findings) -> list[list[float]]:
+def _mask_shares(result: AnalysisResult) -> list[list[float]]:
     """For each pair of conditions: dropped weights in common, as a share of those that either drops."""
     matrix: list[list[float]] = shares(total(result.shared)).tolist()
     return matrix

@@ -21,7 +21,7 @@ def ranking_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
     best = {result.key for result in outcome.best_by_sparsity()}
     rows = [_row("", outcome.dense, outcome, columns)]
     for rank, result in enumerate(outcome.ranking, start=1):
-        mark = "*" if result.key in best else "~" if result.key in outcome.level else ""
+        mark = "*" if result.key in best else "~" if result.key in outcome.tied else ""
         rows.append(_row(f"{rank}{mark}", result, outcome, columns))
     return headers, rows
 

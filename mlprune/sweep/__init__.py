@@ -1,1 +1,14 @@
-"""sweep."""
+"""The sweep: from a spec to a ranking of trials.
+
+grid            the lists of a search, as trials
+prepare         checks a spec; all that is known before weights are loaded
+session         opens the model: in this process or over Ray
+masks           gathers moments, makes masks
+trial           one trial, and the dense model
+tune_runner     runs trials under Ray Tune
+failure_policy  what happens to trials that lost a worker
+monitor         observes a running sweep
+status          the status of running sweeps, as files
+ranking         orders finished trials
+sweep           the whole sweep
+"""

@@ -5,15 +5,18 @@ The arithmetic is in `pruning` and `shards`; here is only what a variant needs a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mlprune.console import step, warn
+from mlprune.console import step
 from mlprune.pruning.allocation import owl
 from mlprune.shards.pipeline import MaskOutcome, Pipeline, Progress
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import needs_dense_moments
 from mlprune.sweep.prepare import Prepared
+
+logger = logging.getLogger(__name__)
 
 
 def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
@@ -23,7 +26,7 @@ def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Va
     for name in prepared.sets.keys() & names:
         complete, corrupt = pipeline.restore(prepared.sets[name].key)
         for file in corrupt:
-            warn(f"{file} is corrupt; its moments are gathered again")
+            logger.warning("%s is corrupt; its moments are gathered again", file)
         if not complete:
             missing[name] = prepared.sets[name]
     if missing:

@@ -1,14 +1,18 @@
-"""A spec, to everything that is known before a weight is loaded; every mistake is answered here."""
+"""Checks a spec against its model, corpus and machine, and holds all that is known before weights are loaded.
+
+Every user mistake is reported here. Opening the model is in `session`.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mlprune.console import say, step
+from mlprune.console import step
 from mlprune.data.batches import Batch
 from mlprune.data.calibration import CalibrationSet, build_calibration_set
 from mlprune.data.code import open_code
@@ -32,48 +36,79 @@ from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Checked, tokenised, cut: ready to load weights."""
+    """A checked job: everything that is known before weights are loaded."""
 
     spec: SweepSpec
     source: ModelSource
     model_size: ModelSize
-    machine: Machine  # this one, or the nodes of the cluster that runs
+    machine: Machine  # this machine, or the nodes of the running cluster
     plan: Plan
-    sets: dict[str, CalibrationSet]  # by demonstration
-    evaluation: Suite | None  # None where nothing is evaluated
+    sets: dict[str, CalibrationSet]  # by demonstration, e.g. mono:fr
+    evaluation: Suite | None  # None: nothing is evaluated
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the model's content. Made when first asked for, after all that can be checked without it."""
+        """Return the hash of the model's content.
+
+        It is computed at its first use, because it reads all weights: all other checks come before.
+        """
         with step("fingerprint of the model"):
             return self.source.fingerprint()
 
     @property
     def spans(self) -> tuple[Span, ...]:
+        """Return the layers of each shard."""
         return self.plan.spans
 
-    def store(self) -> MomentStore:
+    @property
+    def dtype_name(self) -> str:
+        """Return the dtype as users write it, e.g. bfloat16."""
+        return str(self.model_size.dtype).removeprefix("torch.")
+
+    def moment_store(self) -> MomentStore:
+        """Return the store of this model's moments."""
         return MomentStore(Storage(self.spec.storage), self.fingerprint, str(self.model_size.dtype))
 
-    def results(self) -> ResultStore:
+    def result_store(self) -> ResultStore:
+        """Return the store of trial results."""
         return ResultStore(Storage(self.spec.storage))
 
+    def params(self) -> dict[str, object]:
+        """Return model and calibration as MLflow parameters."""
+        calibration = self.spec.calibration
+        return {
+            "model": self.spec.model.path,
+            "model.fingerprint": self.fingerprint,
+            "model.dtype": self.dtype_name,
+            "corpus": calibration.corpus,
+            "samples": calibration.samples,
+            "shots": calibration.shots,
+            "max_tokens": calibration.max_tokens,
+            "seed": calibration.seed,
+        }
+
     def recipe(self, variant: Variant) -> MaskRecipe:
+        """Return what the workers need to make the variant's masks."""
         sides = tuple(
             tuple((self.sets[str(part)].key, weight) for part, weight in side.parts) for side in variant.sides
         )
         return MaskRecipe(variant, self.spec.calibration.seed, sides)
 
     def sets_of(self, variant: Variant) -> list[CalibrationSet]:
-        """The calibration sets that it reads, in the order of its recipe's keys."""
-        by_key = {made.key: made for made in self.sets.values()}
+        """Return the calibration sets that the variant reads, in the order of its recipe's keys."""
+        by_key = {calibration.key: calibration for calibration in self.sets.values()}
         return [by_key[key] for key in self.recipe(variant).keys]
 
     def result_key(self, variant: Variant | None) -> str:
-        """A content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
+        """Return the content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
         assert self.evaluation is not None
         content = [FORMAT, self.fingerprint, str(self.model_size.dtype), self.evaluation.key]
         if variant is not None:
@@ -84,9 +119,10 @@ class Prepared:
 
 
 def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
-    """Check the spec against model and corpus; tokenise; cut the model into shards. Loads no weights.
+    """Check the spec against model and corpus, tokenise, and plan the shards. Loads no weights.
 
-    `evaluate` False: nothing will be evaluated, so the corpus need not have the evaluation's languages.
+    With `evaluate` False nothing is evaluated, so the corpus may lack the evaluation's languages. Raises UserError
+    for the first mistake.
     """
     variants = list(variants)
     check_storage(spec.storage)
@@ -97,89 +133,94 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         allow_pickle=spec.model.allow_pickle,
         progress=step,
     )
-    config = source.config()
-    size = measure_model(config, source.dtype(spec.model.dtype), source.name)
+    model_size = measure_model(source.config(), source.dtype(spec.model.dtype), source.name)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
-        check_pattern(size, pattern, "search.pattern")
-    sets, evaluation = _text(spec, variants, source, size, evaluate)
+        check_pattern(model_size, pattern, "search.pattern")
+    sets, suite = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
-    plan = make_plan(size, _work(variants, sets, evaluation), machine, spec.pipeline, source.name)
+    plan = make_plan(model_size, _work(variants, sets, suite), machine, spec.pipeline, source.name)
     if plan.reason:
-        say(f"  residency: {plan.reason}")
+        logger.info("  residency: %s", plan.reason)
     if plan.residency.offload == "nvme" and not cluster_is_running():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         disk_access_builder(machine.device)
-    return Prepared(spec, source, size, machine, plan, sets, evaluation)
+    return Prepared(spec, source, model_size, machine, plan, sets, suite)
 
 
-def _text(
-    spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, size: ModelSize, evaluate: bool
+def _tokenise(
+    spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, model_size: ModelSize, evaluate: bool
 ) -> tuple[dict[str, CalibrationSet], Suite | None]:
-    """Every calibration set that the variants need, by demonstration, and what the model is asked."""
+    """Return the calibration sets that the variants need, by demonstration, and the evaluation's tasks."""
     demonstrations = dict.fromkeys(part for variant in variants for part in variant.demonstrations)
-    needed = [code for part in demonstrations for code in part.languages]
-    needed += required_languages(spec.evaluation) if evaluate else ()
+    languages = [code for part in demonstrations for code in part.languages]
+    languages += required_languages(spec.evaluation) if evaluate else ()
     if not demonstrations and not evaluate:
         return {}, None
     if demonstrations:
-        _check_positions(spec, size)
-    corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(needed)) if needed else None
+        _check_positions(spec, model_size)
+    corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(languages)) if languages else None
     tokenizer = source.tokenizer()
-    sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, size)
+    sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, model_size)
     suite = None
     if evaluate:
         assert corpus is not None
-        suite = build_suite(spec, corpus, tokenizer, size.positions, size.has_experts)
-    batches = [batch for made in sets.values() for batch in made.batches] + (
-        [*suite.rows.batches] if suite else []
-    )
-    _check_vocabulary(source, size, batches)
+        suite = build_suite(spec, corpus, tokenizer, model_size.positions, model_size.has_experts)
+    batches = [batch for calibration in sets.values() for batch in calibration.batches]
+    batches += suite.rows.batches if suite else ()
+    _check_vocabulary(source, model_size, batches)
     return sets, suite
 
 
 def _calibration_sets(
-    asked: CalibrationSpec,
+    options: CalibrationSpec,
     demonstrations: Iterable[Demonstration],
     corpus: Corpus | None,
-    tokenizer: Any,
-    size: ModelSize,
+    tokenizer: PreTrainedTokenizerBase,
+    model_size: ModelSize,
 ) -> dict[str, CalibrationSet]:
-    check_template(asked.template, "calibration.template", needed=["text"], optional=["language"])
-    code = open_code(asked.code) if any(part.kind == "code" for part in demonstrations) else None
+    check_template(options.template, "calibration.template", needed=["text"], optional=["language"])
+    code = open_code(options.code) if any(part.kind == "code" for part in demonstrations) else None
     return {
         str(part): build_calibration_set(
             corpus,
             part,
             tokenizer,
-            samples=asked.samples,
-            shots=asked.shots,
-            max_tokens=asked.max_tokens,
-            seed=asked.seed,
-            pad_free=size.has_experts,
-            template=asked.template,
-            separator=asked.separator,
-            count_padding=asked.count_padding,
+            samples=options.samples,
+            shots=options.shots,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+            pad_free=model_size.has_experts,
+            template=options.template,
+            separator=options.separator,
+            count_padding=options.count_padding,
             code=code,
         )
         for part in demonstrations
     }
 
 
-def _check_vocabulary(source: ModelSource, size: ModelSize, batches: Iterable[Batch]) -> None:
+def _check_vocabulary(source: ModelSource, model_size: ModelSize, batches: Iterable[Batch]) -> None:
     largest = max(int(batch.input_ids.max()) for batch in batches)
-    if largest >= size.vocabulary:
-        remedy = f"its tokenizer makes token {largest}, its embedding has {size.vocabulary}: not a pair"
+    if largest >= model_size.vocabulary:
+        remedy = f"its tokenizer makes token {largest}, its embedding has {model_size.vocabulary}: not a pair"
         raise ModelError("model.path", repr(source.name), remedy)
+
+
+def _check_positions(spec: SweepSpec, model_size: ModelSize) -> None:
+    requested = spec.calibration.max_tokens
+    if model_size.positions is not None and requested > model_size.positions:
+        remedy = f"the model takes {model_size.positions} tokens at most"
+        raise SpecError("calibration.max_tokens", requested, remedy)
 
 
 def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None) -> Work:
     """Count the work from the real token counts of the calibration sets and the evaluation."""
     tasks, rows = (suite.pipeline_tasks, suite.rows.batches) if suite else ((), ())
-    lengths = [batch.input_ids.shape[1] for made in sets.values() for batch in made.batches]
+    lengths = [batch.input_ids.shape[1] for calibration in sets.values() for batch in calibration.batches]
     lengths += [*(batch.input_ids.shape[1] for batch in rows), *(task.longest_row for task in tasks)]
     return build_work(
         variants,
-        {name: _tokens(made.batches) for name, made in sets.items()},
+        {name: _tokens(calibration.batches) for name, calibration in sets.items()},
         evaluation=_tokens(rows) + sum(task.tokens for task in tasks),
         longest=max(lengths, default=0),
         written=max((task.cached_tokens for task in tasks), default=0),
@@ -187,11 +228,5 @@ def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite
 
 
 def _tokens(batches: Iterable[Batch]) -> int:
+    """Return the tokens of the batches, padding included."""
     return sum(batch.input_ids.numel() for batch in batches)
-
-
-def _check_positions(spec: SweepSpec, size: ModelSize) -> None:
-    asked = spec.calibration.max_tokens
-    if size.positions is not None and asked > size.positions:
-        remedy = f"the model takes {size.positions} tokens at most"
-        raise SpecError("calibration.max_tokens", asked, remedy)

@@ -1,4 +1,7 @@
-"""One trial: a variant and a pipeline in, what it answered and its metrics out."""
+"""Runs one trial, or the dense model, on an open pipeline: metrics and evaluated items are the result.
+
+It neither stores results nor knows Ray Tune: `sweep` and `tune_runner` do.
+"""
 
 from __future__ import annotations
 
@@ -22,37 +25,37 @@ def run_trial(
     variant: Variant,
     report: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> tuple[Result, str]:
-    """Mask, evaluate, let go of the masks: the result, and what was answered (JSON of items).
+    """Make masks, evaluate, release the masks; return the result and the evaluated items as JSON.
 
-    `report` is given the metrics so far after each phase.
+    `report` is called with the metrics so far when the masks are made.
     """
     assert prepared.evaluation is not None
     started = time.monotonic()
     try:
-        pruned = make_masks(prepared, pipeline, variant)
-        so_far = {"sparsity.actual": pruned.sparsity, "seconds.mask": time.monotonic() - started}
-        report(so_far)
+        outcome = make_masks(prepared, pipeline, variant)
+        metrics = {"sparsity.actual": outcome.sparsity, "seconds.mask": time.monotonic() - started}
+        report(metrics)
         masked = time.monotonic()
         items = prepared.evaluation.run(pipeline, variant.key)
     finally:
         pipeline.release(variant.key)
-    so_far |= {**scores_of(items), "seconds.evaluate": time.monotonic() - masked}
-    key = prepared.result_key(variant)
-    return Result(key, variant, so_far, pruned.digest, pruned.unseen), to_json(items)
+    metrics |= {**trial_metrics(items), "seconds.evaluate": time.monotonic() - masked}
+    result = Result(prepared.result_key(variant), variant, metrics, outcome.digest, outcome.unseen)
+    return result, to_json(items)
 
 
-def scores_of(items: Sequence[Items]) -> dict[str, float]:
-    """All that is measured by what was answered: each task's metrics, and how far languages agree.
+def trial_metrics(items: Sequence[Items]) -> dict[str, float]:
+    """Return all metrics of the evaluated items: of each task, and how far languages agree.
 
-    The mean over languages is there twice: as `bits_per_byte`, before all others by name, because MLflow's page of
-    parallel coordinates begins with the first metric of a run.
+    The mean over languages is there twice. Once it is called `bits_per_byte`, which sorts before all other names:
+    MLflow's parallel coordinates page begins with the first metric of a run.
     """
-    found = metrics_of(items)
-    return {"bits_per_byte": found["bits_per_byte.mean"], **found, **consistency(items)}
+    metrics = metrics_of(items)
+    return {"bits_per_byte": metrics["bits_per_byte.mean"], **metrics, **consistency(items)}
 
 
-def unseen_note(unseen: tuple[str, ...]) -> str:
-    """What to tell of experts' matrices that were pruned blind."""
+def unseen_warning(unseen: tuple[str, ...]) -> str:
+    """Return the warning for expert matrices that no calibration token reached."""
     return (
         f"no calibration token reached {len(unseen)} expert matrices ({unseen[0]}, ...): scored by |W| alone; "
         "raise calibration.samples"
@@ -60,13 +63,13 @@ def unseen_note(unseen: tuple[str, ...]) -> str:
 
 
 def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None = None) -> tuple[Result, str]:
-    """The baseline: the dense model, evaluated in the same way."""
+    """Evaluate the dense model, the baseline, in the same way; return the result and the items as JSON."""
     assert prepared.evaluation is not None
     started = time.monotonic()
     items = prepared.evaluation.run(pipeline, None, progress)
-    found = scores_of(items)
-    if not math.isfinite(found["bits_per_byte.mean"]):
+    metrics = trial_metrics(items)
+    if not math.isfinite(metrics["bits_per_byte.mean"]):
         remedy = "the dense model's own likelihood is not finite; load it in float32, or check its weights"
         raise ModelError("model.dtype", prepared.spec.model.dtype, remedy)
-    found |= {"sparsity.actual": 0.0, "seconds.evaluate": time.monotonic() - started}
-    return Result(prepared.result_key(None), None, found), to_json(items)
+    metrics |= {"sparsity.actual": 0.0, "seconds.evaluate": time.monotonic() - started}
+    return Result(prepared.result_key(None), None, metrics), to_json(items)

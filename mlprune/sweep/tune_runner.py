@@ -187,7 +187,7 @@ def tune_trial(
     from ray import tune
 
     variant = parse_variant(**config["variant"])
-    store = prepared.results()
+    store = prepared.result_store()
     worst = {objective: float("inf")}
     if variant in given_up:
         tune.report({"cause": given_up[variant], "traceback": given_up[variant], **worst})
@@ -249,7 +249,7 @@ class Watcher:
     def ended(self, trial: Any) -> None:
         key, _ = self._key_and_variant(trial)
         known = self._trials.under_way.pop(trial.trial_id, None)
-        store = self._prepared.results()
+        store = self._prepared.result_store()
         finished = store.load(key)
         if finished is not None:
             if known and key not in self._trials.results:
