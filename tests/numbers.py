@@ -1,4 +1,4 @@
-"""What a sweep's outcome must be, wherever and however often interrupted it ran."""
+"""The numbers of a sweep that must be the same wherever it ran and however often it was interrupted."""
 
 import json
 from collections.abc import Mapping
@@ -16,23 +16,23 @@ Numbers = Mapping[str, tuple[str, Mapping[str, float]]]  # a variant -> the dige
 
 
 def numbers(outcome: Mapping[str, Any]) -> Numbers:
-    """Of what `mlprune sweep --json` says, all that must not depend on when and where a trial ran."""
-    told = (outcome["dense"], *outcome["ranking"])
-    return {json.dumps(one["variant"]): (one["masks"], _lasting(one["metrics"])) for one in told}
+    """Return the part of `mlprune sweep --json` that must not depend on when and where a trial ran."""
+    results = (outcome["dense"], *outcome["ranking"])
+    return {json.dumps(result["variant"]): (result["masks"], _lasting(result["metrics"])) for result in results}
 
 
 def plain_numbers(spec: Path) -> Numbers:
-    """The same sweep without Ray, shards or replicas, in this process."""
-    asked = load_spec(str(spec), ["pipeline.shards=1", f"storage={spec.parent / 'plain'}"])
-    variants = variants_of(asked.search)
-    prepared = prepare(asked, variants)
+    """Run the same sweep in this process, without Ray, shards or replicas, and return its numbers."""
+    plain = load_spec(str(spec), ["pipeline.shards=1", f"storage={spec.parent / 'plain'}"])
+    variants = variants_of(plain.search)
+    prepared = prepare(plain, variants)
     with open_local(prepared) as pipeline:
         results = [run_dense(prepared, pipeline)[0]]
         gather_moments(prepared, pipeline, variants)
         results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
     return {
-        json.dumps(one.variant.to_dict() if one.variant else None): (one.digest, _lasting(one.metrics))
-        for one in results
+        json.dumps(result.variant.to_dict() if result.variant else None): (result.digest, _lasting(result.metrics))
+        for result in results
     }
 
 

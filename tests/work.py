@@ -1,4 +1,4 @@
-"""Small jobs on tiny models, for tests of the floors above the arithmetic."""
+"""Small jobs on tiny models, for tests of pipelines, trials and commands."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from mlprune.models.source import ModelSource
 from mlprune.shards.pipeline import Pipeline
@@ -37,7 +38,7 @@ VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM, CONT
 def ready(
     storage: Path, model: ModelSource | None = None, shards: int = 1, pipeline: Any = None, **changes: Any
 ) -> Prepared:
-    """A prepared job over VARIANTS on a tiny model: 24 prompts of up to 300 tokens, some padded."""
+    """Return a prepared job over VARIANTS on a tiny model: 24 prompts of up to 300 tokens, some padded."""
     values = {
         "name": "tiny",
         "model": {"path": str((model or source()).folder)},
@@ -52,7 +53,7 @@ def ready(
 
 @contextmanager
 def opened(prepared: Prepared, over_ray: bool = False) -> Iterator[Pipeline]:
-    """The pipeline of any number of shards, in this process or over the Ray that runs."""
+    """Open the pipeline of any number of shards, in this process or over the running Ray."""
     if over_ray:
         with open_replicas(prepared) as replicas:
             yield replicas.pipelines[0]
@@ -61,6 +62,6 @@ def opened(prepared: Prepared, over_ray: bool = False) -> Iterator[Pipeline]:
         yield pipeline
 
 
-def masks_of(prepared: Prepared, pipeline: Pipeline, variant: Variant) -> dict[str, Any]:
-    """Every weight of the masked model, by name."""
+def masks_of(prepared: Prepared, pipeline: Pipeline, variant: Variant) -> dict[str, Tensor]:
+    """Return every weight of the masked model, by name."""
     return {name: data for piece in pipeline.weights(variant.key) for name, data in piece.items()}
