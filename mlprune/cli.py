@@ -19,7 +19,7 @@ import click
 from mlprune.errors import MlpruneError, SpecError, StorageError, UserError
 
 if TYPE_CHECKING:
-    from mlprune.remote.job_package import Parcel
+    from mlprune.remote.job_package import JobPackage
     from mlprune.spec.schema import SweepSpec
 
 Values = dict[str, object]  # a command's result, as --json writes it
@@ -150,11 +150,11 @@ def sweep(
     spec = spec or "quickstart"
     checked = _load_spec(spec, assignments, {"calibration.corpus": corpus})
     if cluster is not None:
-        from mlprune.remote.job_package import parcel
+        from mlprune.remote.job_package import package_job
         from mlprune.spec.loading import to_assignments
 
         options = [*to_assignments({"calibration.corpus": corpus}), *assignments]
-        return _watch(cluster, parcel(spec, checked, options, dry_run))
+        return _watch(cluster, package_job(spec, checked, options, dry_run))
     from mlprune.report import sweep as report
     from mlprune.report.live import live_view
     from mlprune.report.page import description
@@ -170,16 +170,15 @@ def sweep(
     return report.outcome_values(outcome)
 
 
-def _watch(file: str, parcel: Parcel | None) -> Values:
+def _watch(file: str, package: JobPackage | None) -> Values:
     """Submit a sweep to the cluster (None: find the one there), watch it, and return its result."""
     from mlprune.remote import jobs as remote
 
     context = click.get_current_context()
     cluster = context.with_resource(remote.connect(file))
-    values: Values | None
-    code, values = cluster.watch(cluster.latest() if parcel is None else cluster.start(parcel))
+    code, values = cluster.watch(cluster.latest() if package is None else cluster.start(package))
     if code != remote.INTERRUPTED:
-        context.call_on_close(cluster.hold)  # after the result has been written
+        context.call_on_close(cluster.keep_tunnel_open)  # after the result has been written
     if values is None:
         sys.exit(code)
     return values
@@ -384,7 +383,7 @@ def status(cluster: str | None, assignments: tuple[str, ...]) -> Values:
     if cluster is not None:
         from mlprune.remote import jobs as remote
 
-        values: Values = remote.status(cluster)
+        values: Values = remote.cluster_status(cluster)
         return values
     from mlprune.report import live as report
     from mlprune.sweep.status import running

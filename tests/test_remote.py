@@ -26,9 +26,9 @@ from click.testing import CliRunner, Result
 
 import mlprune
 from mlprune.cli import main
-from mlprune.remote import job_package as parcels
+from mlprune.remote import job_package
 from mlprune.remote import jobs as remote
-from mlprune.remote.job_package import Parcel
+from mlprune.remote.job_package import JobPackage, package_job
 from mlprune.remote.ssh import Head, Tunnel, find_head
 from mlprune.spec.loading import load_spec
 
@@ -212,7 +212,9 @@ def test_attach_says_when_there_is_nothing(lab: Lab, laptop: Callable[..., Resul
     """The first test: the cluster has seen no sweep yet."""
     done = laptop("sweep", "--attach", "--cluster", str(lab.file))
     assert done.exit_code == 2
-    assert done.stderr.splitlines()[-1].startswith(f"mlprune: --attach: '{lab.file}': no sweep was sent there")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"mlprune: --attach: '{lab.file}': no sweep was sent to this cluster"
+    )
 
 
 def test_a_sweep_is_sent_shown_and_fetched(lab: Lab, laptop: Callable[..., Result]) -> None:
@@ -236,7 +238,7 @@ def test_a_sweep_is_sent_shown_and_fetched(lab: Lab, laptop: Callable[..., Resul
     assert result["env"] == {"COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
     assert done.stdout.count("given [") == 1
     assert f"mlprune sweep --attach --cluster {lab.file}" in done.stderr
-    assert "0.0.1 there" in done.stderr, "the cluster's mlprune is another one"
+    assert "0.0.1 on the cluster" in done.stderr, "the cluster's mlprune is another one"
     assert (lab.home / ".ray/auth_token").read_text() not in done.output
     assert not psutil.pid_exists(int((lab.home / "ssh.pid").read_text())), "the tunnel is closed"
 
@@ -244,7 +246,7 @@ def test_a_sweep_is_sent_shown_and_fetched(lab: Lab, laptop: Callable[..., Resul
 def test_the_exit_code_is_the_jobs(lab: Lab, laptop: Callable[..., Result]) -> None:
     codes = {"mistake": 2, "killed": 137, "stopped": 1}
     with remote.connect(str(lab.file)) as cluster:
-        sent = [parcels.parcel(file := write_spec(name), load_spec(file), [], False) for name in codes]
+        sent = [package_job(file := write_spec(name), load_spec(file), [], False) for name in codes]
         jobs = [cluster.start(one) for one in sent]  # at the same time
         assert [cluster.watch(job) for job in jobs] == [(code, None) for code in codes.values()]
 
@@ -279,17 +281,17 @@ def test_a_client_that_dies_leaves_the_job_which_is_found_again(lab: Lab, laptop
         wait_for("line 20.", Path("second"))
         broken = int((lab.home / "ssh.pid").read_text())
         os.kill(broken, signal.SIGKILL)
-        wait_for("broke", Path("second"))
+        wait_for("lost the connection", Path("second"))
         dry = laptop("sweep", "spec.yaml", "--cluster", str(lab.file), "--dry-run", "--json", "-")
         (lab.home / "go-on").touch()
         assert second.wait(30) == 0
-    assert "is running already" not in Path("first").read_text()
+    assert "is already running" not in Path("first").read_text()
     text = Path("second").read_text()
-    assert text.count("is running already") == 1
+    assert text.count("is already running") == 1
     lines = [line for line in text.splitlines() if line.startswith("line ")]
     assert lines == [f"line {number}." for number in range(40)]
     assert dry.exit_code == 0
-    assert "is running already" not in dry.output
+    assert "is already running" not in dry.output
     assert list(json.loads(dry.stdout)["files"]) == ["sweep.yaml"]
     again = laptop("sweep", "--attach", "--cluster", str(lab.file))  # it has ended, and is the last
     assert again.exit_code == 0
@@ -308,9 +310,9 @@ def test_what_is_sent_is_the_same_sweep(tmp_path: Path, monkeypatch: pytest.Monk
         "calibration.samples=7",
     ]
     spec = load_spec(file, options)
-    parcel = parcels.parcel(file, spec, options, True)
-    parcel.pack(tmp_path / "sweep.zip")
-    command = parcel.entrypoint("id").partition("exec ")[2]
+    package = package_job(file, spec, options, True)
+    package.pack(tmp_path / "sweep.zip")
+    command = package.entrypoint("id").partition("exec ")[2]
     shutil.unpack_archive(tmp_path / "sweep.zip", tmp_path / "head")
     monkeypatch.chdir(tmp_path / "head")
     mlprune, sweep, name, *rest = shlex.split(command)
@@ -382,17 +384,17 @@ def test_a_head_without_ray_is_named(
 def test_what_is_too_large_to_be_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All that goes along is counted together; the key that is too much is named."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parcels, "MOST_BYTES", 1024)
+    monkeypatch.setattr(job_package, "MAX_BYTES", 1024)
     for name, size in (("corpus", 600), ("code", 400)):
         Path(name).mkdir()
         Path(name, "text").write_bytes(bytes(size))
     spec, options = write_spec("large"), ("calibration.corpus=corpus", "calibration.code=code")
-    parcels.parcel(spec, load_spec(spec, options), options, False)
+    package_job(spec, load_spec(spec, options), options, False)
     Path("code", "more").write_bytes(bytes(100))
     with pytest.raises(mlprune.errors.SpecError) as caught:
-        parcels.parcel(spec, load_spec(spec, options), options, False)
+        package_job(spec, load_spec(spec, options), options, False)
     assert str(caught.value).startswith(
-        f"calibration.code: '{tmp_path}/code': 500 B, and 1 KiB can be sent in all"
+        f"calibration.code: '{tmp_path}/code': 500 B, but at most 1 KiB can be sent in all"
     )
 
 
@@ -417,7 +419,7 @@ def test_secrets_do_not_travel(laptop: Callable[..., Result], lab: Lab) -> None:
 def test_folders_that_outlive_the_job(given: dict[str, object], moved: list[str]) -> None:
     """What a job would write beside its spec would go with it."""
     text = SPEC.replace("NAME", "x") + json.dumps(given)[1:-1].replace(', "pipeline"', '\n"pipeline"') + "\n"
-    assert Parcel(load_spec("quickstart"), text, ()).settings() == moved
+    assert JobPackage(load_spec("quickstart"), text, ()).job_assignments() == moved
 
 
 def test_how_ssh_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -428,7 +430,7 @@ def test_how_ssh_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     image = {"image": "ray", "container_name": "ray_box"}
     file.write_text(json.dumps({**values, "docker": image}))
     head = find_head(str(file))
-    assert (head.address, head.inside) == ("127.0.0.1", ("docker", "exec", "ray_box"))
+    assert (head.address, head.container) == ("127.0.0.1", ("docker", "exec", "ray_box"))
     assert head.ssh[:3] == ("ssh", "-i", "~/key")
     assert "-oProxyCommand=nc %h %p" in head.ssh
     assert head.ssh[-1] == "nobody@127.0.0.1"
@@ -461,7 +463,7 @@ def test_a_tunnel_ends_with_a_client_that_is_killed(tmp_path: Path) -> None:
     ssh.wait(5)
 
 
-def test_a_tunnel_that_ended_is_mended(tmp_path: Path) -> None:
+def test_a_tunnel_that_ended_is_opened_again(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     once = tmp_path / "once"
     once.write_text(f"#!/bin/sh\necho started >>{starts}\n[ $(wc -l <{starts}) = 1 ] || exec sleep 60\n")
@@ -469,11 +471,11 @@ def test_a_tunnel_that_ended_is_mended(tmp_path: Path) -> None:
     tunnel = Tunnel(Head("x.yaml", "head", (str(once),), ()), (8265,))
     deadline = time.monotonic() + 10
     while not starts.exists() or starts.read_text().count("started") < 2:
-        tunnel.repair()
+        tunnel.reconnect()
         time.sleep(0.05)
         assert time.monotonic() < deadline
-    for _ in range(5):  # it runs: nothing to mend
-        tunnel.repair()
+    for _ in range(5):  # it runs: nothing to do
+        tunnel.reconnect()
         time.sleep(0.05)
     tunnel.close()
     assert starts.read_text().count("started") == 2

@@ -1,4 +1,7 @@
-"""What a sweep is sent to a cluster as: the spec's file, what it names on this machine, and a command."""
+"""JobPackage: what a cluster needs to run a sweep: the spec, the local files that it names, and a command.
+
+How a package is submitted is in `jobs`.
+"""
 
 from __future__ import annotations
 
@@ -7,100 +10,105 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlprune.console import size_text
 from mlprune.errors import SpecError
 from mlprune.spec.loading import apply_assignments, read_yaml, sweeps_folder, to_assignments
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
 
-# keys whose value may be a file or folder of the laptop, which then goes along; these words are none
-SENT = (
+# Keys whose value may be a file or folder on this machine, which is then sent along; a built-in name never is.
+FILE_KEYS = (
     *("calibration.corpus", "calibration.code", "evaluation.xnli.data", "evaluation.reviews.data"),
     "evaluation.task_path",
 )
-WORDS = ("sample", "stdlib")
-MOST_BYTES = 100 * 2**20  # sent along, in all: Ray keeps it in the head's memory
-SPEC = "sweep.yaml"
-RESULTS = "~/.mlprune/jobs"  # on the head
+BUILTIN_NAMES = ("sample", "stdlib")
+MAX_BYTES = 100 * 2**20  # sent along in all: Ray keeps it in the memory of the cluster's head
+SPEC_NAME = "sweep.yaml"
+RESULTS_FOLDER = "~/.mlprune/jobs"  # on the cluster's head
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A sweep that is to run on the cluster."""
+class JobPackage:
+    """A sweep to be run on a cluster."""
 
-    spec: SweepSpec  # checked here; its paths are the cluster's, but for those that are sent
-    text: str  # the spec's file
-    assignments: tuple[str, ...]  # of all options
+    spec: SweepSpec  # as checked on this machine; paths that are not sent along are the cluster's
+    text: str  # of the spec's file
+    assignments: tuple[str, ...]  # from all options of the command line
     dry_run: bool = False
 
-    def settings(self) -> list[str]:
-        """The assignments, and then those that make paths right over there.
+    def job_assignments(self) -> list[str]:
+        """Return the assignments, followed by those that make paths valid on the cluster.
 
-        A job's folder is gone after it, so a relative folder that it writes to is the home's.
+        The job's folder is deleted after the job, so a relative folder that the job writes to is moved to the home
+        folder.
         """
         values = apply_assignments(read_yaml(self.text), self.assignments)
-        moved = {key: f"{key}/{path.name}" for key, path in self.sent().items()}
+        moved = {key: f"{key}/{path.name}" for key, path in self.local_files().items()}
         pipeline = values.get("pipeline")
         offload = pipeline.get("offload_folder") if isinstance(pipeline, dict) else None
-        writes = {"storage": values.get("storage", DEFAULT_STORAGE), "pipeline.offload_folder": offload}
-        folders = {key: str(folder) for key, folder in writes.items() if folder}
-        relative = {key: f for key, f in folders.items() if "://" not in f and f[0] not in "/~"}
-        moved |= {key: f"~/{folder}" for key, folder in relative.items()}
+        outputs = {"storage": values.get("storage", DEFAULT_STORAGE), "pipeline.offload_folder": offload}
+        folders = {key: str(folder) for key, folder in outputs.items() if folder}
+        relative = {key: path for key, path in folders.items() if "://" not in path and path[0] not in "/~"}
+        moved |= {key: f"~/{path}" for key, path in relative.items()}
         return [*self.assignments, *to_assignments(moved)]
 
-    def sent(self) -> dict[str, Path]:
-        """What goes along, by key: files and folders that are on this machine."""
-        found = {}
-        for key in SENT:
-            value: Any = self.spec
+    def local_files(self) -> dict[str, Path]:
+        """Return what is sent along, by key: the files and folders that exist on this machine."""
+        files = {}
+        for key in FILE_KEYS:
+            value: object = self.spec
             for name in key.split("."):
                 value = value and getattr(value, name)  # a section may be None
-            if value and value not in WORDS and Path(value).exists():
-                found[key] = Path(value).resolve()
-        return found
+            if isinstance(value, str) and value and value not in BUILTIN_NAMES and Path(value).exists():
+                files[key] = Path(value).resolve()
+        return files
 
     def pack(self, file: Path) -> None:
-        """Write the job's folder as a zip file, the same bytes for the same content.
+        """Write the job's folder as a zip file; the same content gives the same bytes.
 
-        Ray would pack a folder too, but without what a `.gitignore` in it names.
+        Ray could pack a folder itself, but it leaves out whatever a `.gitignore` in the folder names.
         """
         with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr(zipfile.ZipInfo(SPEC), self.text)
-            for key, path in self.sent().items():
-                for part in _files(path):
+            archive.writestr(zipfile.ZipInfo(SPEC_NAME), self.text)
+            for key, path in self.local_files().items():
+                for part in _files_in(path):
                     name = zipfile.ZipInfo(str(Path(key, part.relative_to(path.parent))))
                     archive.writestr(name, part.read_bytes(), zipfile.ZIP_DEFLATED)
 
     def entrypoint(self, job_id: str) -> str:
-        """The job's shell command. It first says which version of mlprune runs there."""
-        options = [f"--set={setting}" for setting in self.settings()] + ["--dry-run"] * self.dry_run
-        sweep = shlex.join(["mlprune", "sweep", SPEC, *options])
-        return f"mlprune --version && mkdir -p {RESULTS} && exec {sweep} --json {result_file(job_id)}"
+        """Return the job's shell command. It first prints the version of mlprune that the cluster has."""
+        options = [f"--set={setting}" for setting in self.job_assignments()] + ["--dry-run"] * self.dry_run
+        sweep = shlex.join(["mlprune", "sweep", SPEC_NAME, *options])
+        return f"mlprune --version && mkdir -p {RESULTS_FOLDER} && exec {sweep} --json {result_file(job_id)}"
 
 
-def parcel(name: str, spec: SweepSpec, assignments: Iterable[str], dry_run: bool) -> Parcel:
-    """`spec` as it was loaded from `name`, a file or the name of a sweep that comes with mlprune.
+def package_job(name: str, spec: SweepSpec, assignments: Iterable[str], dry_run: bool) -> JobPackage:
+    """Return the package of `spec`, loaded from `name`: a file, or the name of a sweep that comes with mlprune.
 
-    Raises SpecError when what goes along is too large.
+    Raises SpecError if the local files that it names are too large to be sent.
     """
     file = Path(name)
     if "/" not in name and not file.is_file():
         file = sweeps_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    made = Parcel(spec, file.read_text(encoding="utf-8"), tuple(assignments), dry_run)
-    left = MOST_BYTES
-    for key, path in made.sent().items():
-        size = sum(part.stat().st_size for part in _files(path))
-        left -= size
-        if left < 0:
-            limit = f"{size_text(size)}, and {size_text(MOST_BYTES)} can be sent in all"
-            raise SpecError(key, repr(str(path)), f"{limit}; put it on the cluster, and give its path there")
-    return made
+    package = JobPackage(spec, file.read_text(encoding="utf-8"), tuple(assignments), dry_run)
+    _check_size(package)
+    return package
 
 
-def _files(path: Path) -> list[Path]:
+def _check_size(package: JobPackage) -> None:
+    remaining = MAX_BYTES
+    for key, path in package.local_files().items():
+        size = sum(part.stat().st_size for part in _files_in(path))
+        remaining -= size
+        if remaining < 0:
+            limit = f"{size_text(size)}, but at most {size_text(MAX_BYTES)} can be sent in all"
+            raise SpecError(key, repr(str(path)), f"{limit}; copy it to the cluster, and use its path there")
+
+
+def _files_in(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(part for part in path.rglob("*") if part.is_file())
 
 
 def result_file(job_id: str) -> str:
-    return f"{RESULTS}/{job_id}.json"
+    """Return the path on the cluster's head of the JSON that the job writes."""
+    return f"{RESULTS_FOLDER}/{job_id}.json"
