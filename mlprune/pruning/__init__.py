@@ -1,1 +1,8 @@
-"""Arithmetic on tensors: moments and weights to scores, scores to masks. torch (and numpy) only."""
+"""The arithmetic of pruning, on plain tensors: torch and numpy only.
+
+moments      sums over a calibration set at the input of a matrix
+scores       the rules that rank weights, and the registry SCORES
+sparsegpt    SparseGPT, which also updates the weights that it keeps
+allocation   how sparse each layer becomes
+masks        selection of the weights to keep, and packed masks
+"""

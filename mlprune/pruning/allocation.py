@@ -1,7 +1,7 @@
-"""Allocation: how sparse each layer becomes, when the whole is to be `sparsity`.
+"""Allocation of a target sparsity to the layers of a model.
 
-`uniform`: all the same. `owl` (Yin et al. 2024, arXiv 2310.05175): a layer whose scores hold more outliers stays
-denser.
+`uniform` gives every layer the same sparsity. `owl` (Yin et al. 2024, arXiv 2310.05175) keeps a layer denser if
+its scores contain more outliers. Scores and masks are not here.
 
 O: output channels (rows). I: input channels.
 """
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from mlprune.pruning.moments import Moments
 
-OUTLIER = 5  # an outlier is above this many times the mean: the paper's M
-LAMBDA = 0.08  # layers differ by twice this at the most: the paper's lambda
-# No layer is emptied to spare others, unless so much was asked of them all.
+OUTLIER = 5  # an outlier is more than this many times the mean: the paper's M
+LAMBDA = 0.08  # two layers' sparsities differ by at most twice this: the paper's lambda
+# No layer is emptied to keep others denser, unless the requested sparsity is higher still.
 CEILING = 0.99
 
 
 def outlier_share(matrices: Sequence[tuple[Tensor, Moments]]) -> float:
-    """The share of outliers among |W_ij| * ||X_j|| over all matrices of one decoder layer, each [O, I].
+    """Return the share of outliers among |W_ij| * ||X_j|| over all matrices of one decoder layer, each [O, I].
 
-    The mean is that of all the matrices together. A matrix that no token reached (of an expert) has no say.
-    Scores are made twice, a matrix at a time, rather than held.
+    The mean is taken over all the matrices together. An expert's matrix that no token reached is ignored. To save
+    memory, scores are computed twice, one matrix at a time, and not kept.
     """
-    count = sum(weight_OI.numel() for weight_OI, seen in matrices if seen.tokens)
+    count = sum(weight_OI.numel() for weight_OI, moments in matrices if moments.tokens)
     if not count:
         return 0.0
     total = sum(float(score_OI.sum(dtype=torch.float64)) for score_OI in _scores(matrices))
@@ -34,18 +34,20 @@ def outlier_share(matrices: Sequence[tuple[Tensor, Moments]]) -> float:
 
 
 def _scores(matrices: Sequence[tuple[Tensor, Moments]]) -> Iterator[Tensor]:
-    for weight_OI, seen in matrices:
-        if seen.tokens:
-            yield weight_OI.float().abs() * seen.norm_I
+    for weight_OI, moments in matrices:
+        if moments.tokens:
+            yield weight_OI.float().abs() * moments.norm_I
 
 
 def owl(shares: Sequence[float], weights: Sequence[int], sparsity: float) -> tuple[float, ...]:
-    """The sparsity of each layer, from its share of outliers and the number of weights that it has to prune.
+    """Return the sparsity of each layer, from its share of outliers and the number of its prunable weights.
 
-    Shares are laid out evenly over 2 * LAMBDA, the layer with the most outliers the densest, and shifted until the
-    mean over all weights is `sparsity`. Departs from the authors' code: that mean is weighted by the layers'
-    weights (theirs counts layers), no layer leaves [0, 0.99] (or [0, sparsity], if that is more; the others then
-    make up for it), and equal shares give all layers the same (theirs: 0 / 0).
+    The shares are scaled linearly to a range of 2 * LAMBDA, with the most outliers giving the lowest sparsity, and
+    shifted until the mean over all weights is `sparsity`. Departures from the authors' code:
+
+    - the mean is weighted by the layers' numbers of weights (theirs counts layers);
+    - every layer stays within [0, 0.99], or [0, sparsity] if that is wider, and the other layers compensate;
+    - equal shares give all layers the same sparsity (theirs: 0 / 0).
     """
     least, most = min(shares), max(shares)
     if least == most:
@@ -56,9 +58,10 @@ def owl(shares: Sequence[float], weights: Sequence[int], sparsity: float) -> tup
     def shifted(shift: float) -> tuple[float, ...]:
         return tuple(min(max(offset + shift, 0.0), ceiling) for offset in offsets)
 
-    low, high = 0.0, 1 + 2 * LAMBDA  # all layers at zero, all at the ceiling: what is dropped grows in between
-    for _ in range(64):  # to the last bit
+    # at `low` all layers are at zero, at `high` all are at the ceiling; the number dropped grows with the shift
+    low, high = 0.0, 1 + 2 * LAMBDA
+    for _ in range(64):  # enough halvings for the last bit of a float64
         middle = (low + high) / 2
-        dropped = sum(one * weight for one, weight in zip(shifted(middle), weights, strict=True))
+        dropped = sum(ratio * weight for ratio, weight in zip(shifted(middle), weights, strict=True))
         low, high = (middle, high) if dropped < budget else (low, middle)
     return shifted(high)

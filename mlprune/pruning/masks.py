@@ -1,4 +1,7 @@
-"""Masks: scores in, which weights stay out; packed to one bit a weight, with the weights where those changed.
+"""Masks: selects the weights to keep from their scores, and packs a mask to one bit per weight.
+
+Where pruning also changes the weights that it keeps, they are packed with the mask. How scores are computed is in
+`scores`.
 
 O: output channels (rows). I: input channels. A mask is True where the weight is kept.
 """
@@ -20,9 +23,9 @@ from mlprune.spec.variants import Pattern
 
 
 def dropped_per_row(width: int, sparsity: float) -> int:
-    """floor(width * sparsity), the sparsity read as the decimal it was written as.
+    """Return floor(width * sparsity), computed exactly from the sparsity's decimal notation.
 
-    100 * 0.29 is 28.999999999999996 in binary; the user who wrote 0.29 meant 29 of 100.
+    In binary, 100 * 0.29 is 28.999999999999996, but a user who writes 0.29 means 29 of 100.
     """
     return math.floor(width * Fraction(str(sparsity)))
 
@@ -30,29 +33,32 @@ def dropped_per_row(width: int, sparsity: float) -> int:
 def keep_mask(
     score_OI: Tensor, sparsity: float, pattern: Pattern, within: Literal["row", "matrix"] = "row"
 ) -> Tensor:
-    """The mask that drops the smallest scores: of each row or of the whole matrix, or of each group of n:m.
+    """Return the mask that drops the smallest scores of each row, of the whole matrix, or of each group of n:m.
 
-    `within` says what an unstructured mask compares; an n:m pattern compares within its groups. Of equal scores
-    the one with the lower index is dropped. `score_OI` holds no NaN.
+    `within` is what an unstructured mask compares scores within; an n:m pattern compares within its groups. Among
+    equal scores the one with the lowest index is dropped first. `score_OI` must not contain NaN.
     """
     if pattern.group:
-        return _keep_of_groups(score_OI, pattern)
+        return _keep_in_groups(score_OI, pattern)
     if within == "matrix":
         return keep_all_but(score_OI, dropped_per_row(score_OI.numel(), sparsity))
-    return _keep_of_rows(score_OI, dropped_per_row(score_OI.shape[1], sparsity))
+    return _keep_in_rows(score_OI, dropped_per_row(score_OI.shape[1], sparsity))
 
 
 def keep_all_but(score_OI: Tensor, drop: int) -> Tensor:
-    """The mask that drops the `drop` smallest scores of the matrix, of equal ones the first in row-major order."""
-    return _keep_of_rows(score_OI.reshape(1, -1), drop).reshape(score_OI.shape)
+    """Return the mask that drops the `drop` smallest scores of the matrix.
+
+    Among equal scores the first in row-major order is dropped first.
+    """
+    return _keep_in_rows(score_OI.reshape(1, -1), drop).reshape(score_OI.shape)
 
 
-def _keep_of_rows(score_OI: Tensor, drop: int) -> Tensor:
+def _keep_in_rows(score_OI: Tensor, drop: int) -> Tensor:
     if drop == 0:
         return torch.ones_like(score_OI, dtype=torch.bool)
     threshold_O1 = _kth_smallest(score_OI, drop)[:, None]
     keep_OI = score_OI > threshold_O1
-    # Where several weights of a row equal its threshold, `>` drops too many: keep the last of them.
+    # Where several weights of a row equal its threshold, `>` drops too many. Keep the last ones of them.
     surplus_O = keep_OI.shape[1] - drop - keep_OI.sum(1)
     for row in surplus_O.nonzero()[:, 0].tolist():
         ties = (score_OI[row] == threshold_O1[row]).nonzero()[:, 0]
@@ -61,14 +67,14 @@ def _keep_of_rows(score_OI: Tensor, drop: int) -> Tensor:
 
 
 def _kth_smallest(score_OI: Tensor, k: int) -> Tensor:
-    """The k-th smallest value of each row, k from 1. Rows are partitioned, not sorted."""
+    """Return the k-th smallest value of each row, with k from 1. Rows are partitioned, not sorted."""
     if score_OI.device.type == "cpu":  # numpy's vectorised quickselect is 15 times faster than torch.topk
         return torch.from_numpy(np.partition(score_OI.numpy(), k - 1, axis=1)[:, k - 1].copy())
     return score_OI.kthvalue(k, dim=1).values
 
 
-def _keep_of_groups(score_OI: Tensor, pattern: Pattern) -> Tensor:
-    """Rank every weight within its group by comparing all pairs; keep the `kept` highest."""
+def _keep_in_groups(score_OI: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the `pattern.kept` highest scores of each group; ranks come from comparing all pairs."""
     group_XM = score_OI.reshape(-1, pattern.group)
     rank_XM = torch.zeros(group_XM.shape, dtype=torch.uint8, device=score_OI.device)
     for low in range(pattern.group):
@@ -84,7 +90,7 @@ _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A mask at one bit a weight: bit i of byte b is weight 8b + i of the flattened matrix."""
+    """A mask of one bit per weight: bit i of byte b is weight 8b + i of the flattened matrix."""
 
     bits: Tensor  # [ceil(O * I / 8)] uint8
     shape: tuple[int, int]
@@ -92,41 +98,44 @@ class PackedMask:
 
     @classmethod
     def pack(cls, keep_OI: Tensor) -> PackedMask:
+        """Pack a boolean mask."""
         rows, width = keep_OI.shape
         flat = keep_OI.reshape(-1).to(torch.uint8)
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
-        # eight bytes of 0 or 1, read as one integer, are gathered into its top byte by one multiplication
+        # one multiplication collects eight bytes of 0 or 1, read as one integer, in its top byte
         gathered = (flat.view(torch.int64) * 0x0102040810204080) >> 56
         return cls(gathered.to(torch.uint8), (rows, width), int(keep_OI.sum()))
 
     def unpack(self) -> Tensor:
-        """[O, I] bool."""
+        """Return the mask, [O, I] bool."""
         rows, width = self.shape
         bits = self.bits[:, None].bitwise_and(_BITS.to(self.bits.device)) != 0
         return bits.reshape(-1)[: rows * width].reshape(rows, width)
 
     @property
     def dropped(self) -> int:
+        """Return the number of weights that the mask drops."""
         return self.shape[0] * self.shape[1] - self.kept
 
     def digest(self) -> str:
+        """Return the SHA-256 of the mask's bits, in hex."""
         return hashlib.sha256(self.bits.cpu().numpy().tobytes()).hexdigest()
 
     def apply_(self, weight_OI: Tensor) -> None:
-        """Make every dropped weight +0, in place; `weight_OI` may be a view."""
+        """Set every dropped weight to +0, in place; `weight_OI` may be a view."""
         weight_OI.masked_fill_(~self.unpack(), 0)
 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A mask and the weights that it keeps, where pruning changed those too. Used as a PackedMask is."""
+    """A mask and the new values of the weights that it keeps. It has the interface of PackedMask."""
 
     mask: PackedMask
     values: Tensor  # [kept], in row-major order, in the model's dtype
 
     @classmethod
     def pack(cls, keep_OI: Tensor, weight_OI: Tensor) -> PackedWeights:
-        """`weight_OI` is in the model's dtype already."""
+        """Pack a boolean mask and the weights, which must be in the model's dtype already."""
         return cls(PackedMask.pack(keep_OI), weight_OI[keep_OI])
 
     @property
@@ -142,13 +151,13 @@ class PackedWeights:
         return self.mask.dropped
 
     def digest(self) -> str:
-        """Of the mask and the values, bit by bit."""
+        """Return the SHA-256 of the mask's bits and of the values' bits, in hex."""
         digest = hashlib.sha256(self.mask.digest().encode())
         digest.update(self.values.cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def apply_(self, weight_OI: Tensor) -> None:
-        """Write the changed weights, and +0 elsewhere, in place; `weight_OI` may be a view."""
+        """Write the new values, and +0 for every dropped weight, in place; `weight_OI` may be a view."""
         weight_OI.zero_().masked_scatter_(self.mask.unpack(), self.values)
 
 

@@ -1,8 +1,13 @@
-"""Scores: a weight and the moments of its input in, the importance of each weight out; the smallest are dropped.
+"""Scores: the rules that rank the weights of a matrix; the weights with the smallest scores are dropped.
 
-O: output channels (rows). I: input channels. A new score is one function here and one line in SCORES. It is given
-the moments of as many calibrations as it reads (`sides`). Where one of them saw no token (an expert that nothing
-was routed to) the score is |W|: the caller warns of it. Unlike in the authors' code, pads count for nothing.
+A score is a function of a weight matrix and the moments of its input. To add one, write a function here and a
+line in SCORES. Which weights are dropped is decided in `masks`.
+
+`sides` holds the moments of the calibrations that a score reads. Where one of them has no token (no token was
+routed to an expert), the score is |W|, and the caller warns. Unlike in the authors' code, padding tokens are
+ignored.
+
+O: output channels (rows). I: input channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,36 +22,37 @@ from mlprune.pruning.moments import Moments
 from mlprune.pruning.sparsegpt import sparsegpt
 from mlprune.spec.variants import Pattern
 
-# rows that are sorted at a time: sorting takes five times the memory of what is sorted
+# rows that are sorted together: sorting needs five times the memory of its input
 SORTED_ROWS = 1024
 
 
 def random(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
-    """Uniform in [0, 1), from `seed`; drawn on the CPU, so that every device draws the same."""
+    """Uniform in [0, 1), from `seed`. Drawn on the CPU, so that the values are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
 
 
 def magnitude(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
-    """|W| (Han et al. 2015). Compared within a row here, as Wanda is, to compare like with like."""
+    """|W| (Han et al. 2015). Compared within a row here, as Wanda is, so that the two are comparable."""
     return weight_OI.float().abs()
 
 
 def wanda(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
     """|W_ij| * ||X_j|| (Sun et al. 2024, arXiv 2306.11695)."""
-    (seen,) = sides
-    if not seen.tokens:
+    (moments,) = sides
+    if not moments.tokens:
         return magnitude(weight_OI, (), seed)
-    return weight_OI.float().abs() * seen.norm_I
+    return weight_OI.float().abs() * moments.norm_I
 
 
 def wanda_alpha(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
-    """The variant in Wanda's appendix: a row drops its smallest scores while their sum is within alpha of its own.
+    """Wanda's variant with a sparsity per row (its appendix): a row drops a share alpha of the sum of its scores.
 
-    A weight's score is the share of its row's sum that is reached with it. One alpha serves the matrix: compared
-    within the matrix, it is the quantile that drops just as many as asked, where the authors bisect to within a
-    thousandth. A row of zeros has shares of zero. Shares are float32: sorted, the k-th of a row is at least
-    k / (k - 1) times the one before it, so rounding changes no order.
+    A weight's score is the share of its row's sum that is reached with it, in order of size. One alpha holds for
+    the whole matrix. The shares are compared within the matrix, so alpha is the quantile that drops exactly the
+    requested number of weights; the authors bisect alpha to within a thousandth. In a row of zeros every share
+    is zero. Shares are float32: in sorted order, the k-th share of a row is at least k / (k - 1) times the one
+    before it, so rounding does not change the order.
     """
     score_OI = wanda(weight_OI, sides, seed)
     if not _all_seen(sides):
@@ -55,21 +61,25 @@ def wanda_alpha(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tenso
 
 
 def _shares(score_OI: Tensor) -> Tensor:
-    """For each score the sum of its row up to it, in order of size, over the row's sum."""
-    sorted_OI, place_OI = score_OI.sort(dim=1, stable=True)
+    """Return for each score the sum of the row's scores up to it, in order of size, divided by the row's sum."""
+    sorted_OI, index_OI = score_OI.sort(dim=1, stable=True)
     sum_OI = sorted_OI.cumsum(1, dtype=torch.float64)
     whole_O1 = sum_OI[:, -1:].clone()
     sum_OI /= whole_O1.masked_fill_(whole_O1 == 0, 1)
-    return torch.empty_like(score_OI).scatter_(1, place_OI, sum_OI.float())
+    return torch.empty_like(score_OI).scatter_(1, index_OI, sum_OI.float())
 
 
 def contrastive(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
     """|W_ij| * ||X_keep,j||^2 / ||X_against,j||, of `sides` (keep, against) (Kim et al. 2024, arXiv 2409.16911).
 
-    Departs from the authors' code, where the order of a set decides which side is which, and a zero denominator
-    makes inf, or NaN, which is kept. Here a channel that neither side uses scores zero, and one that only `keep`
-    uses is divided by the smallest norm above zero that `against` has in the matrix, by one if it has none. Norms
-    are root mean squares over the tokens, so that sets of any size compare; within a row that changes no order.
+    Departures from the authors' code, in which the order of a Python set decides which side is which, and a zero
+    denominator gives inf, or NaN, which is kept:
+
+    - a channel that neither side uses scores zero;
+    - a channel that only `keep` uses is divided by the smallest positive norm that `against` has in the matrix,
+      or by one if it has none;
+    - norms are root mean squares over the tokens, so that sets of different sizes are comparable; this does not
+      change the order within a row.
     """
     keep, against = sides
     if not _all_seen(sides):
@@ -81,28 +91,28 @@ def contrastive(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tenso
 
 
 def inverse_magnitude(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
-    """-|W|, so that the largest go: a control (Kim et al. 2024)."""
+    """-|W|, so that the largest weights are dropped: a control (Kim et al. 2024)."""
     return -magnitude(weight_OI, sides, seed)
 
 
 def inverse_wanda(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
-    """Wanda's score negated, so that the largest go: a control (Kim et al. 2024)."""
+    """The negated Wanda score, so that the highest Wanda scores are dropped: a control (Kim et al. 2024)."""
     return -wanda(weight_OI, sides, seed)
 
 
 def ria(weight_OI: Tensor, sides: Sequence[Moments], seed: int) -> Tensor:
     """(|W_ij| / sum of row i + |W_ij| / sum of column j) * ||X_j||^0.5 (Zhang et al. 2024).
 
-    Compared within the matrix: the authors' default. Departs from their code in that rows and columns of zeros
-    score zero, not NaN, and channels are not permuted for n:m.
+    Compared within the matrix: the authors' default. Departures from their code: rows and columns of zeros score
+    zero, not NaN, and channels are not permuted for n:m.
     """
-    (seen,) = sides
-    if not seen.tokens:
+    (moments,) = sides
+    if not moments.tokens:
         return magnitude(weight_OI, (), seed)
     abs_OI = weight_OI.float().abs()
     row_O1, column_1I = abs_OI.sum(1, keepdim=True), abs_OI.sum(0, keepdim=True)
     relative_OI = abs_OI / row_O1.masked_fill(row_O1 == 0, 1) + abs_OI / column_1I.masked_fill(column_1I == 0, 1)
-    return relative_OI * seen.norm_I.sqrt()
+    return relative_OI * moments.norm_I.sqrt()
 
 
 def _all_seen(sides: Sequence[Moments]) -> bool:
@@ -111,10 +121,10 @@ def _all_seen(sides: Sequence[Moments]) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """A scoring rule: (weight_OI, moments of its sides, seed) -> score_OI, float32. `keep_mask` chooses by it.
+    """A scoring rule by which `keep_mask` selects weights.
 
-    `sides` is how many calibrations it reads: none, one, or two (keep, against). `within` is what its scores are
-    compared within.
+    `function` maps (weight_OI, moments of its sides, seed) to score_OI, float32. `sides` is the number of calibrations that it reads: none, one, or two (keep, against). `within` is what an
+    unstructured mask compares its scores within.
     """
 
     function: Callable[[Tensor, Sequence[Moments], int], Tensor]
@@ -124,9 +134,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Solver:
-    """A rule that chooses by itself and changes what it keeps.
+    """A rule that selects the weights to keep itself, and changes their values.
 
-    (weight_OI, moments with a gram, sparsity, pattern) -> (keep_OI bool, weight_OI changed, float32).
+    `function` maps (weight_OI, moments with a Gram matrix, sparsity, pattern) to (keep_OI bool, new weight_OI,
+    float32).
     """
 
     function: Callable[[Tensor, Moments, float, Pattern], tuple[Tensor, Tensor]]
@@ -147,6 +158,7 @@ SCORES: dict[str, Score | Solver] = {
 
 
 def find_score(name: str, key: str = "score") -> Score | Solver:
+    """Return the score of this name. Raises SpecError, which names `key`, if there is none."""
     if name not in SCORES:
         raise SpecError(key, repr(name), f"no such score; write one of {', '.join(SCORES)}")
     return SCORES[name]

@@ -1,13 +1,13 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): prune a matrix and mend the weights that stay.
+"""SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): prunes a matrix and updates the weights that it keeps.
 
-Column by column, the weights to the right are moved so that the layer's output on the calibration text changes
-least. H, the second derivative of that change, is 2 X X^T / n with a hundredth of its mean diagonal added to the
-diagonal. Departures from the authors' code:
+It goes through the columns from left to right. After each column it updates the columns to the right so that the
+layer's output on the calibration text changes least. H is the Hessian of that change: 2 X X^T / n, with a
+hundredth of its mean diagonal added to the diagonal. Departures from the authors' code:
 
-- exactly floor(O * I * sparsity) weights go; their `<=` drops one too many in every block;
+- exactly floor(O * I * sparsity) weights are dropped; their `<=` drops one too many in every block;
 - H is factorised in float64 and in one step (theirs: float32, factor, invert, factor again);
-- the mean of the diagonal is taken before a channel that was always zero is given a diagonal of one, so that the
-  result does not depend on the scale of H, theirs per sequence, ours per token;
+- the mean of the diagonal is taken before a channel that was always zero gets a diagonal of one, so that the
+  result does not depend on the scale of H, which is per sequence in theirs and per token in ours;
 - a Hessian that cannot be factorised is an error.
 
 O: output channels (rows). I: input channels. C: the channels of one block.
@@ -27,24 +27,25 @@ DAMPING = 0.01
 
 
 class SingularHessianError(Exception):
-    """The Hessian of a matrix is not positive definite, or not finite. The caller knows which matrix it is."""
+    """The Hessian of a matrix is not positive definite, or not finite. The caller adds which matrix it is."""
 
 
 def sparsegpt(weight_OI: Tensor, moments: Moments, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The mask, [O, I] bool, and the changed weights, [O, I] float32, +0 where dropped.
+    """Return the mask, [O, I] bool, and the updated weights, [O, I] float32, which are +0 where dropped.
 
-    Unstructured, weights are compared within a whole block of 128 columns; n:m within each group, once the
-    columns before it are done. `moments` holds a gram, of a token at least. Weights of a channel that was always
-    zero become zero. Raises SingularHessianError.
+    Unstructured masks compare weights within a block of 128 columns; n:m masks compare within each group, after
+    the columns before the group are done. `moments` must have a Gram matrix of at least one token. Weights of a
+    channel that was always zero become zero. Raises SingularHessianError.
     """
     rows, width = weight_OI.shape
     hessian_II, dead_I = _hessian(moments)
     factor_II = _factor_of_inverse(hessian_II)
-    # columns are worked on one by one: they lie in one piece
+    # columns are updated one by one, so each is contiguous
     weight_IO = weight_OI.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     weight_IO[dead_I] = 0
     keep_IO = torch.ones_like(weight_IO, dtype=torch.bool)
-    step = max(1, BLOCK // pattern.group) * pattern.group if pattern.group else BLOCK  # no group is cut
+    # a group lies within one block
+    step = max(1, BLOCK // pattern.group) * pattern.group if pattern.group else BLOCK
     for start in range(0, width, step):
         end = min(start + step, width)
         drop = dropped_per_row(rows * end, sparsity) - dropped_per_row(rows * start, sparsity)
@@ -55,9 +56,9 @@ def sparsegpt(weight_OI: Tensor, moments: Moments, sparsity: float, pattern: Pat
 
 
 def _hessian(moments: Moments) -> tuple[Tensor, Tensor]:
-    """H, damped, float64, and which channels are dead: zero at every token."""
-    assert moments.gram_II is not None, "the moments were gathered without a gram"
-    assert moments.tokens, "no token was seen: the caller goes by |W|"
+    """Return the damped H, float64, and which channels are dead, i.e. zero at every token."""
+    assert moments.gram_II is not None, "the moments were gathered without a Gram matrix"
+    assert moments.tokens, "without a token the caller prunes by |W|"
     hessian_II = moments.gram_II * (2 / moments.tokens)
     diagonal_I = hessian_II.diagonal()
     damping, dead_I = DAMPING * diagonal_I.mean(), diagonal_I == 0
@@ -67,20 +68,24 @@ def _hessian(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def _factor_of_inverse(hessian_II: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = H^-1, float32.
+    """Return the upper triangular U with U^T U = H^-1, float32.
 
-    With H read backwards as L L^T, U is the inverse of L read backwards: H^-1 itself is never made.
+    If H with rows and columns reversed is L L^T, then U is the inverse of L, reversed in the same way. So H^-1
+    itself is never computed.
     """
     lower_II, failed_at = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
     if int(failed_at) or not lower_II.diagonal().isfinite().all():
         raise SingularHessianError("the Hessian is not positive definite")
-    one_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-    inverse_II: Tensor = torch.linalg.solve_triangular(lower_II, one_II, upper=False)
+    identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
+    inverse_II: Tensor = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
     return inverse_II.flip(0, 1).float()
 
 
 def _prune_block(weight_CO: Tensor, keep_CO: Tensor, factor_CC: Tensor, drop: int, pattern: Pattern) -> Tensor:
-    """Prune a block, in place of `weight_CO` and `keep_CO`; the errors to mend to the right of it, [C, O]."""
+    """Prune a block: change `weight_CO` and `keep_CO` in place. Return the errors, [C, O].
+
+    The caller uses the errors to update the columns to the right of the block.
+    """
     scale_C = factor_CC.diagonal()
     error_CO = torch.empty_like(weight_CO)
     if not pattern.group:
@@ -96,5 +101,5 @@ def _prune_block(weight_CO: Tensor, keep_CO: Tensor, factor_CC: Tensor, drop: in
 
 
 def _cost(weight_CO: Tensor, scale_C: Tensor) -> Tensor:
-    """What dropping each weight costs, once those to the right are mended, [O, C]."""
+    """Return the cost of dropping each weight, after the weights to its right are updated, [O, C]."""
     return (weight_CO / scale_C[:, None]).square().T
