@@ -123,8 +123,9 @@ def _all_seen(sides: Sequence[Moments]) -> bool:
 class Score:
     """A scoring rule by which `keep_mask` selects weights.
 
-    `function` maps (weight_OI, moments of its sides, seed) to score_OI, float32. `sides` is the number of calibrations that it reads: none, one, or two (keep, against). `within` is what an
-    unstructured mask compares its scores within.
+    `function` maps (weight_OI, moments of its sides, seed) to score_OI, float32. `sides` is the number of
+    calibrations that it reads: none, one, or two (keep, against). `within` is what an unstructured mask compares
+    its scores within.
     """
 
     function: Callable[[Tensor, Sequence[Moments], int], Tensor]
