@@ -216,7 +216,7 @@ def test_experts_are_never_given_pads() -> None:
     layer = Sparse()
     with Observer(layer) as observer:
         observer.keep = torch.ones(4, dtype=torch.bool)
-        with pytest.raises(AssertionError, match="without pads"):
+        with pytest.raises(AssertionError, match="without padding"):
             layer(torch.randn(4, WIDTH), torch.zeros(4, 1, dtype=torch.int64))
 
 

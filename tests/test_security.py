@@ -29,8 +29,9 @@ from mlprune.commands.prune import VariantOptions, select_run
 from mlprune.data.corpora import open_corpus
 from mlprune.errors import CorpusError, ModelError, SpecError
 from mlprune.models.hollow import LoadedPart, Span, load_hollow
+from mlprune.models.offload_folder import OffloadFolder
 from mlprune.models.source import find_model
-from mlprune.models.zero import _Folder, open_rendezvous
+from mlprune.models.zero import open_rendezvous
 from mlprune.report.tables import show_tracking
 from mlprune.runtime.ray_cluster import cluster_address
 from mlprune.spec.loading import load_spec, parse_spec, read_yaml
@@ -425,7 +426,7 @@ def test_what_others_left_in_the_offload_folder_stays(tmp_path: Path) -> None:
     theirs.parent.mkdir()
     theirs.write_text("a lot of work")
     (tmp_path / "lock").write_text("a lock of theirs")
-    own = _Folder(tmp_path)
+    own = OffloadFolder(tmp_path)
     assert tmp_path in own.path.parents
     own.close()
     assert theirs.read_text() == "a lot of work"

@@ -223,8 +223,8 @@ def test_a_hessian_that_cannot_be_factorised_is_an_error(gram: list[list[float]]
         sparsegpt(torch.ones(3, 2), Moments(5, gram_II.diagonal(), gram_II), 0.5, Pattern.parse(text))
 
 
-def test_what_the_caller_owes() -> None:
-    with pytest.raises(AssertionError, match="without a gram"):
+def test_caller_must_pass_a_gram_matrix_of_some_token() -> None:
+    with pytest.raises(AssertionError, match="without a Gram matrix"):
         sparsegpt(torch.ones(3, 2), Moments.of(torch.ones(4, 2)), 0.5, UNSTRUCTURED)
-    with pytest.raises(AssertionError, match="no token"):
+    with pytest.raises(AssertionError, match="without a token"):
         sparsegpt(torch.ones(3, 2), Moments.zeros(2, gram=True), 0.5, UNSTRUCTURED)

@@ -1,1 +1,17 @@
-"""Somebody else's model: where it comes from, held in pieces, run layer by layer."""
+"""Hugging Face models, loaded layer by layer.
+
+quiet           transformers without its progress bars and notices
+demo            the demo model: fetched, converted, cached
+weight_files    the files that hold a checkpoint's weights
+hub             downloads from the Hugging Face hub
+fingerprint     a hash of a model's content
+source          a model's name to a checked local folder
+hollow          a model of which only one shard's layers are loaded
+matrices        the matrices of a layer that are pruned, and the moments of their inputs
+memory          the memory of this process
+cache           keys and values of earlier tokens, per layer
+replay          runs single layers exactly as the whole model would
+residency       where a shard's weights are kept, and how a layer is borrowed
+offload_folder  a process's folder for offloaded weights
+zero            weights offloaded with DeepSpeed ZeRO
+"""

@@ -1,13 +1,13 @@
-"""A hollow model: the Hugging Face model of which only one shard's layers are there.
+"""Loads hollow models. A hollow model is a Hugging Face model of which only one shard's layers are loaded.
 
-Hugging Face's own loader fills it, so that tied weights, converted keys, rebuilt buffers and sharded
-checkpoints are its business: the class hollows itself at the end of `__init__`, before weights are read.
+Its other layers are placeholders. Hugging Face's own loader reads the weights, so tied weights, converted keys,
+rebuilt buffers and sharded checkpoints are handled there: the class removes layers at the end of `__init__`,
+before weights are read. How the layers are run is in `replay`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +17,9 @@ from mlprune.errors import ModelError
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 
-# model_type -> whether its layers return a tuple. Each is held to the whole model, bit for bit, in
-# tests/test_replay.py; a family joins by a line here and a config there.
+# model_type -> whether its layers return a tuple. tests/test_replay.py checks that each family gives results
+# that are bit-identical to those of the whole model. To add a family, add a line here and a config in
+# tests/tiny_models.py.
 FAMILIES = {
     "bloom": True,
     "gemma": False,
@@ -41,7 +42,7 @@ FAMILIES = {
 
 
 def check_family(config: PretrainedConfig, name: str) -> None:
-    """Raise ModelError unless layers of such a model may be held apart: nothing but hidden states between."""
+    """Raise ModelError unless the model can be cut into shards: only hidden states may pass between its layers."""
     family = config.model_type
     shared = [
         key
@@ -57,17 +58,18 @@ def check_family(config: PretrainedConfig, name: str) -> None:
 
 
 def layer_count(config: PretrainedConfig) -> int:
+    """Return the number of decoder layers."""
     return int(config.get_text_config().num_hidden_layers)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model class of a configuration of a supported family."""
+    """Return the causal language model class for a configuration of a supported family."""
     cls: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]
     return cls
 
 
 def decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """The shallowest ModuleList of `count` entries, and its name."""
+    """Return the name and the module of the decoder layers: the shallowest ModuleList of `count` entries."""
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     name, layers = min(lists, key=lambda item: item[0].count("."))
     return name, layers
@@ -96,7 +98,7 @@ class Span:
 
 @dataclass(frozen=True)
 class LoadedPart:
-    """What a hollow model holds, beside the small things that every one of them has (norms, positions)."""
+    """The part of a model that is loaded. Small modules (norms, position embeddings) are always loaded too."""
 
     layers: range
     embedding: bool
@@ -104,21 +106,22 @@ class LoadedPart:
 
     @classmethod
     def whole(cls, span: Span) -> LoadedPart:
-        """All of a shard."""
+        """Return everything of a shard."""
         return cls(span.layers, span.is_first, span.is_last)
 
     @classmethod
     def shell(cls, span: Span) -> LoadedPart:
-        """A shard without its layers."""
+        """Return a shard without its layers."""
         return cls(range(0), span.is_first, span.is_last)
 
     @classmethod
     def layer(cls, index: int) -> LoadedPart:
+        """Return one decoder layer alone."""
         return cls(range(index, index + 1), False, False)
 
 
 class Placeholder(nn.Module):
-    """Stands where a layer is not: keeps the plain attributes that the model's forward reads of it."""
+    """Replaces a layer that is not loaded, and has its plain attributes, which the model's forward reads."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -128,7 +131,7 @@ class Placeholder(nn.Module):
 
 
 def hollow_out(model: PreTrainedModel, part: LoadedPart) -> None:
-    """Take away what is not the part's: other layers, the embedding, the head. The rest is small; it stays."""
+    """Remove what `part` does not include: other layers, the embedding, the head. The rest is small and stays."""
     _, layers = decoder_layers(model, layer_count(model.config))
     for index, layer in enumerate(layers):
         if index not in part.layers:
@@ -146,26 +149,26 @@ def hollow_out(model: PreTrainedModel, part: LoadedPart) -> None:
     }
 
 
-def _replace(model: nn.Module, gone: nn.Module) -> None:
-    name = next(name for name, module in model.named_modules() if module is gone)
+def _replace(model: nn.Module, unused: nn.Module) -> None:
+    name = next(name for name, module in model.named_modules() if module is unused)
     model.set_submodule(name, nn.Identity())
 
 
 def load_hollow(
     source: ModelSource, part: LoadedPart, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The model of `source` with only `part`'s weights in memory, in evaluation mode on `device`.
+    """Return the model of `source` with only the weights of `part` in memory, in evaluation mode on `device`.
 
-    Raises ModelError when the checkpoint lacks a weight of the part.
+    Raises ModelError if the checkpoint lacks a weight of the part.
     """
     cls = model_class(source.config())
 
-    def init(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def init(self: PreTrainedModel, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         cls.__init__(self, config, *args, **kwargs)
         hollow_out(self, part)
 
     members = {"__init__": init, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [".*"]}
-    hollow: Any = type(cls.__name__, (cls,), members)
+    hollow: type[PreTrainedModel] = type(cls.__name__, (cls,), members)
     with quiet_transformers():
         model, info = hollow.from_pretrained(
             source.folder,
@@ -182,7 +185,7 @@ def load_hollow(
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The whole model without its weights: shapes only."""
+    """Return the whole model on the meta device: shapes without weights."""
     with quiet_transformers(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

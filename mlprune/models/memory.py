@@ -1,4 +1,4 @@
-"""The memory of this process."""
+"""Measures the memory of this process and returns freed memory to the system. GPU memory is not covered."""
 
 import ctypes
 import functools
@@ -8,37 +8,37 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-SLACK = 64 * 2**20  # bytes that the heap may keep, freed, between two layers
+SLACK = 64 * 2**20  # bytes by which the process may grow before its heap is trimmed
 
 
 class Heap:
-    """Has the C library return what was freed but lies between blocks that are in use, now and then.
+    """Lets the C library return freed memory that lies between used blocks, from time to time.
 
-    A pass frees and takes tensors of a hundred sizes, and leaves a heap larger by half than what is in it. To
-    return everything after each layer would cost more than it brings: every page comes back as a fault.
+    A pass allocates and frees tensors of a hundred sizes, and leaves a heap half as large again as its content.
+    Trimming after each layer would cost more than it saves, because every page comes back with a page fault.
     """
 
     def __init__(self) -> None:
-        self._before = memory_held()
+        self._before = resident_bytes()
 
     def trim(self) -> None:
-        """Call between layers: returns what was freed, if the process has grown by more than SLACK."""
-        if memory_held() - self._before > SLACK:
+        """Return freed memory if the process has grown by more than SLACK. To be called between layers."""
+        if resident_bytes() - self._before > SLACK:
             _malloc_trim()(0)
-            self._before = memory_held()
+            self._before = resident_bytes()
 
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int]:
     try:
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError):  # not glibc: its allocator does as it does
+    except (AttributeError, OSError):  # the C library is not glibc and has no such function
         return lambda _: 0
     return trim
 
 
-def memory_held() -> int:
-    """Bytes that this process holds in memory now; 0 where the system does not say."""
+def resident_bytes() -> int:
+    """Return the bytes that this process holds in memory now; 0 where the system does not report them."""
     try:
         pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:
@@ -47,9 +47,9 @@ def memory_held() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held in memory."""
+    """Return the most bytes that this process has held in memory."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would tell of the process that this one was started from, if that was larger
+    if status.exists():  # the peak of getrusage may be that of the process that started this one: exec keeps it
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""transformers without its own progress bars and notices, which know nothing of shards."""
+"""Silences transformers: its progress bars and notices describe whole models and would mislead about shards."""
 
 import logging
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import transformers
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars or warnings of transformers inside; as before outside."""
+    """Turn off the progress bars and warnings of transformers while the block runs."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()

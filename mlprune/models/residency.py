@@ -1,7 +1,8 @@
-"""Where a shard's weights live. Whoever touches a layer's weights borrows the layer.
+"""Where a shard's weights are kept. Code that uses a layer's weights must borrow the layer.
 
-`resident`: on the device, all the time (here). `zero`: elsewhere, brought when borrowed (`zero.py`). The dense
-weights are never overwritten: a variant's weights are masked copies, of one layer at a time.
+`resident` weights are on the device all the time; that residency is here. `zero` weights are offloaded and
+fetched when a layer is borrowed; that residency is in `zero`. The dense weights are never overwritten: a
+variant's weights are masked copies, one layer at a time.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +20,10 @@ from mlprune.pruning.masks import LayerMasks
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of the processes that hold a shard together, and where they meet (`host:port`; one meets nobody)."""
+    """One of the processes that hold a shard together. `address` (`host:port`) is where they find each other.
+
+    A single rank has no address.
+    """
 
     rank: int = 0
     size: int = 1
@@ -27,6 +31,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Return whether this is rank 0, which stores and returns what all ranks share."""
         return self.rank == 0
 
 
@@ -38,18 +43,18 @@ class Residency(ABC):
 
     @abstractmethod
     def borrow(self, index: int, prefetch: int | None = None) -> AbstractContextManager[nn.Module]:
-        """The layer with its dense weights in place, until the block ends.
+        """Yield the layer with its dense weights in place, until the block ends.
 
-        `prefetch` is the layer that will be borrowed next: it may be sent for while this one works.
+        `prefetch` is the layer that will be borrowed next: it may be fetched while this one works.
         """
 
     @abstractmethod
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of `values` over the ranks that hold the shard; each of them must ask."""
+        """Return the sum of `values` over the ranks that hold the shard. Every rank must call this."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the weights, and of what holds them elsewhere."""
+        """Release the weights and, if they are offloaded, their storage."""
 
 
 class Resident(Residency):
@@ -75,7 +80,7 @@ class Resident(Residency):
 
 @contextmanager
 def masked_by(layer: nn.Module, masks: LayerMasks | None) -> Iterator[None]:
-    """The borrowed layer with `masks` on until the block ends; None leaves it dense."""
+    """Apply `masks` to the borrowed layer until the block ends; None leaves it dense."""
     if masks is None:
         yield
         return
@@ -90,12 +95,12 @@ def masked_by(layer: nn.Module, masks: LayerMasks | None) -> Iterator[None]:
 
 
 def pruned_parameters(layer: nn.Module) -> tuple[str, ...]:
-    """The parameters of the layer that hold matrices."""
+    """Return the names of the layer's parameters that contain pruned matrices."""
     return tuple(dict.fromkeys(matrix.parameter for matrix in matrices(layer).values()))
 
 
 def masked(layer: nn.Module, masks: LayerMasks) -> dict[str, Tensor]:
-    """The variant's copies of the layer's pruned parameters: every dropped weight is +0."""
+    """Return masked copies of the layer's pruned parameters, by name: every dropped weight is +0."""
     copies = {
         name: layer.get_parameter(name).data.clone(memory_format=torch.preserve_format)
         for name in pruned_parameters(layer)

@@ -22,7 +22,7 @@ from mlprune.evaluation.build import build_suite, required_languages
 from mlprune.evaluation.suite import Suite
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
-from mlprune.models.zero import disk_access_builder
+from mlprune.models.zero import check_disk_access
 from mlprune.planning.machine import Machine, this_machine, with_disk
 from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import Plan, make_plan
@@ -143,7 +143,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         logger.info("  residency: %s", plan.reason)
     if plan.residency.offload == "nvme" and not cluster_is_running():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
-        disk_access_builder(machine.device)
+        check_disk_access(machine.device)
     return Prepared(spec, source, model_size, machine, plan, sets, suite)
 
 
