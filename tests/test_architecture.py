@@ -1,6 +1,7 @@
 """The architecture: packages import in one direction, and each library is imported where the table says."""
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,9 +61,14 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file): file.read_text() for file in sorted(ROOT.rglob("*.py"))}
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def imports(text: str) -> Iterator[tuple[int, str]]:
     """Line and full name of every import, inside functions too. `from a import b` is a.b, module or not."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -109,11 +115,11 @@ def prints(module: str, text: str) -> list[str]:
     if package_of(module) in PRINTING:
         return []
     imported = [f"{module}:{line}: {name}" for line, name in imports(text) if name in CONSOLES]
-    nodes = list(ast.walk(ast.parse(text)))
+    nodes = list(ast.walk(parsed(text)))
     calls = [
         f"{module}:{node.lineno}: print" for node in nodes if isinstance(node, ast.Name) and node.id == "print"
     ]
-    uses = (node for node in nodes if isinstance(node, ast.Attribute))
+    uses = (node for node in nodes if isinstance(node, ast.Attribute) and node.attr in ("errors", "results"))
     return (
         imported
         + calls
