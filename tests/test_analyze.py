@@ -1,4 +1,4 @@
-"""`mlprune analyze`, on a tiny model in this process: what it writes, logs and prints, and how it refuses."""
+"""`mlprune analyze` on a tiny model in this process: files, MLflow run, output and errors."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ search: {score: [magnitude], sparsity: [0.3]}
 TABLES = ("features.csv", "overlap.csv", "masks.csv", "top.csv")
 PICTURES = ("top.png", "overlap.png", "masks.png", "masks_pairs.png")
 CONDITIONS = ["mono:en", "mono:fr", "mono:hi", "translation:en-fr", "translation:en-hi"]
-Found = tuple[Any, Result, Path]
+Analysis = tuple[Any, Result, Path]
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +39,18 @@ def model() -> str:
     return str(tiny_models.source().folder)
 
 
-def asked(model: str, place: Path, *words: str) -> list[str]:
-    """A whole command; words that come later count."""
+def command_line(model: str, place: Path, *words: str) -> list[str]:
+    """Return a whole command line; later words override earlier ones."""
     (place / "tiny.yaml").write_text(SPEC)
-    given = ["analyze", model, "--spec", str(place / "tiny.yaml"), "--output", str(place / "out")]
-    return [*given, "--set", f"storage={place / 'store'}", "--languages", "en,fr,hi", *words]
+    start = ["analyze", model, "--spec", str(place / "tiny.yaml"), "--output", str(place / "out")]
+    return [*start, "--set", f"storage={place / 'store'}", "--languages", "en,fr,hi", *words]
 
 
 @pytest.fixture(scope="module")
-def found(model: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What one command wrote as JSON, what it printed, and its folder."""
+def analysis(model: str, tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    """Run one command; return its JSON, its result and its folder."""
     place = tmp_path_factory.mktemp("study")
-    words = asked(model, place, "--ratio", "0.2", "--sparsity", "0.4", "--json", str(place / "values.json"))
+    words = command_line(model, place, "--ratio", "0.2", "--sparsity", "0.4", "--json", str(place / "values.json"))
     result = CliRunner().invoke(main, words)
     assert result.exception is None, result.stderr
     return json.loads((place / "values.json").read_text()), result, place
@@ -67,8 +67,8 @@ def magnitudes(place: Path) -> torch.Tensor:
     return values.reshape(len(CONDITIONS), 4, 32)
 
 
-def test_every_condition_is_measured(found: Found, model: str) -> None:
-    values, _, place = found
+def test_every_condition_is_measured(analysis: Analysis, model: str) -> None:
+    values, _, place = analysis
     assert values["conditions"] == CONDITIONS
     settings = [f"model.path={model}", f"storage={place / 'again'}"]
     prepared = prepare(
@@ -80,23 +80,23 @@ def test_every_condition_is_measured(found: Found, model: str) -> None:
     assert len({tuple(row.tolist()) for row in magnitudes(place)[:, 0]}) == len(CONDITIONS)
 
 
-def test_tables_and_values_agree(found: Found) -> None:
-    values, _, place = found
+def test_tables_and_values_agree(analysis: Analysis) -> None:
+    values, _, place = analysis
     for end in ENDS:
         expected = overlaps(magnitudes(place), 0.2, end)
         table = [float(row["overlap"]) for row in rows(place, "overlap.csv") if row["other_end"] == end]
         assert table == expected.flatten().tolist()
         assert values["overlap"][end] == expected.mean(2).tolist()
     top = magnitudes(place)[[1, 3], 2].max(0).values
-    shown = {int(row["channel"]) for row in rows(place, "top.csv") if row["language"] == "fr"}
-    assert shown == set(is_at(top, 20 / 32, "top").nonzero()[:, 0].tolist())
+    displayed = {int(row["channel"]) for row in rows(place, "top.csv") if row["language"] == "fr"}
+    assert displayed == set(is_at(top, 20 / 32, "top").nonzero()[:, 0].tolist())
     assert {row["layer"] for row in rows(place, "top.csv")} == {"2"}, "the middle of four"
     assert {row["language"] for row in rows(place, "top.csv")} == {"fr", "hi"}
 
 
-def test_masks_are_those_of_a_trial(found: Found, model: str) -> None:
-    """Sums over the table; and one pair, from the masks that pruning makes."""
-    values, _, place = found
+def test_masks_are_those_of_a_trial(analysis: Analysis, model: str) -> None:
+    """Compare sums over the table, and one pair with the masks that pruning makes."""
+    values, _, place = analysis
     table = rows(place, "masks.csv")
     for a, one in enumerate(CONDITIONS):
         for b, other in list(enumerate(CONDITIONS))[a + 1 :]:
@@ -116,19 +116,19 @@ def test_masks_are_those_of_a_trial(found: Found, model: str) -> None:
         masks = [worker._masks[variant.key][2]["mlp.up_proj"] for variant in chosen]
     first, second = (~mask.unpack() for mask in masks if isinstance(mask, PackedMask))
     assert len({made.digest for made in pruned}) == 2
-    told = next(
+    pair = next(
         row
         for row in table
         if (row["condition"], row["other"]) == ("mono:fr", "translation:en-fr")
         and (row["layer"], row["matrix"]) == ("2", "mlp.up_proj")
     )
-    assert (int(told["both"]), int(told["either"])) == (int((first & second).sum()), int((first | second).sum()))
-    both_CC = torch.tensor([[int(first.sum()), int(told["both"])], [int(told["both"]), int(second.sum())]])
-    assert float(told["share"]) == float(shares(both_CC)[0, 1])
+    assert (int(pair["both"]), int(pair["either"])) == (int((first & second).sum()), int((first | second).sum()))
+    both_CC = torch.tensor([[int(first.sum()), int(pair["both"])], [int(pair["both"]), int(second.sum())]])
+    assert float(pair["share"]) == float(shares(both_CC)[0, 1])
 
 
-def test_run_is_tracked_with_its_files(found: Found, model: str) -> None:
-    values, _, place = found
+def test_run_is_tracked_with_its_files(analysis: Analysis, model: str) -> None:
+    values, _, place = analysis
     client = MlflowClient(values["tracking_uri"])
     run = client.get_run(values["run"])
     experiment = client.get_experiment_by_name("analysis")
@@ -140,10 +140,10 @@ def test_run_is_tracked_with_its_files(found: Found, model: str) -> None:
     assert copy.read_bytes() == (place / "out/features.csv").read_bytes()
 
 
-def test_what_is_printed_says_where_to_look(found: Found) -> None:
-    values, result, place = found
-    shown, places = result.stdout.split("\nfiles ")
-    lines = shown.splitlines()
+def test_output_shows_figures_and_locations(analysis: Analysis) -> None:
+    values, result, place = analysis
+    displayed, places = result.stdout.split("\nfiles ")
+    lines = displayed.splitlines()
     assert max(map(len, lines)) <= 100
     for code, name in (("fr", "French (fr)"), ("hi", "Hindi (hi)")):
         a, b = CONDITIONS.index(f"mono:{code}"), CONDITIONS.index(f"translation:en-{code}")
@@ -158,11 +158,11 @@ def test_what_is_printed_says_where_to_look(found: Found) -> None:
 
 
 def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
-    """An empty folder is as good as a new one; an experiment that is named is taken."""
+    """An empty folder is accepted; a named experiment is used."""
     (tmp_path / "out").mkdir()
     words = ("--languages", "fr,en", "--pivot", "hi", "--layer", "3", "--json", "-")
     settings = ("--set", "tracking.experiment=mine", "--set", "calibration.samples=2")
-    result = CliRunner().invoke(main, asked(model, tmp_path, *words, *settings))
+    result = CliRunner().invoke(main, command_line(model, tmp_path, *words, *settings))
     assert result.exception is None, result.stderr
     values = json.loads(result.stdout)
     assert values["conditions"] == ["mono:fr", "mono:en", "translation:hi-fr", "translation:hi-en"]
@@ -170,7 +170,7 @@ def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
     assert MlflowClient(values["tracking_uri"]).get_experiment_by_name("mine") is not None
 
 
-# mistakes
+# errors
 
 
 @pytest.mark.parametrize(
@@ -195,25 +195,25 @@ def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
         ("--set tracking.uri=nonsense://x", "tracking.uri: 'nonsense://x': ", "MLflow"),
     ],
 )
-def test_mistake_is_answered_before_weights(
+def test_mistakes_are_reported_before_weights_are_loaded(
     words: str, start: str, remedy: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlprune.sweep.session.ShardWorker", lambda *_: pytest.fail("weights are loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    given = words.replace("PLACE", str(tmp_path)).split()
-    result = CliRunner().invoke(main, asked(model, tmp_path, *given))
+    options = words.replace("PLACE", str(tmp_path)).split()
+    result = CliRunner().invoke(main, command_line(model, tmp_path, *options))
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
     assert result.stderr.startswith(f"mlprune: {start.replace('PLACE', str(tmp_path))}")
     assert remedy in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_model_whose_states_are_no_numbers_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_that_are_not_finite_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = ShardWorker.take_features
     broken = lambda self: {key: sums * float("nan") for key, sums in measured(self).items()}  # noqa: E731
     monkeypatch.setattr(ShardWorker, "take_features", broken)
-    result = CliRunner().invoke(main, asked(str(tiny_models.source().folder), tmp_path))
+    result = CliRunner().invoke(main, command_line(str(tiny_models.source().folder), tmp_path))
     assert (result.exit_code, result.stdout) == (2, "")
     assert "mlprune: model.dtype: auto: the hidden states are not finite" in result.stderr
     assert not (tmp_path / "out").exists()

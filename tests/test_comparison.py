@@ -1,4 +1,4 @@
-"""Two runs against each other, as MLflow keeps them: `mlprune compare`."""
+"""`mlprune compare`: two runs, read from MLflow, item by item."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def variant(sparsity: float) -> Variant:
 
 
 def likelihoods(language: str, more: float) -> Items:
-    """Lines of 100 bytes; `more` nats each, give or take, than another run's."""
+    """Return likelihoods of lines of 100 bytes, about `more` nats higher than another run's."""
     nll = tuple(90.0 + n % 7 + more * (1 + (n % 3 - 1) / 2) for n in range(len(LINES)))
     columns = {"nll": nll, "tokens": (30,) * len(LINES), "bytes": (100,) * len(LINES)}
     return Items("perplexity", language, "likelihood", LINES, columns)
@@ -54,17 +54,17 @@ def compared(*words: str) -> Result:
     return CliRunner().invoke(main, ["compare", *words])
 
 
-def test_the_report_card(tracker: SweepTracker) -> None:
+def test_the_printed_table(tracker: SweepTracker) -> None:
     a = finished(
         tracker, "a", 0.3, [likelihoods("en", 0), likelihoods("fr", 0), answers("en", []), answers("fr", [])]
     )
     worse = [likelihoods("en", 2.0), likelihoods("fr", 9.0), answers("en", [4]), answers("fr", range(40))]
     b = finished(tracker, "b", 0.5, worse)
-    told = compared(a, b)
-    assert told.exit_code == 0, told.stderr
+    result = compared(a, b)
+    assert result.exit_code == 0, result.stderr
     rows = {
         " ".join(re.findall("[a-z_]+", line.split("0.")[0])): line
-        for line in told.stdout.splitlines()
+        for line in result.stdout.splitlines()
         if "[" in line
     }
     ends = {name: re.split(r"\d ", line.rstrip())[-1].strip() for name, line in rows.items()}
@@ -74,8 +74,8 @@ def test_the_report_card(tracker: SweepTracker) -> None:
         "xwinograd acc en": "not significant",
         "xwinograd acc fr": "worse *",
     }
-    assert max(len(line) for line in told.stdout.splitlines()) <= 100
-    assert told.stdout.startswith(f"a  en 0.3 wanda  {a}\nb  en 0.5 wanda  {b}\n")
+    assert max(len(line) for line in result.stdout.splitlines()) <= 100
+    assert result.stdout.startswith(f"a  en 0.3 wanda  {a}\nb  en 0.5 wanda  {b}\n")
 
 
 def test_the_same_as_json(tracker: SweepTracker) -> None:
@@ -108,13 +108,13 @@ def test_harness_tasks_of_one_name_are_corrected_together(tracker: SweepTracker)
     assert one["adjusted"] == pytest.approx(4 * one["p"])
 
 
-def test_what_cannot_be_compared_is_answered(tracker: SweepTracker) -> None:
+def test_runs_that_cannot_be_compared_are_reported(tracker: SweepTracker) -> None:
     a = finished(tracker, "a", 0.3, [likelihoods("en", 0)])
     other = finished(tracker, "b", 0.5, [likelihoods("fr", 0)])
     tracker.start_trial("c", variant(0.7))
     assert tracker.flush(10, print)
     going = tracker.run_id("c")
-    for words, told in (
+    for words, remedy in (
         ((a, "nothing"), "'nothing': no such run in sqlite:///"),
         ((a, tracker.parent_id), "not the run of a trial of mlprune"),
         ((going, a), "has no items.json: it did not finish"),
@@ -123,4 +123,4 @@ def test_what_cannot_be_compared_is_answered(tracker: SweepTracker) -> None:
         result = compared(*words)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
         assert result.stderr.startswith("mlprune: RUN: ")
-        assert told in result.stderr
+        assert remedy in result.stderr

@@ -1,4 +1,4 @@
-"""Sizes that are known before a weight is read: the model's, its shards', and the machine's."""
+"""Sizes that are known before weights are read: of models, shards and machines."""
 
 import functools
 import itertools
@@ -42,8 +42,8 @@ LLAMA = shape("llama")
 
 @functools.cache
 def real(family: str, tied: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    made: torch.nn.Module = AutoModelForCausalLM.from_config(config(family, tie_word_embeddings=tied)).to(dtype)
-    return made
+    built: torch.nn.Module = AutoModelForCausalLM.from_config(config(family, tie_word_embeddings=tied)).to(dtype)
+    return built
 
 
 def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -61,19 +61,19 @@ def bytes_of(module: torch.nn.Module) -> int:
 @BOTH
 @EVERY
 def test_the_sizes_are_those_of_the_real_model(family: str, tied: bool, dtype: torch.dtype, item: int) -> None:
-    found, model = shape(family, dtype, tie_word_embeddings=tied), real(family, tied, dtype)
-    assert found.layers == tuple(bytes_of(layer) for layer in layers_of(model))
-    assert found.total == bytes_of(model)
-    assert (found.tied, found.ends) == (tied, (item * 384 * 32, item * 384 * 32))
-    assert found.packed == max(Layout.of(layer, dtype).elements for layer in layers_of(model))
-    assert (found.dtype, found.token_bytes) == (dtype, item * 32)
-    assert (found.hidden, found.vocabulary, found.heads, found.positions) == (32, 384, 4, 512)
-    assert found.has_experts is (family in ("mixtral", "qwen3_moe"))
+    measured, model = shape(family, dtype, tie_word_embeddings=tied), real(family, tied, dtype)
+    assert measured.layers == tuple(bytes_of(layer) for layer in layers_of(model))
+    assert measured.total == bytes_of(model)
+    assert (measured.tied, measured.ends) == (tied, (item * 384 * 32, item * 384 * 32))
+    assert measured.packed == max(Layout.of(layer, dtype).elements for layer in layers_of(model))
+    assert (measured.dtype, measured.token_bytes) == (dtype, item * 32)
+    assert (measured.hidden, measured.vocabulary, measured.heads, measured.positions) == (32, 384, 4, 512)
+    assert measured.has_experts is (family in ("mixtral", "qwen3_moe"))
 
 
 @EVERY
 def test_the_matrices_are_those_of_the_real_model(family: str) -> None:
-    found = shape(family, torch.bfloat16)
+    measured = shape(family, torch.bfloat16)
     widths: dict[str, int] = {}
     largest = 0
     for number, layer in enumerate(layers_of(real(family))):
@@ -81,20 +81,21 @@ def test_the_matrices_are_those_of_the_real_model(family: str) -> None:
             name: matrix.view_OI(layer.get_parameter(matrix.parameter)) for name, matrix in matrices(layer).items()
         }
         widths |= {f"{number}.{name}": view.shape[1] for name, view in views.items()}
-        assert found.layer_widths[number] == sum(view.shape[1] for view in views.values())
-        assert found.pruned[number] == sum(view.numel() for view in views.values())
+        assert measured.layer_widths[number] == sum(view.shape[1] for view in views.values())
+        assert measured.pruned[number] == sum(view.numel() for view in views.values())
         largest = max(largest, *(view.numel() for view in views.values()))
-    assert (found.widths, found.intermediate, found.largest_matrix) == (widths, max(widths.values()), largest)
+    assert measured.widths == widths
+    assert (measured.intermediate, measured.largest_matrix) == (max(widths.values()), largest)
 
 
-def test_of_layers_that_differ_the_largest_counts() -> None:
-    found = shape("qwen3_moe", mlp_only_layers=[0], intermediate_size=640)  # the first is no mixture
-    assert found.packed * 4 >= found.layers[0] > found.layers[1]
-    assert found.largest_matrix == 640 * 32
-    assert found.layer_widths[:2] == (4 * 32 + 2 * 32 + 640, 4 * 32 + 4 * (32 + 24))
+def test_the_largest_of_different_layers_counts() -> None:
+    measured = shape("qwen3_moe", mlp_only_layers=[0], intermediate_size=640)  # the first is no mixture
+    assert measured.packed * 4 >= measured.layers[0] > measured.layers[1]
+    assert measured.largest_matrix == 640 * 32
+    assert measured.layer_widths[:2] == (4 * 32 + 2 * 32 + 640, 4 * 32 + 4 * (32 + 24))
 
 
-def test_what_is_pruned_is_counted_by_hand() -> None:
+def test_pruned_weights_counted_by_hand() -> None:
     assert (LLAMA.pruned, LLAMA.largest_matrix) == ((ATTENTION + MLP,) * 4, 32 * 48)
     assert LLAMA.intermediate == LLAMA.widths["3.mlp.down_proj"] == 48
     assert LLAMA.layer_widths == (4 * 32 + 2 * 32 + 48,) * 4
@@ -106,17 +107,17 @@ def test_what_is_pruned_is_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("chosen", "experts"), [(1, 4), (2, 4), (3, 8)])
-def test_a_token_meets_the_head_all_matrices_and_of_experts_its_own(chosen: int, experts: int) -> None:
+def test_active_weights_are_head_matrices_and_the_routed_experts(chosen: int, experts: int) -> None:
     assert LLAMA.active == 4 * (ATTENTION + MLP) + 384 * 32
     for family, key, width in (("mixtral", "num_local_experts", 48), ("qwen3_moe", "num_experts", 24)):
-        found = shape(family, num_experts_per_tok=chosen, **{key: experts})
-        assert found.active == 4 * (ATTENTION + chosen * 3 * 32 * width) + 384 * 32
+        measured = shape(family, num_experts_per_tok=chosen, **{key: experts})
+        assert measured.active == 4 * (ATTENTION + chosen * 3 * 32 * width) + 384 * 32
 
 
-# what is refused
+# errors
 
 
-def test_a_width_that_the_group_does_not_divide_is_named() -> None:
+def test_error_names_a_width_that_is_not_divisible_by_the_group() -> None:
     for family, odd, name in (("llama", "intermediate_size", "mlp.down_proj"), ("gpt2", "n_inner", "mlp.c_proj")):
         with pytest.raises(SpecError) as caught:
             check_pattern(shape(family, **{odd: 50}), Pattern.parse("2:4"), "search.pattern")
@@ -130,7 +131,7 @@ def test_a_pattern_that_divides_every_width_passes(pattern: str, width: int) -> 
 
 
 @pytest.mark.parametrize("family", ["t5", "bert", "mamba"])
-def test_a_family_that_is_not_known_is_refused_by_name(family: str) -> None:
+def test_unsupported_families_are_rejected_by_name(family: str) -> None:
     with pytest.raises(ModelError) as caught:
         measure_model(AutoConfig.for_model(family), torch.float32, "some/model")
     known = f"unsupported family; supported: {', '.join(FAMILIES)}"
@@ -138,7 +139,7 @@ def test_a_family_that_is_not_known_is_refused_by_name(family: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["num_kv_shared_layers", "hidden_size_per_layer_input"])
-def test_layers_that_share_state_are_refused_by_name(key: str) -> None:
+def test_layers_with_shared_state_are_rejected_by_name(key: str) -> None:
     with pytest.raises(ModelError) as caught:
         shape("llama", **{key: 2})
     remedy = f"its layers share state ({key}), so it cannot be cut into shards"
@@ -159,7 +160,7 @@ SIZES = st.lists(st.integers(1, 6) | st.integers(1, 60), min_size=1, max_size=8)
 
 @settings(max_examples=300, deadline=None)
 @given(SIZES, SMALL | st.integers(0, 200), SMALL | st.integers(0, 200), st.data())
-def test_the_heaviest_shard_is_as_light_as_can_be(
+def test_the_largest_shard_is_as_small_as_possible(
     layers: list[int], head: int, tail: int, data: st.DataObject
 ) -> None:
     count = len(layers)
@@ -176,20 +177,20 @@ def test_the_heaviest_shard_is_as_light_as_can_be(
 
 
 @pytest.mark.parametrize("shards", [0, -1, 5])
-def test_shards_that_cannot_be_are_answered(shards: int) -> None:
+def test_impossible_shard_counts_are_rejected(shards: int) -> None:
     with pytest.raises(SpecError) as caught:
         cut(LLAMA, shards)
     assert str(caught.value) == f"pipeline.shards: {shards}: the model has 4 layers; write 1 to 4"
 
 
-def weights(found: ModelSize, shards: int) -> list[int]:
-    """Bytes that are planned for the weights of each resident shard."""
+def weights(measured: ModelSize, shards: int) -> list[int]:
+    """Return the bytes planned for the weights of each resident shard."""
     given = (shards, Work((), 0, 0, 0), ResidencyPlan("resident"), Chunks(1, few=False), False, 1)
-    return [worker_memory(found, span, *given).weights for span in cut(found, shards)]
+    return [worker_memory(measured, span, *given).weights for span in cut(measured, shards)]
 
 
 def beside(model: torch.nn.Module) -> int:
-    """Bytes of norms and positions: in no layer, and neither embedding nor head. Every shard holds them."""
+    """Return the bytes of norms and positions outside layers, embedding and head. Every shard holds them."""
     parts = (
         layers_of(model),
         *(m for m in model.modules() if getattr(m, "weight", torch.ones(0)).shape == (384, 32)),
@@ -200,18 +201,18 @@ def beside(model: torch.nn.Module) -> int:
 
 @BOTH
 @EVERY
-def test_the_shards_weigh_what_the_model_weighs(family: str, tied: bool) -> None:
-    """But for what every shard holds; several shards of a tied model have its embedding twice."""
-    found, model = shape(family, tie_word_embeddings=tied), real(family, tied)
+def test_shards_together_have_the_bytes_of_the_model(family: str, tied: bool) -> None:
+    """Except for what every shard holds; several shards of a tied model have its embedding twice."""
+    measured, model = shape(family, tie_word_embeddings=tied), real(family, tied)
     for shards in range(1, 5):
         again = 4 * 384 * 32 if tied and shards > 1 else 0
-        assert sum(weights(found, shards)) == bytes_of(model) + again - beside(model)
+        assert sum(weights(measured, shards)) == bytes_of(model) + again - beside(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
-def test_a_loaded_shard_weighs_what_was_planned(family: str) -> None:
-    found = shape(family)
-    for span, planned in zip(cut(found, 3), weights(found, 3), strict=True):
+def test_a_loaded_shard_has_the_planned_bytes(family: str) -> None:
+    measured = shape(family)
+    for span, planned in zip(cut(measured, 3), weights(measured, 3), strict=True):
         model = ReplayModel(source(family), span, torch.float32, torch.device("cpu"))
         held = sum(bytes_of(layer) for layer in model.layers.values())
         held += sum(other.nbytes for other in model.other_weights().values())
@@ -225,7 +226,7 @@ PRINTED = f"{H100[0]}, 81000\\n{A10G[0]}, 22000\\n"
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, folder: Path, printed: str, code: int = 0) -> None:
-    """The driver's tool, as an imposter that prints when it is asked rightly; torch sees a GPU."""
+    """Install a fake nvidia-smi that prints only for the right arguments; torch sees one GPU."""
     right = '*"--query-gpu=name,memory.free"*"--format=csv,noheader,nounits"*'
     tool = folder / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\ncase \"$*\" in {right}) printf '{printed}' ;; esac\nexit {code}\n")
@@ -234,7 +235,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, folder: Path, printed: str, code: in
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
-def test_the_driver_tells_of_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     driver(monkeypatch, tmp_path, PRINTED)
     assert machine.gpus_here() == [H100, A10G]
     driver(monkeypatch, tmp_path, "No devices were found\\n", code=6)
@@ -253,10 +254,10 @@ def test_this_machine_has_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPat
     none = machine.this_machine()
     assert (none.gpus, none.gpu_memory, none.flops) == (0, 0, 0.0)
     both = machine.machine_with([H100, A10G])
-    assert (both.gpus, both.all_gpus, both.gpu_memory) == (2, 2, A10G[1])  # counts on the fullest
+    assert (both.gpus, both.all_gpus, both.gpu_memory) == (2, 2, A10G[1])  # the smaller free memory counts
 
 
-def test_the_disk_of_a_folder_that_is_still_to_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_free_disk_of_a_folder_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(psutil, "disk_usage", lambda place: SimpleNamespace(free=len(place)))
     here = machine.machine_with([])
     assert machine.with_disk(here, tmp_path / "a" / "b") == replace(here, disk=len(str(tmp_path)))
@@ -265,8 +266,8 @@ def test_the_disk_of_a_folder_that_is_still_to_be_made(monkeypatch: pytest.Monke
 
 
 GROUPS = {  # memory.max, memory.current, memory.stat -> free of 1000
-    "the group's limit less what it has taken": ("900", "500", "anon 7\n", 400),
-    "the cache of files gives way": ("900", "500", "anon 7\ninactive_file 100\nactive_file 50\n", 500),
+    "the group's limit minus its usage": ("900", "500", "anon 7\n", 400),
+    "the file cache is reclaimed": ("900", "500", "anon 7\ninactive_file 100\nactive_file 50\n", 500),
     "never more than the machine has": ("9000", "500", "inactive_file 0\n", 1000),
     "no limit": ("max\n", "500", "inactive_file 100\n", 1000),
     "no group": (None, "500", "inactive_file 100\n", 1000),
@@ -274,7 +275,7 @@ GROUPS = {  # memory.max, memory.current, memory.stat -> free of 1000
 
 
 @pytest.mark.parametrize(("limit", "used", "stat", "free"), GROUPS.values(), ids=GROUPS)
-def test_host_memory_is_the_groups(
+def test_host_memory_respects_the_control_group(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str | None, used: str, stat: str, free: int
 ) -> None:
     group = tmp_path / "sys/fs/cgroup/a/b"
@@ -295,7 +296,7 @@ KNOWN |= {"Tesla V100-SXM2-16GB": "V100"}
 
 
 @pytest.mark.parametrize("gpu", [*KNOWN, "NVIDIA GeForce RTX 4090", "NVIDIA A10", ""])
-def test_a_gpu_is_known_by_its_name_or_guessed(gpu: str) -> None:
+def test_flops_of_known_and_unknown_gpus(gpu: str) -> None:
     expected = machine.GPU_FLOPS[KNOWN[gpu]] if gpu in KNOWN else machine.UNKNOWN_GPU_FLOPS
     assert machine.flops_of(gpu) == expected
 

@@ -1,4 +1,4 @@
-"""`mlprune plan`: from a configuration alone, on machines as described; and what docs/scale.md says of it."""
+"""`mlprune plan`: plans from a configuration alone, and the plans that docs/scale.md shows."""
 
 import json
 import math
@@ -27,90 +27,90 @@ MODELS = {
 }
 
 
-def planned(model: str, *settings: str, **asked: Any) -> ScalePlan:
+def planned(model: str, *settings: str, **options: Any) -> ScalePlan:
     node = {"gpus_per_node": 4, "gpu_memory": 48 * 10**9, "host_memory": 384 * GIB, "flops": 362e12}
     path = ROOT / "docs" / "models" / f"{model}.json"
     return plan_scale(
-        load_spec("quickstart", [f"model.path={path}", *settings]), MachineOptions(**{**node, **asked})
+        load_spec("quickstart", [f"model.path={path}", *settings]), MachineOptions(**{**node, **options})
     )
 
 
 def row(name: str, nodes: int) -> str:
-    """A line of the table in docs/scale.md."""
-    found = planned(MODELS[name], nodes=nodes)
-    assert found.plan is not None
-    most = max(found.plan.memory, key=lambda need: need.total)
-    shards = len(found.plan.spans)
-    host = max(need.host for need in found.plan.memory) / GIB
-    disk = max(need.disk for need in found.plan.memory) / GIB
+    """Return a row of the table in docs/scale.md."""
+    scale = planned(MODELS[name], nodes=nodes)
+    assert scale.plan is not None
+    most = max(scale.plan.memory, key=lambda need: need.total)
+    shards = len(scale.plan.spans)
+    host = max(need.host for need in scale.plan.memory) / GIB
+    disk = max(need.disk for need in scale.plan.memory) / GIB
     sizes = [most.weights, most.working, most.hidden + most.activations, most.moments, most.masks, most.total]
     cells = [
         name,
         nodes,
         shards,
-        found.plan.trials,
-        found.plan.residency,
+        scale.plan.trials,
+        scale.plan.residency,
         *(f"{size / GIB:.1f}" for size in sizes),
     ]
-    cells += [f"{host:.1f}", f"{disk:.1f}", time_text(sum(phase.seconds for phase in found.phases))]
+    cells += [f"{host:.1f}", f"{disk:.1f}", time_text(sum(phase.seconds for phase in scale.phases))]
     return f"| {' | '.join(map(str, cells))} |"
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("nodes", [1, 2, 8])
-def test_the_documented_plans_are_those_that_are_made(name: str, nodes: int) -> None:
+def test_documented_plans_are_current(name: str, nodes: int) -> None:
     assert row(name, nodes) in (ROOT / "docs" / "scale.md").read_text()
 
 
 def test_the_worked_example_adds_up() -> None:
     """The largest worker of BLOOM-176B on one node, from the model's dimensions, by hand."""
-    found = planned("bloom-176b", nodes=1)
-    assert found.plan is not None
-    need, width, words = found.plan.memory[3], 14336, 250880
+    scale = planned("bloom-176b", nodes=1)
+    assert scale.plan is not None
+    need, width, words = scale.plan.memory[3], 14336, 250880
     matrices = 3 * width**2 + width**2 + 2 * 4 * width**2  # query_key_value, dense, two of the MLP
     small = 3 * width + width + 4 * width + width + 4 * width  # biases, and two norms of a weight and a bias
-    assert found.model_size.layers[60] == 2 * (matrices + small)
+    assert scale.model_size.layers[60] == 2 * (matrices + small)
     assert need.weights == 2 * words * width  # head and embedding are one, and both ends of the model have it
-    assert need.working == 2 * found.model_size.packed * 2 + 14 * 4 * width**2  # two layers; scores of the largest
+    assert need.working == 2 * scale.model_size.packed * 2 + 14 * 4 * width**2  # two layers; scores of the largest
     assert need.hidden == 4 * 8192 * width * 2  # four sets of 8192 tokens at once
     assert need.moments == (4 * 17 + 1) * (width + width + width + 4 * width) * 8
     assert need.masks == 2 * 17 * matrices // 8
     assert need.logits == 512 * words * (2 + 8)
     process = (400 + 90 + 64) * 2**20
-    assert need.host == pytest.approx(process + 2 * need.hidden + 17 * found.model_size.layers[60])
+    assert need.host == pytest.approx(process + 2 * need.hidden + 17 * scale.model_size.layers[60])
 
 
 def test_time_by_hand() -> None:
     """Llama-3.1-70B on eight nodes: 32 shards of 2 or 3 layers, all resident."""
-    found = planned("llama-3.1-70b", nodes=8)
-    assert found.plan is not None
-    phases = {phase.name: phase for phase in found.phases}
+    scale = planned("llama-3.1-70b", nodes=8)
+    assert scale.plan is not None
+    phases = {phase.name: phase for phase in scale.phases}
     flops = 362e12 * EFFICIENCY["gpu"]
     tokens, shards, layers = 4 * 8192, 32, 3
     chunk = tokens / (4 * shards)
-    turn = 2 * chunk * (found.model_size.active + 2 * 256 * 8192 * 80) * layers / 80 / flops
+    turn = 2 * chunk * (scale.model_size.active + 2 * 256 * 8192 * 80) * layers / 80 / flops
     assert phases["calibration"].seconds == pytest.approx((4 * shards + shards - 1) * turn)
     assert phases["calibration"].weights_moved == 0
     assert phases["calibration"].hidden_moved == tokens * 8192 * 2
     assert phases["masks"].seconds == pytest.approx(10 * layers * 855638016 / MASKED_PER_SECOND["gpu"])
-    assert phases["loading the model"].seconds == pytest.approx(found.model_size.total / 8 / DISK_BYTES_PER_SECOND)
+    assert phases["loading the model"].seconds == pytest.approx(scale.model_size.total / 8 / DISK_BYTES_PER_SECOND)
 
 
-def test_weights_that_move_bound_a_pass() -> None:
-    found = planned("qwen3-235b-a22b", nodes=1)
-    assert found.plan is not None
-    assert str(found.plan.residency) == "zero/nvme"
-    calibration = next(phase for phase in found.phases if phase.name == "calibration")
-    shard = max(need.disk for need in found.plan.memory)
+def test_offloaded_weights_bound_a_pass() -> None:
+    scale = planned("qwen3-235b-a22b", nodes=1)
+    assert scale.plan is not None
+    assert str(scale.plan.residency) == "zero/nvme"
+    calibration = next(phase for phase in scale.phases if phase.name == "calibration")
+    shard = max(need.disk for need in scale.plan.memory)
     assert calibration.bound == "weights from disk"
     assert calibration.weights_moved == shard
     assert calibration.seconds == pytest.approx(4 * shard / (DISK_BYTES_PER_SECOND / 4))  # four shards in turn
 
 
-def test_what_would_have_to_change_is_said_and_true() -> None:
-    found = planned("bloom-176b", nodes=1, gpu_memory=24 * 10**9)
-    assert found.plan is None
-    assert "zero/nvme needs" in found.reason
+def test_proposed_changes_help() -> None:
+    scale = planned("bloom-176b", nodes=1, gpu_memory=24 * 10**9)
+    assert scale.plan is None
+    assert "zero/nvme needs" in scale.reason
     bigger = planned("llama-3.1-70b", nodes=1, gpu_memory=24 * 10**9, host_memory=64 * GIB)
     assert bigger.plan is not None
     (change,) = bigger.changes
@@ -136,9 +136,9 @@ def test_a_config_file_is_enough(tmp_path: Path) -> None:
     file = tmp_path / "somebody.json"
     file.write_text(json.dumps(config("llama").to_dict()))
     for model in (file, rename(file)):
-        done = run(str(model), "--host-memory", "8GiB", "--json", "-")
-        assert done.exit_code == 0, done.output
-        values = json.loads(done.stdout)
+        result = run(str(model), "--host-memory", "8GiB", "--json", "-")
+        assert result.exit_code == 0, result.output
+        values = json.loads(result.stdout)
         assert (values["fits"], values["residency"], len(values["shards"])) == (True, "resident", 1)
         assert values["machine"]["host_memory"] == 8 * GIB
         assert all(math.isfinite(phase["seconds"]) for phase in values["phases"])
@@ -161,32 +161,32 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("option", MISTAKES)
-def test_mistakes_are_answered(option: str) -> None:
-    done = run(str(ROOT / "docs" / "models" / "llama-3.1-70b.json"), option)
-    assert done.exit_code == 2
-    assert MISTAKES[option] in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_reported(option: str) -> None:
+    result = run(str(ROOT / "docs" / "models" / "llama-3.1-70b.json"), option)
+    assert result.exit_code == 2
+    assert MISTAKES[option] in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
-def test_a_file_that_is_no_config(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_config(tmp_path: Path) -> None:
     for text in ("{}", "[", '{"model_type": "t5"}'):
         (tmp_path / "x.json").write_text(text)
-        done = run(str(tmp_path / "x.json"), "--host-memory", "8GiB")
-        assert done.exit_code == 2
-        assert done.stderr.startswith("mlprune: model.path: ")
+        result = run(str(tmp_path / "x.json"), "--host-memory", "8GiB")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("mlprune: model.path: ")
 
 
 def test_a_plan_fits_a_hundred_columns() -> None:
     machine = ["--nodes", "2", "--gpus-per-node", "4", "--gpu-memory", "48GB", "--host-memory", "384GiB"]
     for name in MODELS.values():
-        done = run(str(ROOT / "docs" / "models" / f"{name}.json"), *machine)
-        tables = [line for line in done.stdout.splitlines() if line.startswith(" ")]
+        result = run(str(ROOT / "docs" / "models" / f"{name}.json"), *machine)
+        tables = [line for line in result.stdout.splitlines() if line.startswith(" ")]
         assert max(map(len, tables)) <= 100
-        assert "…" not in done.stdout
+        assert "…" not in result.stdout
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_running_cluster_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_of_the_running_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     machine = cluster_machine()
     assert machine is not None

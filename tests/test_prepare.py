@@ -1,4 +1,4 @@
-"""What is known before a weight is loaded: which trials are the same, and which results are a trial's."""
+"""What is known before weights are loaded: which variants are one trial, and what a result key depends on."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.tiny_models import config, save, source
 from tests.work import MIXED, RANDOM, WANDA, ready
 
 
-def test_what_would_be_the_same_masks_is_one_trial() -> None:
+def test_variants_with_the_same_masks_are_one_trial() -> None:
     search = {
         "calibration": ["mono:en", "mix:mono:en=1", "mix:mono:fr=0.5,mono:en=0.5", "mix:mono:en=0.50,mono:fr=.5"],
         "score": ["magnitude", "wanda"],
@@ -48,12 +48,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_result_is_of_what_it_was_computed_from(change: str, tmp_path: Path) -> None:
+def test_a_result_key_depends_on_all_inputs(change: str, tmp_path: Path) -> None:
     assert key(tmp_path, WANDA) == key(tmp_path / "elsewhere", WANDA, shards=3)
     assert key(tmp_path, WANDA) != key(tmp_path, WANDA, **CHANGES[change])
 
 
-def test_another_dtype_has_other_results(tmp_path: Path) -> None:
+def test_another_dtype_has_another_key(tmp_path: Path) -> None:
     prepared = ready(tmp_path)
     spec = prepared.spec.model_copy(update={"model": ModelSpec(path=str(source().folder), dtype="bfloat16")})
     assert prepare(spec, [WANDA]).result_key(WANDA) != prepared.result_key(WANDA)
@@ -69,7 +69,7 @@ def test_random_scores_depend_on_the_seed_though_they_need_no_text(tmp_path: Pat
     assert key(tmp_path, RANDOM) != key(tmp_path, RANDOM, **CHANGES["seed"])
 
 
-def test_another_model_has_other_results(tmp_path: Path) -> None:
+def test_another_model_has_another_key(tmp_path: Path) -> None:
     other = save(config("llama", rope_theta=500.0), tmp_path / "model")  # the same weights
     assert key(tmp_path, WANDA) != key(tmp_path, WANDA, other)
 

@@ -1,4 +1,4 @@
-"""The exported checkpoint is the variant that was evaluated: the same bits per byte, from plain files."""
+"""`mlprune prune`: the written checkpoint has exactly the metrics of the evaluated variant."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def evaluated(storage: Path, model: Any, variant: Variant) -> dict[str, float]:
     ],
     ids=str,
 )
-def test_the_checkpoint_scores_as_the_variant(family: str, variant: Variant, tmp_path: Path) -> None:
+def test_the_checkpoint_has_the_metrics_of_the_variant(family: str, variant: Variant, tmp_path: Path) -> None:
     before = evaluated(tmp_path / "a", source(family), variant)
     spec = ready(tmp_path / "b", source(family), shards=1).spec
     prune(spec, variant, tmp_path / "out")
@@ -57,7 +57,7 @@ def test_the_checkpoint_scores_as_the_variant(family: str, variant: Variant, tmp
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2", "mixtral", "opt", "gemma2"])
-def test_plain_from_pretrained_reads_it_whole(family: str, tmp_path: Path) -> None:
+def test_from_pretrained_loads_all_weights(family: str, tmp_path: Path) -> None:
     prune(ready(tmp_path, source(family)).spec, SEQUENTIAL, tmp_path / "out")
     load: Any = AutoModelForCausalLM.from_pretrained
     with quiet_transformers():
@@ -76,8 +76,8 @@ def test_plain_from_pretrained_reads_it_whole(family: str, tmp_path: Path) -> No
     assert zeros == manifest["sparsity"]["dropped"] > 0
 
 
-def test_names_on_disk_are_those_of_the_original(tmp_path: Path) -> None:
-    """Experts are stacked when loaded and apart on disk; other readers expect them apart."""
+def test_tensor_names_are_those_of_the_original(tmp_path: Path) -> None:
+    """Experts are stacked when loaded and separate on disk; other readers expect them separate."""
     from safetensors import safe_open
 
     prune(ready(tmp_path, source("mixtral")).spec, RANDOM, tmp_path / "out")
@@ -107,7 +107,7 @@ def test_many_shards_and_files_write_the_same_weights(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_dtype_is_the_checkpoints(dtype: str, tmp_path: Path) -> None:
+def test_the_dtype_of_the_model_is_kept(dtype: str, tmp_path: Path) -> None:
     tied = config("llama", tie_word_embeddings=True)
     model = save(tied, tmp_path / "model", dtype)
     prune(ready(tmp_path, model).spec, WANDA, tmp_path / "out")

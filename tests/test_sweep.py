@@ -1,4 +1,4 @@
-"""A sweep end to end, over real Ray Tune and a real MLflow database; killed, and started again."""
+"""A sweep end to end, with real Ray Tune and a real MLflow database; also interrupted and resumed."""
 
 import json
 import signal
@@ -119,7 +119,7 @@ TASKS = {
 }
 
 
-def test_what_was_answered_is_kept_and_two_runs_are_compared_by_it(tmp_path: Path) -> None:
+def test_items_are_stored_and_two_runs_are_compared_by_them(tmp_path: Path) -> None:
     (tmp_path / "xnli").mkdir()
     rows = [{"premise": f"A {n}", "hypothesis": f"B {n}", "label": n % 3} for n in range(7)]
     for code in ("en", "fr"):
@@ -168,7 +168,7 @@ def test_ranking_is_by_the_objective_and_identical_variants_ran_once(undisturbed
     assert undisturbed["dense"]["metrics"]["sparsity.actual"] == 0
 
 
-def test_the_picture_is_a_picture(undisturbed: dict[str, Any]) -> None:
+def test_the_picture_is_a_valid_image(undisturbed: dict[str, Any]) -> None:
     from PIL import Image
 
     with Image.open(undisturbed["pictures"][0]) as picture:
@@ -176,7 +176,7 @@ def test_the_picture_is_a_picture(undisturbed: dict[str, Any]) -> None:
         assert len(picture.convert("RGB").getcolors(2**24) or []) > 100
 
 
-def test_a_finished_sweep_is_told_again_without_ray(undisturbed: dict[str, Any]) -> None:
+def test_a_finished_sweep_is_reported_again_without_ray(undisturbed: dict[str, Any]) -> None:
     folder = Path(undisturbed["pictures"][0]).parent.parent
     started = time.time()
     again = sweep(folder)
@@ -213,7 +213,7 @@ def test_random_samples_are_seeded_and_different() -> None:
 
 
 def overflowing(folder: Path) -> Path:
-    """A model whose activations are finite and whose sums of squares, in one layer, are not."""
+    """Return a model with finite activations whose sums of squares overflow in one layer."""
     model = AutoModelForCausalLM.from_pretrained(source().folder)
     model.model.layers[1].mlp.up_proj.weight.data *= 1e21
     model.save_pretrained(folder)
@@ -221,7 +221,7 @@ def overflowing(folder: Path) -> Path:
     return folder
 
 
-def test_a_trial_that_fails_ends_alone_and_says_why(tmp_path: Path) -> None:
+def test_a_failed_trial_does_not_stop_others_and_has_a_cause(tmp_path: Path) -> None:
     model = overflowing(tmp_path / "model")
     search = {"score": ["magnitude", "wanda"], "calibration": ["mono:en"], "propagation": ["dense"]}
     out = tmp_path / "out.json"
@@ -237,7 +237,7 @@ def test_a_trial_that_fails_ends_alone_and_says_why(tmp_path: Path) -> None:
     assert "failed     wanda 0.3 mono:en" in (tmp_path / "log.txt").read_text()
 
 
-def test_interrupted_is_not_finished(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_is_not_reported_as_finished(tmp_path: Path) -> None:
     process = start(str(spec(tmp_path)), cwd=tmp_path)
     results = tmp_path / "store" / "results"
     deadline = time.monotonic() + 240
