@@ -158,7 +158,8 @@ def sweep(
     from mlprune.report import sweep as report
     from mlprune.report.live import live_view
     from mlprune.report.page import description
-    from mlprune.sweep.sweep import plan_sweep, run_sweep
+    from mlprune.sweep.plan import plan_sweep
+    from mlprune.sweep.sweep import run_sweep
 
     if dry_run:
         plan = plan_sweep(checked)

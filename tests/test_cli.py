@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlprune
 import mlprune.commands.checkpoint
+import mlprune.sweep.plan
 import mlprune.sweep.status
-import mlprune.sweep.sweep
 from mlprune import console
 from mlprune.cli import main
 from mlprune.data.corpora import held_out, open_corpus
@@ -216,7 +216,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_every_key_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     specs: list[SweepSpec] = []
-    monkeypatch.setattr(mlprune.sweep.sweep, "plan_sweep", specs.append)  # it plans nothing, so showing it fails
+    monkeypatch.setattr(mlprune.sweep.plan, "plan_sweep", specs.append)  # it plans nothing, so showing it fails
     asked = leaves(read_yaml(SETTINGS))
     settings = [word for key, value in asked.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     CliRunner().invoke(main, ["sweep", "tiny.yaml", "--dry-run", *settings])

@@ -318,7 +318,7 @@ def test_mistake_is_answered_before_a_weight_is_loaded(mistake: Mistake, command
 def test_full_disk_is_answered(free: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = made(place, "prune")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    check(run(words, place), f"--output: '{place}/out': ", "make room")
+    check(run(words, place), f"--output: '{place}/out': ", "free some space")
 
 
 @pytest.mark.parametrize("command", ALL)

@@ -179,8 +179,8 @@ HOST, DISK, CORE = away(plan(GPUS, **ZERO)), away(plan(GPUS, **ZERO, offload="nv
 LACK, LACKS = r"resident needs [\d.]+ GiB of [\d.]+ GiB", "needs .* host memory"
 CHOICES = [
     (ENOUGH, "resident", ""),
-    (replace(SHORT, host_memory=HOST), "zero/cpu", f"{LACK} a worker, so zero/cpu"),
-    (replace(SHORT, host_memory=HOST - 1), "zero/nvme", f"{LACK} a worker, zero/cpu {LACKS}, so zero/nvme"),
+    (replace(SHORT, host_memory=HOST), "zero/cpu", f"{LACK} per worker, so zero/cpu"),
+    (replace(SHORT, host_memory=HOST - 1), "zero/nvme", f"{LACK} per worker, zero/cpu {LACKS}, so zero/nvme"),
     (replace(CORES, host_memory=CORE), "resident", ""),
     (replace(CORES, host_memory=CORE - 1), "zero/nvme", f"{LACK} free memory, so zero/nvme"),
 ]
@@ -221,12 +221,12 @@ def test_required_residency_is_chosen_with_its_memory(machine: Machine) -> None:
 
 
 def test_error_of_a_model_that_does_not_fit() -> None:
-    line = rf"pipeline\.residency: resident: 'big' does not fit: {LACK} a worker; take auto"
+    line = rf"pipeline\.residency: resident: 'big' does not fit: {LACK} per worker; take auto"
     assert re.fullmatch(line, str(refused(SHORT, residency="resident")))
-    line = f"does not fit: {LACK} a worker; zero/cpu {LACKS}; take [^/]*"  # only the required offload
+    line = f"does not fit: {LACK} per worker; zero/cpu {LACKS}; take [^/]*"  # only the required offload
     assert re.fullmatch(line, refused(replace(SHORT, host_memory=HOST - 1), offload="cpu").remedy)
     nowhere = gpus(5 * GIB)
-    assert re.search(f"{LACK} a worker; zero/cpu needs .*; zero/nvme needs .*; take", refused(nowhere).remedy)
+    assert re.search(f"{LACK} per worker; zero/cpu needs .*; zero/nvme needs .*; take", refused(nowhere).remedy)
     assert (refused(nowhere).key, refused(nowhere, **ZERO).key) == ("model.path", "pipeline.residency")
     with pytest.raises(SpecError, match=r"pipeline.ranks_per_shard: 2: .* need 4 GPUs, there are 2: take fewer"):
         plan(GPUS, shards=2, ranks_per_shard=2)
@@ -249,7 +249,7 @@ def test_worker_memory_is_a_limit(machine: Machine) -> None:
     assert plan(machine, worker_memory=need).residency == RESIDENT
     assert plan(SHORT, worker_memory=need).residency == CPU
     assert plan(machine, worker_memory=need - 1).residency != RESIDENT
-    assert "of 2 GiB a worker" in str(refused(machine, residency="resident", worker_memory="2GiB"))
+    assert "of 2 GiB per worker" in str(refused(machine, residency="resident", worker_memory="2GiB"))
 
 
 def test_a_limit_above_every_need_changes_nothing() -> None:

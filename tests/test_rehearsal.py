@@ -147,7 +147,7 @@ def test_a_model_too_big_for_a_worker_goes_to_disk_or_is_refused_by_name(tmp_pat
     wide = config("llama", num_hidden_layers=48, hidden_size=512, intermediate_size=1792, num_attention_heads=8)
     model = str(save(wide, tmp_path / "model").folder)
     limit = {"worker_memory": "900MiB"}
-    with pytest.raises(ModelError, match=r"pipeline.residency: resident: .* 900 MiB a worker; take auto"):
+    with pytest.raises(ModelError, match=r"pipeline.residency: resident: .* 900 MiB per worker; take auto"):
         checked(spec(tmp_path, model, 4, residency="resident", **limit))
     prepared = checked(spec(tmp_path, model, 4, **limit))
     assert str(prepared.plan.residency) == "zero/nvme"

@@ -14,7 +14,7 @@ from mlprune.evaluation.items import from_json, metrics_of
 from mlprune.spec.loading import load_spec
 from mlprune.spec.variants import Allocation, Propagation
 from mlprune.sweep.grid import parse_variant
-from mlprune.sweep.sweep import SweepPlan, plan_sweep
+from mlprune.sweep.plan import SweepPlan, plan_sweep
 
 STORED = Path(__file__).parent / "data" / "store-2"
 

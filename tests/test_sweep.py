@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from mlprune.cli import main
 from mlprune.evaluation.items import from_json
 from mlprune.spec.loading import parse_spec
-from mlprune.sweep.sweep import select_variants
+from mlprune.sweep.plan import select_variants
 from mlprune.sweep.trial import trial_metrics
 from tests.numbers import numbers
 from tests.tiny import tokenizer

@@ -58,7 +58,7 @@ class AnalysisRequest:
             language_name(code, "--languages")
         language_name(self.pivot, "--pivot")
         if len(self.languages) < 2:
-            raise SpecError("--languages", repr(",".join(self.languages)), "name two or more, as en,fr")
+            raise SpecError("--languages", repr(",".join(self.languages)), "name two or more, e.g. en,fr")
         if not 0 < self.ratio <= 0.5:
             raise SpecError("--ratio", self.ratio, "must be in (0, 0.5]: top and bottom are different channels")
         if not 0 < self.sparsity < 1:
@@ -142,7 +142,7 @@ def _check_output(output: Path) -> None:
         check_output(output, 0)
     check_folder(output, "--output", output)
     if output.is_dir() and any(output.iterdir()):
-        raise StorageError("--output", repr(str(output)), "is not empty; name a new folder")
+        raise StorageError("--output", repr(str(output)), "is not empty; use a new folder")
 
 
 def _layer(request: AnalysisRequest, prepared: Prepared) -> int:
@@ -152,7 +152,7 @@ def _layer(request: AnalysisRequest, prepared: Prepared) -> int:
     if not 0 <= layer < count:
         raise SpecError("--layer", layer, f"the model has {count} layers; write 0 to {count - 1}")
     if not channels_in(width, request.ratio):
-        raise SpecError("--ratio", request.ratio, f"is none of the model's {width} channels; take more")
+        raise SpecError("--ratio", request.ratio, f"selects none of the model's {width} channels; use a larger share")
     return layer
 
 

@@ -43,7 +43,7 @@ def check_output(output: Path, weight_bytes: int) -> None:
         parent = parent.parent
     free, need = shutil.disk_usage(parent).free, weight_bytes + MARGIN_BYTES
     if free < need:
-        remedy = f"the checkpoint takes {size_text(need)} and {size_text(free)} are free; make room"
+        remedy = f"the checkpoint takes {size_text(need)} and {size_text(free)} are free; free some space"
         raise StorageError("--output", repr(str(output)), remedy)
 
 

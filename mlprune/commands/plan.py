@@ -137,7 +137,7 @@ def _changes(
             host = largest_node_sum([part.host for part in other.memory], machine, other.residency.ranks)
             disk = largest_node_sum([part.disk for part in other.memory], machine, other.residency.ranks)
             tail = f" and {size_text(disk)} of disk" if disk else ""
-            yield f"{size_text(host)} of host memory a node{tail}: zero/{place} ({kind})"
+            yield f"{size_text(host)} of host memory per node{tail}: zero/{place} ({kind})"
     if plan is None and model.dtype == torch.float32:
         yield "model.dtype=bfloat16: half of the weights' memory"
 

@@ -180,14 +180,14 @@ def largest_node_sum(parts: Sequence[int], machine: Machine, ranks: int) -> int:
 
 
 def shortage(plan: Plan, machine: Machine, options: PipelineSpec) -> str | None:
-    """Return what the plan lacks, e.g. `31 GiB of 24 GiB a worker`; None if it fits."""
+    """Return what the plan lacks, e.g. `31 GiB of 24 GiB per worker`; None if it fits."""
     ranks, memory = plan.residency.ranks, plan.memory
     limit = None if options.worker_memory is None else int(options.worker_memory)
     if machine.gpus:
         limit = device_bytes(machine, len(plan.spans) * ranks, options)
     most = max(part.total for part in memory)
     if limit is not None and most > limit:
-        return f"{size_text(most)} of {size_text(limit)} a worker"
+        return f"{size_text(most)} of {size_text(limit)} per worker"
     host = largest_node_sum([part.host if machine.gpus else part.total for part in memory], machine, ranks)
     if host > machine.host_memory:
         return f"{size_text(host)} of {size_text(machine.host_memory)} {'host' if machine.gpus else 'free'} memory"

@@ -16,8 +16,8 @@ from mlprune.spec.languages import language_name
 from mlprune.spec.schema import DEFAULT_STORAGE
 from mlprune.spec.urls import redact
 from mlprune.storage.results import Result
+from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.ranking import SweepOutcome
-from mlprune.sweep.sweep import SweepPlan
 
 TASK_COLUMNS = 4
 OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", "agreement")

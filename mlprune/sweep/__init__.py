@@ -1,6 +1,7 @@
 """The sweep: from a spec to a ranking of trials.
 
 grid            the lists of a search, as trials
+plan            what a sweep will do
 prepare         checks a spec; all that is known before weights are loaded
 session         opens the model: in this process or over Ray
 masks           gathers moments, makes masks

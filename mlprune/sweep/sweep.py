@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,21 +23,19 @@ from mlprune.evaluation.significance import Interval
 from mlprune.runtime.replicas import ReplicaGroup
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.schema import SweepSpec
-from mlprune.spec.search import SearchSpec
 from mlprune.spec.urls import redact
 from mlprune.spec.variants import Variant
 from mlprune.storage.files import Storage
 from mlprune.storage.lock import sweep_lock
 from mlprune.storage.results import Result
-from mlprune.sweep.grid import needs_dense_moments, variants_of
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.monitor import LOOK_SECONDS, TRIALS, Show, Watch
-from mlprune.sweep.prepare import Prepared, prepare
+from mlprune.sweep.plan import SweepPlan, plan_sweep
+from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.ranking import SweepOutcome, rank_trials
 from mlprune.sweep.session import open_replicas
 from mlprune.sweep.trial import run_dense, unseen_warning
 from mlprune.sweep.tune_runner import Trials, run_trials
-from mlprune.tracking.mlflow_client import check_tracking
 from mlprune.tracking.tracker import SweepTracker
 
 MLFLOW_PATIENCE_SECONDS = 600  # for an MLflow server that is unavailable when the sweep is done
@@ -49,65 +46,6 @@ PACKAGES = (
 )
 
 logger = logging.getLogger(__name__)
-
-
-def select_variants(search: SearchSpec, seed: int) -> tuple[Variant, ...]:
-    """Return the trials of the search; for Optuna, all that it may choose from."""
-    variants = variants_of(search)
-    if search.samples is None or search.searcher == "optuna" or search.samples >= len(variants):
-        return variants
-    return tuple(random.Random(seed).sample(variants, search.samples))
-
-
-@dataclass(frozen=True, eq=False)
-class SweepPlan:
-    """What a sweep will do; known before weights are loaded."""
-
-    prepared: Prepared
-    variants: tuple[Variant, ...]
-    finished: tuple[Result, ...]  # results of the variants from an earlier run
-
-    @property
-    def unfinished(self) -> list[Variant]:
-        """Return the variants without a result."""
-        finished = {result.variant for result in self.finished}
-        return [variant for variant in self.variants if variant not in finished]
-
-    @property
-    def passes(self) -> dict[str, int]:
-        """Return the passes over the model still to do, by kind.
-
-        Calibration sets are counted one by one, though all of them share one pass.
-        """
-        unfinished = self.unfinished
-        store, layers = self.prepared.moment_store(), range(len(self.prepared.model_size.layers))
-        needed = {str(part) for v in unfinished if needs_dense_moments(v) for part in v.demonstrations}
-        missing = [
-            name for name in needed if not all(store.has(self.prepared.sets[name].key, layer) for layer in layers)
-        ]
-        sequential = [variant for variant in unfinished if variant.propagation == "sequential"]
-        no_baseline = self.prepared.result_store().load(self.prepared.result_key(None)) is None
-        return {
-            "calibration": len(missing),
-            "sequential pruning (two forwards each)": len(sequential),
-            "evaluation": len(unfinished) + no_baseline,
-        }
-
-    @property
-    def disk(self) -> int:
-        """Estimate the bytes that moments, results and pictures take in the storage."""
-        moments = sum(self.prepared.model_size.widths.values()) * 8 * len(self.prepared.sets)
-        return moments + 2**13 * len(self.variants) + 2**21
-
-
-def plan_sweep(spec: SweepSpec) -> SweepPlan:
-    """Check everything and plan the work. Raises UserError for the first mistake."""
-    variants = select_variants(spec.search, spec.calibration.seed)
-    prepared = prepare(spec, variants)
-    check_tracking(spec.tracking_uri)
-    store = prepared.result_store()
-    results = [store.load(prepared.result_key(variant)) for variant in variants]
-    return SweepPlan(prepared, variants, tuple(result for result in results if result is not None))
 
 
 @dataclass(frozen=True)
