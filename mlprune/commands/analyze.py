@@ -152,7 +152,7 @@ def _layer(request: AnalysisRequest, prepared: Prepared) -> int:
     if not 0 <= layer < count:
         raise SpecError("--layer", layer, f"the model has {count} layers; write 0 to {count - 1}")
     if not channels_in(width, request.ratio):
-        raise SpecError("--ratio", request.ratio, f"selects none of the model's {width} channels; use a larger share")
+        raise SpecError("--ratio", request.ratio, f"selects none of the {width} channels; use a larger share")
     return layer
 
 

@@ -87,7 +87,7 @@ def _sparsity(requested: float | None, pattern: Pattern) -> float:
 def _only_variant(spec: SweepSpec) -> Variant:
     variants = variants_of(spec.search)
     if len(variants) != 1:
-        raise SpecError("search", f"{len(variants)} variants", "prune writes exactly one; put one value in each list")
+        raise SpecError("search", f"{len(variants)} variants", "prune writes one; put one value in each list")
     return variants[0]
 
 

@@ -202,7 +202,8 @@ def _calibration_sets(
 def _check_vocabulary(source: ModelSource, model_size: ModelSize, batches: Iterable[Batch]) -> None:
     largest = max(int(batch.input_ids.max()) for batch in batches)
     if largest >= model_size.vocabulary:
-        remedy = f"its tokenizer returns token {largest}, but its embedding has {model_size.vocabulary} rows; fix either"
+        rows = model_size.vocabulary
+        remedy = f"its tokenizer returns token {largest}, but its embedding has {rows} rows; fix either"
         raise ModelError("model.path", repr(source.name), remedy)
 
 
