@@ -387,8 +387,8 @@ def status(cluster: str | None, assignments: tuple[str, ...]) -> Values:
         values: Values = remote.cluster_status(cluster)
         return values
     from mlprune.report import live as report
-    from mlprune.sweep.status import running
+    from mlprune.sweep.status import running_sweeps
 
-    sweeps = running()
+    sweeps = running_sweeps()
     report.show_running(sweeps)
     return report.running_values(sweeps)

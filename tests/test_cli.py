@@ -29,7 +29,7 @@ from mlprune.spec.loading import load_spec, read_yaml
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import variants_of
-from mlprune.sweep.status import Running
+from mlprune.sweep.status import RunningSweep
 from mlprune.tracking.tracker import SweepTracker
 from tests import tiny_models
 from tests.tiny import SAMPLE, tokenizer
@@ -333,7 +333,7 @@ def test_run_that_cannot_be_exported_is_answered() -> None:
     ],
 )
 def test_verbosity_selects_the_messages(option: list[str], printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def log() -> list[Running]:
+    def log() -> list[RunningSweep]:
         logger = logging.getLogger("mlprune.tests")
         logger.debug("d")
         logger.info("%s", "i")
@@ -342,7 +342,7 @@ def test_verbosity_selects_the_messages(option: list[str], printed: str, monkeyp
             pass
         return []
 
-    monkeypatch.setattr(mlprune.sweep.status, "running", log)
+    monkeypatch.setattr(mlprune.sweep.status, "running_sweeps", log)
     result = run("status", *option)
     assert result.stdout == "no sweep runs on this machine\n"
     lines = result.stderr.splitlines(keepends=True)

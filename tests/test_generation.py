@@ -160,7 +160,7 @@ def test_groups_hold_like_lengths_and_waves_what_there_is_room_for(monkeypatch: 
     assert max(len(group.written) for group in groups) == 5
     made = list(waves(groups))
     assert [group for wave in made for group in wave] == groups
-    held = [sum(len(group.written) * group.room for group in wave) for wave in made]
+    held = [sum(len(group.written) * group.capacity for group in wave) for wave in made]
     assert held[0] == 1149, "what does not fit passes alone"
     assert max(held[1:]) <= 1000
     assert max(len(wave) for wave in made) > 1

@@ -26,16 +26,16 @@ from rich.console import Console
 from mlprune import console
 from mlprune.cli import main
 from mlprune.report.live import BLOCKS, PlainLines, live_view, render
-from mlprune.sweep import status as standing
+from mlprune.sweep import status as status_module
 from mlprune.sweep.status import (
-    ShardState,
-    Standing,
-    TrialState,
-    bounded_by,
-    publish,
-    retract,
-    running,
+    ShardStatus,
+    SweepStatus,
+    TrialStatus,
+    describe_bottleneck,
+    remove_status,
+    running_sweeps,
     seconds_left,
+    write_status,
 )
 
 LONG = "contrastive:mix:code=0.2,mono:en=0.3,translation:en-de=0.5/mono:fr 2:4 owl sequential"
@@ -45,16 +45,16 @@ PHASES = ("masking", "evaluating", "again (2nd attempt)")
 SIZES = ((1, 1), (1, 2), (2, 4), (1, 9), (1, 64), (4, 16), (32, 2), (8, 64))
 
 
-def a_trial(number: int, label: str = "wanda 0.5 mono:fr") -> TrialState:
-    return TrialState(f"{label} {number}", PHASES[number % 3], 7.0 * number)
+def a_trial(number: int, label: str = "wanda 0.5 mono:fr") -> TrialStatus:
+    return TrialStatus(f"{label} {number}", PHASES[number % 3], 7.0 * number)
 
 
-def a_shard(replica: int, shard: int, busy: float = 0.5, alive: bool = True) -> ShardState:
-    return ShardState(replica, shard, (10 * shard, 10 * shard + 9), f"10.0.{replica}.{shard}", busy, 100.0, alive)
+def a_shard(replica: int, shard: int, busy: float = 0.5, alive: bool = True) -> ShardStatus:
+    return ShardStatus(replica, shard, (10 * shard, 10 * shard + 9), f"10.0.{replica}.{shard}", busy, 100.0, alive)
 
 
-def a_standing(trials: int = 3, replicas: int = 1, shards: int = 2, label: str = "wanda 0.5 mono:fr") -> Standing:
-    return Standing(
+def a_status(trials: int = 3, replicas: int = 1, shards: int = 2, label: str = "wanda 0.5 mono:fr") -> SweepStatus:
+    return SweepStatus(
         name="quickstart",
         phase="trials",
         started=1000.0,
@@ -69,7 +69,7 @@ def a_standing(trials: int = 3, replicas: int = 1, shards: int = 2, label: str =
     )
 
 
-def rendered(shown: Standing, width: int) -> list[str]:
+def rendered(shown: SweepStatus, width: int) -> list[str]:
     """Its lines, on a console that would let long lines run on, as the one for errors does."""
     paper = Console(width=width, record=True, soft_wrap=True, file=StringIO())
     paper.print(render(shown, width))
@@ -84,7 +84,7 @@ def rendered(shown: Standing, width: int) -> list[str]:
 @pytest.mark.parametrize(("replicas", "shards"), SIZES)
 @pytest.mark.parametrize("trials", [1, 6, 32])
 def test_a_table_fits_its_terminal(trials: int, replicas: int, shards: int, label: str, width: int) -> None:
-    shown = a_standing(trials, replicas, shards, label)
+    shown = a_status(trials, replicas, shards, label)
     lines = rendered(shown, width)
     text = "\n".join(lines)
     assert max(map(cell_len, lines)) <= width
@@ -115,20 +115,20 @@ def test_a_table_fits_its_terminal(trials: int, replicas: int, shards: int, labe
 
 
 def test_a_trial_and_its_figures_stand_in_one_row() -> None:
-    lines = rendered(replace(a_standing(2), trials=(TrialState("wanda 0.5 code", "masking", 75),)), 80)
+    lines = rendered(replace(a_status(2), trials=(TrialStatus("wanda 0.5 code", "masking", 75),)), 80)
     row = next(line for line in lines if line.startswith("wanda"))
     assert re.split(r"\s{2,}", row.strip()) == ["wanda 0.5 code", "masking", "75 s"]
 
 
 def test_a_label_too_long_keeps_both_ends() -> None:
-    row = next(line for line in rendered(a_standing(1, label=LONG), 80) if line.startswith("contrastive"))
+    row = next(line for line in rendered(a_status(1, label=LONG), 80) if line.startswith("contrastive"))
     label = row.partition("  masking")[0]
     assert re.fullmatch(r"contrastive:\S+\.\.\..+owl sequential 0", label)
 
 
 def test_few_shards_have_a_row_each() -> None:
     shards = (a_shard(0, 0, busy=0.25), a_shard(0, 1, busy=1.0), replace(a_shard(0, 2), alive=False))
-    lines = rendered(replace(a_standing(), shards=shards), 80)
+    lines = rendered(replace(a_status(), shards=shards), 80)
     rows = [re.split(r"\s{2,}", line.strip()) for line in lines if re.match(r"\d  ", line)]
     assert [row[:3] for row in rows] == [[str(n), f"{10 * n}-{10 * n + 9}", f"10.0.0.{n}"] for n in range(3)]
     assert rows[0][-2:] == ["25%", "100"]
@@ -145,7 +145,7 @@ def test_many_shards_are_a_block_each(width: int) -> None:
     shares[17], shares[40] = 1.0, 0.0
     shards = [a_shard(0, number, busy=share) for number, share in enumerate(shares)]
     shards[3] = replace(shards[3], alive=False)
-    lines = rendered(replace(a_standing(), shards=tuple(shards)), width)
+    lines = rendered(replace(a_status(), shards=tuple(shards)), width)
     blocks = [min(int(8 * share), 7) for share in shares]
     expected = "".join("x" if number == 3 else BLOCKS[block] for number, block in enumerate(blocks))
     mean = sum(share for number, share in enumerate(shares) if number != 3) / 63
@@ -156,15 +156,15 @@ def test_many_shards_are_a_block_each(width: int) -> None:
 
 
 def test_nothing_yet_is_shown_too() -> None:
-    early = Standing("quickstart", "loading the model", 1000.0, 1000.0, 0, 40, 0, (), (), None, ())
+    early = SweepStatus("quickstart", "loading the model", 1000.0, 1000.0, 0, 40, 0, (), (), None, ())
     assert rendered(early, 80) == ["quickstart: loading the model, 0 s so far", "0 of 40 trials"]
-    dead = replace(a_standing(), shards=(replace(a_shard(0, 0), alive=False),))
+    dead = replace(a_status(), shards=(replace(a_shard(0, 0), alive=False),))
     assert "tokens/s," not in "\n".join(rendered(dead, 80))
 
 
 def test_notes_wrap_between_words_and_command_nothing() -> None:
     notes = ("waiting " * 14 + "for\n2 GPUs\x1b[2J", *(f"note number {number}" for number in range(4)))
-    shown = replace(a_standing(), notes=notes)
+    shown = replace(a_status(), notes=notes)
     lines = rendered(shown, 80)
     assert max(map(cell_len, lines)) <= 80
     assert lines[2].split() == ["note:"] + ["waiting"] * (len(lines[2].split()) - 1)
@@ -178,7 +178,7 @@ def test_notes_wrap_between_words_and_command_nothing() -> None:
 
 def test_plain_lines_tell_news_at_once_and_else_seldom() -> None:
     plain = PlainLines()
-    at = replace(a_standing(), notes=(), now=0.0, finished=0, failed=0, seconds_left=None)
+    at = replace(a_status(), notes=(), now=0.0, finished=0, failed=0, seconds_left=None)
     counts = "3 under way, 100 tokens/s, shards 50% busy"
 
     def told(**changes: object) -> list[str]:
@@ -205,8 +205,8 @@ def test_plain_lines_tell_news_at_once_and_else_seldom() -> None:
 
 def test_without_a_terminal_lines_go_to_the_error_stream(capfd: pytest.CaptureFixture[str]) -> None:
     with live_view() as show:
-        show(a_standing())
-        show(a_standing())
+        show(a_status())
+        show(a_status())
         with console.step("moving a shard"):
             pass
     out, err = capfd.readouterr()
@@ -253,18 +253,18 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> StringIO:
 def test_the_table_stays_below_what_is_said_and_goes_at_the_end(terminal: StringIO) -> None:
     console.say("before")
     with live_view() as show:
-        show(a_standing(trials=1))
-        show(a_standing(trials=3))
+        show(a_status(trials=1))
+        show(a_status(trials=3))
         console.say("said")
         sys.stderr.write("from a library\n")
         with console.step("moving a shard", "layers") as progress:
             progress(1, 4)
             assert "moving" not in terminal.getvalue()  # no second live display
-        show(a_standing(trials=2))
+        show(a_status(trials=2))
         seen = screen(terminal.getvalue())
         assert seen[:3] == ["before", "said", "from a library"]
         assert seen[3].startswith("  moving a shard")
-        assert seen[4:] == rendered(a_standing(trials=2), 80)
+        assert seen[4:] == rendered(a_status(trials=2), 80)
     assert screen(terminal.getvalue()) == seen[:4]
     with console.step("and bars are back") as progress:
         progress(1, 4)
@@ -277,7 +277,7 @@ def test_an_interrupted_table_leaves_nothing(terminal: StringIO, height: int) ->
 
     def interrupted() -> None:
         with live_view() as show:
-            show(a_standing(trials=6, shards=8))
+            show(a_status(trials=6, shards=8))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -290,7 +290,7 @@ def test_a_dumb_terminal_gets_lines(terminal: StringIO, monkeypatch: pytest.Monk
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, color_system=None))
     with live_view() as show:
-        show(a_standing())
+        show(a_status())
     assert "quickstart, trials: 12 of 40 trials" in terminal.getvalue()
 
 
@@ -331,30 +331,34 @@ def test_time_left_of_unequal_trials() -> None:
 
 def test_what_bounded_the_pipeline() -> None:
     layers = ((0, 9), (10, 14), (15, 20))
-    one = bounded_by([0.5, 0.97, 0.4], 4, 3, layers)
-    assert one.startswith("shard 1 (layers 10-14) has the most to do, or the slowest device: 97% of the time")
+    one = describe_bottleneck([0.5, 0.97, 0.4], 4, 3, layers)
+    assert one.startswith("shard 1 (layers 10-14) has the most work, or the slowest device: busy 97% of the time")
     assert "the other shards 45%" in one
-    two = bounded_by([0.9, 0.95, 0.3], 4, 3)
-    assert two.startswith("shards 0 and 1 have the most to do")
+    two = describe_bottleneck([0.9, 0.95, 0.3], 4, 3)
+    assert two.startswith("shards 0 and 1 have the most work")
     assert "the other shards 30%" in two
-    assert bounded_by([0.9] * 60 + [0.1] * 4, 4, 64).startswith("60 shards have the most to do")
-    assert bounded_by([0.85, 0.9, 0.8], 4, 3).startswith("every shard works most of the time (80% to 90%)")
-    assert "more or faster devices" in bounded_by([0.85, 0.9, 0.8], 4, 3)
-    idle = bounded_by([0.3, 0.6, 0.1], 4, 3)  # uneven, but none is what the others wait for all the time
-    assert idle.startswith("no shard works most of the time (10% to 60%): they wait for each other or trials")
+    assert describe_bottleneck([0.9] * 60 + [0.1] * 4, 4, 64).startswith("60 shards have the most work")
+    assert describe_bottleneck([0.85, 0.9, 0.8], 4, 3).startswith(
+        "all shards are busy most of the time (80% to 90%)"
+    )
+    assert "more or faster devices" in describe_bottleneck([0.85, 0.9, 0.8], 4, 3)
+    idle = describe_bottleneck([0.3, 0.6, 0.1], 4, 3)  # uneven, but none is what the others wait for all the time
+    assert idle.startswith(
+        "no shard is busy most of the time (10% to 60%): shards wait for each other or for trials"
+    )
     assert "more trials at once than 4" in idle
-    assert bounded_by([0.93], 2, 1).startswith("the shard works most of the time (93%)")
-    alone = bounded_by([0.2], 1, 1)
+    assert describe_bottleneck([0.93], 2, 1).startswith("the shard is busy most of the time (93%)")
+    alone = describe_bottleneck([0.2], 1, 1)
     assert "the driver" in alone
     assert "wait for each other" not in alone
 
 
 def test_replicas_are_averaged() -> None:
     """Shard 1 is the busiest in both replicas: what it holds, not where it is."""
-    assert bounded_by([0.4, 0.95, 0.5, 0.99], 4, 2).startswith("shard 1 has the most to do")
-    assert "(70% to 75% on average over replicas)" in bounded_by([0.5, 0.5, 0.9, 1.0], 4, 2)
+    assert describe_bottleneck([0.4, 0.95, 0.5, 0.99], 4, 2).startswith("shard 1 has the most work")
+    assert "(70% to 75% on average over replicas)" in describe_bottleneck([0.5, 0.5, 0.9, 1.0], 4, 2)
     with pytest.raises(AssertionError):
-        bounded_by([0.5] * 3, 4, 2)
+        describe_bottleneck([0.5] * 3, 4, 2)
 
 
 # other programs' view
@@ -362,12 +366,12 @@ def test_replicas_are_averaged() -> None:
 TELL = """
 import sys, time
 from mlprune.sweep.status import *
-publish(Standing(sys.argv[1], "trials", float(sys.argv[2]), time.time(), 1, 4, 0,
-    (TrialState("wanda 0.5 mono:fr", "masking", 1.5),),
-    (ShardState(0, 0, (0, 9), "::1", 0.5, 9.5, True),), None, ("a note",)))
+write_status(SweepStatus(sys.argv[1], "trials", float(sys.argv[2]), time.time(), 1, 4, 0,
+    (TrialStatus("wanda 0.5 mono:fr", "masking", 1.5),),
+    (ShardStatus(0, 0, (0, 9), "::1", 0.5, 9.5, True),), None, ("a note",)))
 print("told", flush=True)
 sys.stdin.readline()
-retract()
+remove_status()
 """
 
 
@@ -391,19 +395,19 @@ def a_driver(name: str, started: float) -> Iterator["subprocess.Popen[str]"]:
 
 
 def names() -> list[str]:
-    return [one.standing.name for one in running()]
+    return [one.status.name for one in running_sweeps()]
 
 
 def test_sweeps_are_seen_while_their_processes_live(folder: Path) -> None:
-    assert running() == []
+    assert running_sweeps() == []
     with a_driver("second", 2000.0) as second, a_driver("first", 1000.0) as first:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert [one.pid for one in running()] == [first.pid, second.pid]  # the oldest first
-        told = running()[0].standing
-        expected = Standing(
+        assert [one.pid for one in running_sweeps()] == [first.pid, second.pid]  # the oldest first
+        told = running_sweeps()[0].status
+        expected = SweepStatus(
             *("first", "trials", 1000.0, told.now, 1, 4, 0),
-            (TrialState("wanda 0.5 mono:fr", "masking", 1.5),),
-            (ShardState(0, 0, (0, 9), "::1", 0.5, 9.5, True),),
+            (TrialStatus("wanda 0.5 mono:fr", "masking", 1.5),),
+            (ShardStatus(0, 0, (0, 9), "::1", 0.5, 9.5, True),),
             *(None, ("a note",)),
         )
         assert told == expected
@@ -427,7 +431,7 @@ def test_a_file_of_a_dead_process_goes(folder: Path) -> None:
 
 
 def test_a_number_given_again_is_told_apart(folder: Path) -> None:
-    publish(a_standing())
+    write_status(a_status())
     assert names() == ["quickstart"]
     file = next(folder.iterdir())
     told = json.loads(file.read_text())
@@ -437,7 +441,7 @@ def test_a_number_given_again_is_told_apart(folder: Path) -> None:
 
 
 def test_what_another_machine_wrote_to_a_shared_folder_stays(folder: Path) -> None:
-    publish(a_standing())
+    write_status(a_status())
     mine = next(folder.iterdir())
     theirs = folder / f"{2**22 + 1}@elsewhere.json"
     theirs.write_text(mine.read_text())
@@ -445,14 +449,15 @@ def test_what_another_machine_wrote_to_a_shared_folder_stays(folder: Path) -> No
     assert theirs.exists()
 
 
-def test_another_versions_sweep_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    publish(a_standing())
+def test_another_versions_sweep_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_status(a_status())
     file = next(folder.iterdir())
     told = json.loads(file.read_text())
-    for changed in (told["standing"] | {"new": 1}, {"name": "quickstart"}):
-        file.write_text(json.dumps(told | {"standing": changed}))
-        assert running() == []
-        assert f"process {os.getpid()} runs a sweep with another version" in capfd.readouterr().err
+    for changed in (told["status"] | {"new": 1}, {"name": "quickstart"}):
+        file.write_text(json.dumps(told | {"status": changed}))
+        assert running_sweeps() == []
+        assert f"process {os.getpid()} runs a sweep with another version" in caplog.text
+        caplog.clear()
     assert file.exists()
 
 
@@ -461,29 +466,29 @@ def test_a_reader_never_sees_half_a_file() -> None:
 
     def write() -> None:
         for number in range(150):
-            publish(replace(a_standing(32, 8, number % 8 + 1), finished=number))
+            write_status(replace(a_status(32, 8, number % 8 + 1), finished=number))
         done.set()
 
     writer = threading.Thread(target=write)
-    publish(a_standing())
+    write_status(a_status())
     writer.start()
     while not done.is_set():
         assert names() == ["quickstart"]
     writer.join()
-    retract()
-    assert running() == []
-    retract()  # twice does no harm
+    remove_status()
+    assert running_sweeps() == []
+    remove_status()  # twice does no harm
 
 
 def test_a_sweep_that_cannot_be_seen_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("MLPRUNE_STATE_DIR", str(tmp_path / "taken"))
-    publish(a_standing())
-    publish(a_standing())
-    retract()
-    assert capfd.readouterr().err.count("mlprune status will not show this sweep") == 1
+    write_status(a_status())
+    write_status(a_status())
+    remove_status()
+    assert caplog.text.count("mlprune status will not show this sweep") == 1
 
 
 def test_status() -> None:
@@ -491,14 +496,14 @@ def test_status() -> None:
     assert (none.exit_code, none.stdout) == (0, "no sweep runs on this machine\n")
     empty = CliRunner().invoke(main, ["status", "--json", "-"])
     assert json.loads(empty.stdout) == {"sweeps": []}
-    publish(replace(a_standing(), now=time.time(), started=time.time() - 300))
+    write_status(replace(a_status(), now=time.time(), started=time.time() - 300))
     shown = CliRunner().invoke(main, ["status"])
     assert shown.exit_code == 0
     title, counts, *_ = shown.stdout.splitlines()
     assert title == f"process {os.getpid()}, quickstart: trials, 5 min so far, about 14 min left"
     assert counts.startswith("12 of 40 trials")
     assert "told nothing" not in shown.stdout
-    publish(replace(a_standing(), now=time.time() - 600))
+    write_status(replace(a_status(), now=time.time() - 600))
     stuck = CliRunner().invoke(main, ["status"]).stdout
     assert f"note: process {os.getpid()} has told nothing for 10 min" in stuck
     values = json.loads(CliRunner().invoke(main, ["status", "--json", "-"]).stdout)
@@ -507,7 +512,7 @@ def test_status() -> None:
     ]
     refused = CliRunner().invoke(main, ["status", "--set", "name=x"])
     assert refused.exit_code == 2
-    retract()
+    remove_status()
 
 
 def test_status_answers_at_once() -> None:
@@ -521,21 +526,21 @@ def test_status_answers_at_once() -> None:
 
 def test_a_second_of_watching_costs_little() -> None:
     """One call a second of each must not be felt: well under a tenth of a core, with much to show."""
-    shown = a_standing(32, 8, 64, LONG)
+    shown = a_status(32, 8, 64, LONG)
     paper = Console(width=100, file=StringIO())
     best = 1.0
     for _ in range(5):
         started = time.process_time()
         paper.print(render(shown, 100))
-        publish(shown)
+        write_status(shown)
         best = min(best, time.process_time() - started)
-    retract()
+    remove_status()
     assert best < 0.1
 
 
 def test_words_of_the_file_are_those_of_the_types() -> None:
-    """`running` gives back the very thing, whatever stood in it."""
-    shown = replace(a_standing(3, 2, 3), now=time.time())
-    publish(shown)
-    assert running() == [standing.Running(os.getpid(), shown)]
-    retract()
+    """`running_sweeps` gives back the very thing, whatever stood in it."""
+    shown = replace(a_status(3, 2, 3), now=time.time())
+    write_status(shown)
+    assert running_sweeps() == [status_module.RunningSweep(os.getpid(), shown)]
+    remove_status()

@@ -15,40 +15,20 @@ from mlprune.planning.machine import Machine, share_of
 from mlprune.planning.planner import make_plan
 from mlprune.planning.work import Work
 from mlprune.runtime import placement as places
+from mlprune.runtime import ray_cluster as ray_cluster_module
 from mlprune.runtime.actors import RayPipeline, pipeline_slot
 from mlprune.runtime.placement import Placement, bundle_for
-from mlprune.runtime.ray_cluster import resources_text
+from mlprune.runtime.ray_cluster import Node, resources_text
 from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
-from mlprune.runtime.worker_errors import cause_of_death
 from mlprune.shards.pipeline import MaskOutcome
 from mlprune.shards.worker import ShardWorker
 from mlprune.spec.schema import PipelineSpec
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.session import open_local, open_replicas
-from mlprune.sweep.tune_runner import LOST_ALONE, Deaths
 from tests.work import WANDA, masks_of, ready
 
 A, B, C = (parse_variant("mono:en", "wanda", sparsity, "unstructured", "dense") for sparsity in (0.1, 0.2, 0.3))
-
-
-# the policy
-
-
-def test_all_go_together_until_one_was_lost_twice() -> None:
-    deaths = Deaths()
-    assert deaths.next_round([A, B, C]) == ([A, B, C], False)
-    for variant in (A, B):
-        deaths.add(variant, "one")
-    assert deaths.next_round([A, B, C]) == ([A, B, C], False)
-    for variant in (A, B):
-        deaths.add(variant, "two")
-    assert LOST_ALONE == 2
-    assert deaths.next_round([A, B, C]) == ([C], False), "who may be guilty waits"
-    assert deaths.next_round([A, B]) == ([A], True), "and goes alone"
-    assert deaths.given_up == {}
-    deaths.add(A, "three")
-    assert deaths.given_up == {A: "a worker died 3 times under it: three"}
 
 
 # plans for replicas and for nodes that are launched
@@ -89,30 +69,6 @@ def machine_of(gpus: int, memory: int) -> Machine:
     return Machine(1, gpus, memory, memory, 1e9, 1e12)
 
 
-# causes
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (ray.exceptions.ObjectStoreFullError("no room"), "Ray's object store is full"),
-        (ray.exceptions.OutOfDiskError("no room"), "the disk to which Ray's object store spills is full"),
-        (ray.exceptions.OutOfMemoryError("killed"), "was killed because its node ran low on memory"),
-        (
-            RuntimeError("ip: 10.0.0.7 The actor died because its node has died. Node Id: 1f"),
-            "a shard's worker on 10.0.0.7 is gone with its node",
-        ),
-        (
-            RuntimeError("ip: 10.0.0.7 worker process has died. (1) killed by the OOM killer due to high memory"),
-            "a shard's worker on 10.0.0.7 died; if nobody killed it",
-        ),
-    ],
-)
-def test_causes_are_named_in_a_line(error: Exception, told: str) -> None:
-    assert told in cause_of_death(error)
-    assert "\n" not in cause_of_death(error)
-
-
 # over real Ray: first what wants CPUs that the replicas would have
 
 
@@ -128,8 +84,9 @@ def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: 
 
 
 def test_a_cluster_that_is_too_small_says_what_is_missing(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(ray_cluster_module, "QUIET_SECONDS", 0.1)
     place = Placement.request(2, {"CPU": 1, "GPU": 1, "memory": float(GIB)})
     try:
         with pytest.raises(
@@ -138,14 +95,14 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
             place.wait(0.01)
     finally:
         place.remove()
-    assert "1 CPU, 1 GPU, 1 GiB each; free: " in capsys.readouterr().err
+    assert caplog.text.count("1 CPU, 1 GPU, 1 GiB each; free: ") == 1
     assert resources_text({"CPU": 0.5, "memory": 2.5 * GIB}) == "0.5 CPU, 2.5 GiB"
 
 
 def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "usable_nodes", lambda: [{"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(places, "usable_nodes", lambda: [Node("a", {"CPU": 4.0}), Node("b", {"CPU": 8.0})])
     two = Machine(nodes=2, gpus=2, gpu_memory=GIB, host_memory=GIB, host_to_device=1, flops=1)
     assert bundle_for(two, workers=4, ranks=1, memory=7) == {"CPU": 1, "memory": 7, "GPU": 1}
     assert bundle_for(two, workers=6, ranks=1, memory=7)["GPU"] == 0.5, "three workers on two GPUs: two share one"

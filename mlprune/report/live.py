@@ -22,7 +22,7 @@ from rich.text import Text
 
 from mlprune import console
 from mlprune.console import time_text
-from mlprune.sweep.status import Running, ShardState, Standing, silence
+from mlprune.sweep.status import RunningSweep, ShardStatus, SweepStatus, seconds_since_update
 
 # of each kind, so that all stands in a terminal of 24 lines
 MOST = {"trials": 6, "shards": 8, "replicas": 4, "notes": 3, "gone": 2}
@@ -34,62 +34,62 @@ STALE = 10  # seconds without a word from a driver that speaks each second
 Row = tuple[str | Text | ProgressBar, ...]
 
 
-def render(standing: Standing, width: int) -> RenderableType:
+def render(status: SweepStatus, width: int) -> RenderableType:
     """The whole in lines of at most `width` cells: counts, notes, trials under way, shards.
 
     Many trials or shards are summed up; a long note takes two lines.
     """
-    times = [f"{time_text(max(standing.now - standing.started, 0))} so far", *_left(standing)]
-    title = ", ".join([f"{standing.name}: {standing.phase}", *times])
-    notes = [_shortened(f"note: {note}", 2 * width) for note in standing.notes]
+    times = [f"{time_text(max(status.now - status.started, 0))} so far", *_left(status)]
+    title = ", ".join([f"{status.name}: {status.phase}", *times])
+    notes = [_shortened(f"note: {note}", 2 * width) for note in status.notes]
     parts: list[RenderableType] = [
         Text(_shortened(title, width), style="bold"),
-        _words(", ".join(_told(standing))),
+        _words(", ".join(_told(status))),
     ]
     parts += [_words(note, style="yellow") for note in _some(notes, MOST["notes"], "notes")]
-    if standing.trials:
-        parts.append(_trials(standing, width))
-    if standing.shards:
-        few = len(standing.shards) <= MOST["shards"]
-        parts.append(_each_shard(standing.shards, width) if few else _many_shards(standing.shards, width))
+    if status.trials:
+        parts.append(_trials(status, width))
+    if status.shards:
+        few = len(status.shards) <= MOST["shards"]
+        parts.append(_each_shard(status.shards, width) if few else _many_shards(status.shards, width))
     return Group(*parts)
 
 
-def _told(standing: Standing) -> list[str]:
+def _told(status: SweepStatus) -> list[str]:
     """How far it is, in phrases."""
-    alive = [shard for shard in standing.shards if shard.alive]
-    gone = len(standing.shards) - len(alive)
-    told = [f"{standing.finished} of {standing.total} trials"]
-    told += [f"{standing.failed} failed"] * bool(standing.failed)
-    told += [f"{len(standing.trials)} under way"] * bool(standing.trials)
+    alive = [shard for shard in status.shards if shard.alive]
+    gone = len(status.shards) - len(alive)
+    told = [f"{status.finished} of {status.total} trials"]
+    told += [f"{status.failed} failed"] * bool(status.failed)
+    told += [f"{len(status.trials)} under way"] * bool(status.trials)
     if alive:
-        told.append(f"{_throughput(standing.shards):,.0f} tokens/s")
+        told.append(f"{_throughput(status.shards):,.0f} tokens/s")
         told.append(f"shard{'s' * (len(alive) > 1)} {_mean_busy(alive):.0%} busy")
     told += [f"{gone} shard{'s' * (gone > 1)} gone"] * bool(gone)
     return told
 
 
-def _left(standing: Standing) -> list[str]:
-    return [] if standing.seconds_left is None else [f"about {time_text(standing.seconds_left)} left"]
+def _left(status: SweepStatus) -> list[str]:
+    return [] if status.seconds_left is None else [f"about {time_text(status.seconds_left)} left"]
 
 
-def _throughput(shards: Sequence[ShardState]) -> float:
+def _throughput(shards: Sequence[ShardStatus]) -> float:
     """Tokens a second through the whole model: every token passes each shard of a replica."""
     by_replica = _by_replica(shards).values()
     return sum(sum(shard.tokens for shard in group) / len(group) for group in by_replica)
 
 
-def _by_replica(shards: Sequence[ShardState]) -> dict[int, list[ShardState]]:
+def _by_replica(shards: Sequence[ShardStatus]) -> dict[int, list[ShardStatus]]:
     ordered = sorted(shards, key=lambda shard: (shard.replica, shard.shard))
     return {replica: list(group) for replica, group in groupby(ordered, key=lambda shard: shard.replica)}
 
 
-def _mean_busy(shards: Sequence[ShardState]) -> float:
+def _mean_busy(shards: Sequence[ShardStatus]) -> float:
     return sum(shard.busy for shard in shards) / len(shards)
 
 
-def _trials(standing: Standing, width: int) -> RenderableType:
-    shown, more = standing.trials[: MOST["trials"]], standing.trials[MOST["trials"] :]
+def _trials(status: SweepStatus, width: int) -> RenderableType:
+    shown, more = status.trials[: MOST["trials"]], status.trials[MOST["trials"] :]
     rows: list[Row] = [(trial.label, _shortened(trial.phase, 24), time_text(trial.seconds)) for trial in shown]
     table = _table(["trial", "phase", ">time"], rows, width)
     if not more:
@@ -98,7 +98,7 @@ def _trials(standing: Standing, width: int) -> RenderableType:
     return Group(table, Text(_shortened(f"... and {len(more)} more: {phases}", width), style="dim"))
 
 
-def _each_shard(shards: Sequence[ShardState], width: int) -> Table:
+def _each_shard(shards: Sequence[ShardStatus], width: int) -> Table:
     several = len(_by_replica(shards)) > 1
     rows: list[Row] = []
     for shard in shards:
@@ -112,7 +112,7 @@ def _each_shard(shards: Sequence[ShardState], width: int) -> Table:
     return _table([*["replica"] * several, "shard", "layers", "node", "busy", ">", ">tokens/s"], rows, width)
 
 
-def _many_shards(shards: Sequence[ShardState], width: int) -> RenderableType:
+def _many_shards(shards: Sequence[ShardStatus], width: int) -> RenderableType:
     """A small block for each shard (for several neighbours where there is no room), a row a replica; extremes."""
     replicas = _by_replica(shards)
     several = len(replicas) > 1
@@ -130,7 +130,7 @@ def _many_shards(shards: Sequence[ShardState], width: int) -> RenderableType:
     return Group(*parts)
 
 
-def _blocks(shards: Sequence[ShardState], room: int) -> Text:
+def _blocks(shards: Sequence[ShardStatus], room: int) -> Text:
     together = math.ceil(len(shards) / room)
     text = Text()
     for start in range(0, len(shards), together):
@@ -142,12 +142,12 @@ def _blocks(shards: Sequence[ShardState], room: int) -> Text:
     return text
 
 
-def _busy(shards: Sequence[ShardState]) -> str:
+def _busy(shards: Sequence[ShardStatus]) -> str:
     alive = [shard for shard in shards if shard.alive]
     return f"{_mean_busy(alive):.0%}" if alive else ""
 
 
-def _named(shard: ShardState) -> str:
+def _named(shard: ShardStatus) -> str:
     place = "layers {}-{}".format(*shard.layers)
     return f"shard {shard.shard} of replica {shard.replica} ({place}, {shard.node})"
 
@@ -207,23 +207,23 @@ class PlainLines:
     """
 
     def __init__(self) -> None:
-        self._last: Standing | None = None
+        self._last: SweepStatus | None = None
         self._spoke = -math.inf
 
-    def lines(self, standing: Standing) -> list[str]:
-        """What is to be told now, by the standing's own clock; mostly nothing."""
-        last, self._last = self._last, standing
-        before, now = _by_kind(last.notes if last else ()), _by_kind(standing.notes)
+    def lines(self, status: SweepStatus) -> list[str]:
+        """What is to be told now, by the status's own clock; mostly nothing."""
+        last, self._last = self._last, status
+        before, now = _by_kind(last.notes if last else ()), _by_kind(status.notes)
         lines = [f"note: {note}" for kind, note in now.items() if kind not in before]
         lines += [f"over: {note}" for kind, note in before.items() if kind not in now]
-        told = ", ".join([*_told(standing), *_left(standing)])
-        quiet = not lines and standing.now - self._spoke >= SECONDS_BETWEEN
-        if last is None or last.phase != standing.phase:
-            lines.append(f"{standing.name}, {standing.phase}: {told}")
-        elif quiet or (last.finished, last.failed) != (standing.finished, standing.failed):
+        told = ", ".join([*_told(status), *_left(status)])
+        quiet = not lines and status.now - self._spoke >= SECONDS_BETWEEN
+        if last is None or last.phase != status.phase:
+            lines.append(f"{status.name}, {status.phase}: {told}")
+        elif quiet or (last.finished, last.failed) != (status.finished, status.failed):
             lines.append(told)
         if lines:
-            self._spoke = standing.now
+            self._spoke = status.now
         return [_clean(line) for line in lines]
 
 
@@ -232,38 +232,38 @@ def _by_kind(notes: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def live_view() -> Iterator[Callable[[Standing], None]]:
-    """While the block runs, `show(standing)` shows how a sweep stands; to be called each second or so."""
+def live_view() -> Iterator[Callable[[SweepStatus], None]]:
+    """While the block runs, `show(status)` shows how a sweep stands; to be called each second or so."""
     if console.is_quiet():
-        yield lambda standing: None
+        yield lambda status: None
     elif console.errors.is_interactive:
         with console.live_table() as put:
-            yield lambda standing: put(render(standing, console.errors.width))
+            yield lambda status: put(render(status, console.errors.width))
     else:
         yield _print_lines(PlainLines())
 
 
-def _print_lines(plain: PlainLines) -> Callable[[Standing], None]:
-    def show(standing: Standing) -> None:
-        for line in plain.lines(standing):
+def _print_lines(plain: PlainLines) -> Callable[[SweepStatus], None]:
+    def show(status: SweepStatus) -> None:
+        for line in plain.lines(status):
             console.errors.print(f"  {line}")
 
     return show
 
 
-def show_running(found: Sequence[Running]) -> None:
+def show_running(found: Sequence[RunningSweep]) -> None:
     """What `mlprune status` prints."""
     if not found:
         console.results.print("no sweep runs on this machine")
     for one in found:
-        standing, silent = one.standing, silence(one.standing)
+        status, silent = one.status, seconds_since_update(one.status)
         if silent > STALE:
             note = f"process {one.pid} has told nothing for {time_text(silent)}: what follows is that old"
-            standing = replace(standing, notes=(note, *standing.notes))
-        standing = replace(standing, name=f"process {one.pid}, {standing.name}")
-        console.results.print(render(standing, console.results.width))
+            status = replace(status, notes=(note, *status.notes))
+        status = replace(status, name=f"process {one.pid}, {status.name}")
+        console.results.print(render(status, console.results.width))
 
 
-def running_values(found: Sequence[Running]) -> dict[str, Any]:
+def running_values(found: Sequence[RunningSweep]) -> dict[str, Any]:
     """The same as plain values."""
-    return {"sweeps": [{"pid": one.pid, **asdict(one.standing)} for one in found]}
+    return {"sweeps": [{"pid": one.pid, **asdict(one.status)} for one in found]}

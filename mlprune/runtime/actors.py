@@ -29,6 +29,7 @@ from mlprune.models.zero import open_rendezvous
 from mlprune.planning.memory import Chunks
 from mlprune.runtime.placement import Placement
 from mlprune.runtime.worker_errors import worker_errors
+from mlprune.runtime.worker_logging import configure_worker_logging
 from mlprune.shards.pipeline import Future, Pipeline
 from mlprune.shards.worker import Setup, ShardWorker
 
@@ -63,6 +64,7 @@ class RankActor:
     """
 
     def __init__(self) -> None:
+        configure_worker_logging()
         self._others: list[ActorHandle] = []
         self._busy, self._since, self._trials = 0.0, 0.0, set[str]()
         self._lock, self._failed = threading.Lock(), False

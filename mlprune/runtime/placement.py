@@ -66,7 +66,7 @@ def bundle_for(machine: Machine, workers: int, ranks: int, memory: int) -> dict[
     `workers`: worker processes of the whole job. `memory`: host memory of a rank, in bytes.
     """
     on_node = -(-workers // machine.nodes)
-    cpus = min((node["Resources"].get("CPU", 0) for node in usable_nodes()), default=0)
+    cpus = min((node.resources.get("CPU", 0) for node in usable_nodes()), default=0)
     bundle = {"CPU": ranks * _rounded_down(min(1.0, cpus / on_node)), "memory": float(ranks * memory)}
     if machine.gpus:
         # workers that share a GPU get equal parts of it

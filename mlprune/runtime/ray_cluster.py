@@ -1,7 +1,11 @@
-"""The Ray that shards run on: the cluster that runs here, or one of our own; and its nodes."""
+"""Connects to the Ray cluster that runs, or starts a private Ray on this machine; and reports its nodes.
+
+Actors and placement groups are not here, but in `actors` and `placement`.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -10,9 +14,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray._common.utils import get_ray_address_file
@@ -23,92 +26,110 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mlprune.console import say, size_text, step, warn
+from mlprune.console import size_text
 from mlprune.errors import SpecError
 from mlprune.planning.machine import Machine, gpus_here, machine_with
+from mlprune.runtime.worker_logging import LEVEL_VARIABLE, worker_log_level
 
-# what every worker's process is to have in its environment
-ENVIRONMENT = {
-    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
-    # every shard uses all cores (see ShardWorker); threads that wait must not spin on them
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-QUIET_SECONDS = 2  # of a wait, before it is spoken of
-SAY_SECONDS = 30  # between two lines on the same wait, where no terminal shows it
-KNOCK_SECONDS = 10
+logger = logging.getLogger(__name__)
+
+QUIET_SECONDS = 2  # a shorter wait is not logged
+LOG_SECONDS = 30  # between two messages about the same wait
+CONNECT_SECONDS = 10
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
-MOST_NODES = 64  # where nobody says how many there may be
+DEFAULT_MAX_NODES = 64  # where the autoscaler does not tell its maximum
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node of the cluster."""
+
+    id: str
+    resources: Mapping[str, float]  # GPU, CPU, memory, ...
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment variables that every worker process needs."""
+    return {
+        "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+        # every shard uses all cores (see ShardWorker); waiting threads must not spin on them
+        "OMP_WAIT_POLICY": "PASSIVE",
+        LEVEL_VARIABLE: worker_log_level(),
+    }
 
 
 def cluster_address() -> str | None:
-    """The address of the cluster to use: RAY_ADDRESS, or what `ray start` left on this machine; None for none."""
+    """Return the address of the cluster to use, if any: RAY_ADDRESS, or what `ray start` left on this machine."""
     left = Path(get_ray_address_file(None))
     address = os.environ.get("RAY_ADDRESS")
     if not address and left.exists():
         if left.stat().st_uid not in (0, os.getuid()):  # in a folder that everybody may write to
-            warn(f"the Ray cluster of another user ({left}) is not used; to use it, set RAY_ADDRESS")
+            logger.warning("the Ray cluster of another user (%s) is not used; to use it, set RAY_ADDRESS", left)
             return None
         address = read_ray_address()
     return None if address in (None, "", "local") else address
 
 
 def cluster_is_running() -> bool:
-    """Whether this process is connected to a cluster that runs, or would be."""
+    """Whether a cluster runs that this process is connected to, or would connect to."""
     return cluster_address() is not None
 
 
 def connect() -> bool:
-    """Be a driver of the cluster that runs, for as long as this process lives; False if none runs.
+    """Connect to the cluster that runs, for the life of this process; return False if none runs.
 
-    Raises SpecError when RAY_ADDRESS names one that does not answer.
+    Raises SpecError when RAY_ADDRESS names a cluster that does not answer.
     """
     address = cluster_address()
     if address is None:
         return False
     if ray.is_initialized():
         return True
-    os.environ.update(ENVIRONMENT)
+    environment = worker_environment()
+    os.environ.update(environment)
     try:
-        _knock(address)
+        _check_listens(address)
         ray.init(
             address=address,
-            runtime_env={"env_vars": ENVIRONMENT},
+            runtime_env={"env_vars": environment},
             log_to_driver=False,
             logging_level="ERROR",
         )
     except AuthenticationError:
-        remedy = "it asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
+        remedy = "it requires a token: set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
         raise SpecError("RAY_ADDRESS", address, remedy) from None
     except (OSError, RayError, RuntimeError, ValueError) as error:
         if os.environ.get("RAY_ADDRESS"):
-            remedy = f"no Ray cluster answers there: {' '.join(str(error).split())[:160]}"
+            remedy = f"no Ray cluster answers at this address: {' '.join(str(error).split())[:160]}"
             raise SpecError("RAY_ADDRESS", address, remedy) from None
-        warn(f"the Ray cluster at {address}, which `ray start` made here, does not answer: Ray is started anew")
+        logger.warning(
+            "the Ray cluster at %s, started here by `ray start`, does not answer: a private Ray is used", address
+        )
         os.environ["RAY_ADDRESS"] = "local"
         return False
-    _quieten()
+    _silence_ray()
     return True
 
 
-def _knock(address: str) -> None:
-    """Raise OSError when nobody listens at `host:port`: Ray would try for minutes."""
+def _check_listens(address: str) -> None:
+    """Raise OSError when nothing listens at `host:port`: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if port.isdigit() and "//" not in host:
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 @contextmanager
 def ray_session(memory: int) -> Iterator[None]:
-    """Ray, for as long as the block runs: the one that this process is connected to, or else one of its own.
+    """Keep Ray running while the block runs: the one that this process is connected to, or else a private one.
 
-    Its own has `memory` bytes to give: what was planned on this machine.
+    A private Ray offers `memory` bytes to its workers, as planned on this machine.
     """
     if ray.is_initialized():
         yield
         return
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(worker_environment())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _closed_to_others() as folder:
+    with _private_ray_folder() as folder:
         ray.init(
             address="local",
             include_dashboard=False,
@@ -117,7 +138,7 @@ def ray_session(memory: int) -> Iterator[None]:
             _memory=memory,
             _temp_dir=folder,
         )
-        _quieten()
+        _silence_ray()
         try:
             yield
         finally:
@@ -125,14 +146,15 @@ def ray_session(memory: int) -> Iterator[None]:
 
 
 @contextmanager
-def _closed_to_others() -> Iterator[str]:
-    """For a Ray of our own: ports on loopback alone, a fresh token, and a folder that no one else may enter.
+def _private_ray_folder() -> Iterator[str]:
+    """Prepare a Ray that only this user can reach: loopback ports, a new token, a private folder (yielded).
 
-    Ray binds to loopback where its address is loopback, and on Linux takes that for one only if it is told that
-    it makes no clusters. It opens its own folder, with its sockets, to everybody: the one around it is ours.
+    Ray binds to loopback where its address is a loopback address; on Linux it uses such an address only if it is
+    configured not to form clusters. It opens its own folder, with its sockets, to everybody: only the folder
+    around it is private.
     """
     token, clusters = os.environ.get("RAY_AUTH_TOKEN"), ray_constants.ENABLE_RAY_CLUSTER
-    short = os.environ.get("RAY_TMPDIR", "/tmp")  # a socket's path has 107 bytes at most
+    short = os.environ.get("RAY_TMPDIR", "/tmp")  # the path of a socket has 107 bytes at most
     with tempfile.TemporaryDirectory(prefix="mlprune-ray-", dir=short, ignore_cleanup_errors=True) as folder:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         AuthenticationTokenLoader.instance().reset_cache()
@@ -147,68 +169,67 @@ def _closed_to_others() -> Iterator[str]:
             AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _quieten() -> None:
-    # what comes out of the object store is read-only, and is only read
+def _silence_ray() -> None:
+    # tensors from the object store are read-only, and are only read
     warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-    # Ray prints each death of a worker to standard output, where results go, whatever it was told; we tell of it
+    # Ray prints each death of a worker to standard output, where results go, at every log level; we log it instead
     ray_worker.print_to_stdstream = lambda *_, **__: None
 
 
 # nodes
 
 
-def usable_nodes() -> list[dict[str, Any]]:
-    """The nodes that can hold shards: those with GPUs, or if there are none, those with CPUs."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
+def usable_nodes() -> list[Node]:
+    """Return the nodes that can hold shards: those with GPUs, or if there are none, those with CPUs."""
+    nodes = [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
     for kind in ("GPU", "CPU"):
-        if found := [node for node in alive if node["Resources"].get(kind, 0) > 0]:
-            return found
+        if usable := [node for node in nodes if node.resources.get(kind, 0) > 0]:
+            return usable
     return []
 
 
 def cluster_machine(wait_minutes: float | None = None, launch: bool = True) -> Machine | None:
-    """The nodes of the Ray cluster that runs, as their own tools report them; None if none runs.
+    """Return the nodes of the running Ray cluster, as measured on them; None if none runs.
 
-    Of nodes that differ, the least of each. Where an autoscaler may launch nodes and none is there yet, one is
-    asked for and waited for, because what a node has is known when it is there; unless `launch` is False, when
-    SpecError asks for the machine's description.
+    Where nodes differ, the smallest value of each quantity counts. Where an autoscaler may launch nodes and none
+    runs yet, one is requested and waited for, because only a running node can be measured. With `launch` False,
+    SpecError asks for a description of the machine instead.
     """
     if not connect():
         return None
-    launchable, wanted = _launchable()
-    if wanted and not _has(usable_nodes(), wanted):
+    launchable, demand = _launchable()
+    if demand and not _has(usable_nodes(), demand):
         if not launch:
-            remedy = "the cluster launches its nodes when a sweep wants them: say how many, and what one has"
-            raise SpecError("--nodes", None, remedy)
-        _first_node(wanted, wait_minutes)
-    told = "waiting for a node of the cluster that has GPUs or CPUs"
-    wait_until(lambda: bool(usable_nodes()), lambda: told, wait_minutes)
+            remedy = "the cluster launches its nodes when a sweep needs them: describe how many, and one node"
+            raise SpecError("--nodes", "nothing", remedy)
+        _launch_first_node(demand, wait_minutes)
+    message = "waiting for a node of the cluster that has GPUs or CPUs"
+    wait_until(lambda: bool(usable_nodes()), lambda: message, wait_minutes)
     nodes = usable_nodes()
-    machine = _least([_seen(node) for node in nodes])
-    if wanted and launchable > len(nodes):
+    machine = _smallest([_measure(node) for node in nodes])
+    if demand and launchable > len(nodes):
         return replace(machine, nodes=launchable, elastic=True)
     return machine
 
 
-def _seen(node: Mapping[str, Any]) -> Machine:
-    """A node as its own tools report it, with no more memory than its Ray gives away."""
-    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    looked: Machine = ray.get(ray.remote(_look).options(num_cpus=0, scheduling_strategy=there).remote())
-    given = node["Resources"]
+def _measure(node: Node) -> Machine:
+    """Measure a node on the node itself, with no more GPUs and memory than its Ray offers."""
+    on_node = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    measured: Machine = ray.get(ray.remote(_this_node).options(num_cpus=0, scheduling_strategy=on_node).remote())
     return replace(
-        looked,
-        gpus=min(looked.gpus, int(given.get("GPU", 0))),
-        host_memory=min(looked.host_memory, int(given.get("memory", looked.host_memory))),
+        measured,
+        gpus=min(measured.gpus, int(node.resources.get("GPU", 0))),
+        host_memory=min(measured.host_memory, int(node.resources.get("memory", measured.host_memory))),
     )
 
 
-def _look() -> Machine:
-    """A node as it sees itself. A task that asks for no GPU is shown none by Ray; the driver's tool shows all."""
+def _this_node() -> Machine:
+    """Measure this node. Ray hides GPUs from a task that requests none; the driver's tool lists them all."""
     return machine_with(gpus_here())
 
 
-def _least(seen: Sequence[Machine]) -> Machine:
-    nodes = [node for node in seen if node.gpus] or seen
+def _smallest(machines: Sequence[Machine]) -> Machine:
+    nodes = [node for node in machines if node.gpus] or machines
     return Machine(
         nodes=len(nodes),
         gpus=min(node.gpus for node in nodes),
@@ -220,72 +241,71 @@ def _least(seen: Sequence[Machine]) -> Machine:
 
 
 def _launchable() -> tuple[int, dict[str, float]]:
-    """How many nodes an autoscaler may have at most of the kind that suits shards, and a node's GPUs or CPUs.
+    """Return the most nodes that an autoscaler may launch of the kind for shards, and the GPU or CPU of a node.
 
-    Ray itself does not tell. `ray up` leaves its file on the head; of an autoscaler that works by another, as on
-    Kubernetes, all that is known is that it is there.
+    Ray has no interface for it. `ray up` leaves its configuration on the head node; any other autoscaler, e.g. on
+    Kubernetes, is only known to exist.
     """
-    import yaml  # not at the top: workers import this module, and each would hold it
+    import yaml  # not at the top: every worker imports this module and would hold it in memory
 
     from mlprune.spec.loading import read_yaml
 
     try:
-        made_by = read_yaml(BOOTSTRAP.expanduser().read_text())
+        config = read_yaml(BOOTSTRAP.expanduser().read_text())
     except (OSError, yaml.YAMLError):
-        return (MOST_NODES, {"CPU": 1.0}) if _autoscales() else (0, {})
-    if made_by["provider"]["type"] == "local":  # all of its nodes are there, or on their way
+        return (DEFAULT_MAX_NODES, {"CPU": 1.0}) if _has_autoscaler() else (0, {})
+    if config["provider"]["type"] == "local":  # all of its nodes run already, or are starting
         return 0, {}
-    kinds = made_by["available_node_types"].values()
+    node_types = config["available_node_types"].values()
     for kind in ("GPU", "CPU"):
-        counts = [node.get("max_workers", 0) for node in kinds if node.get("resources", {}).get(kind, 0) > 0]
+        counts = [node.get("max_workers", 0) for node in node_types if node.get("resources", {}).get(kind, 0) > 0]
         if sum(counts):
-            return min(sum(counts), made_by["max_workers"]), {kind: 1.0}
+            return min(sum(counts), config["max_workers"]), {kind: 1.0}
     return 0, {}
 
 
-def _autoscales() -> bool:
-    """Whether an autoscaler has told the cluster of itself (Ray's second one does)."""
+def _has_autoscaler() -> bool:
+    """Whether an autoscaler has registered with the cluster (Ray's second version does)."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
     return status.stats.autoscaler_version not in (None, "0")
 
 
-def _has(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> bool:
-    return any(all(node["Resources"].get(k, 0) >= v for k, v in wanted.items()) for node in nodes)
+def _has(nodes: Sequence[Node], demand: Mapping[str, float]) -> bool:
+    return any(all(node.resources.get(kind, 0) >= amount for kind, amount in demand.items()) for node in nodes)
 
 
-def _first_node(wanted: dict[str, float], wait_minutes: float | None) -> None:
+def _launch_first_node(demand: dict[str, float], wait_minutes: float | None) -> None:
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[wanted])
+    request_resources(bundles=[demand])
     try:
-        told = f"waiting for a first node with {resources_text(wanted)}"
-        wait_until(lambda: _has(usable_nodes(), wanted), lambda: told, wait_minutes)
+        message = f"waiting for a first node with {resources_text(demand)}"
+        wait_until(lambda: _has(usable_nodes(), demand), lambda: message, wait_minutes)
     finally:
         request_resources(bundles=[])
 
 
-def wait_until(done: Callable[[], bool], told: Callable[[], str], minutes: float | None) -> None:
-    """Wait until `done`, telling what for. Raises SpecError after `minutes` (None: as long as it takes)."""
-    started = said = time.monotonic()
-    while not done() and time.monotonic() - started < min(QUIET_SECONDS, 60 * (minutes or QUIET_SECONDS)):
-        time.sleep(0.05)  # mostly it is a matter of moments
-    if done():
-        return
-    say(f"  {told()}")
-    with step(told()):
-        while not done():
-            now = time.monotonic()
-            if minutes is not None and now - started >= 60 * minutes:
-                raise SpecError("pipeline.wait_minutes", minutes, f"{told()}: add nodes, or wait longer")
-            if now - said >= SAY_SECONDS:
-                said = now
-                say(f"  {told()}, {(now - started) / 60:.0f} min so far")
-            time.sleep(0.5)
+def wait_until(done: Callable[[], bool], message: Callable[[], str], minutes: float | None) -> None:
+    """Wait until `done`, and log the message after 2 s and then every 30 s.
+
+    Raises SpecError after `minutes`; None means no limit.
+    """
+    started = time.monotonic()
+    limit = float("inf") if minutes is None else 60 * minutes
+    next_log: float = QUIET_SECONDS
+    while not done():
+        waited = time.monotonic() - started
+        if waited >= next_log:
+            next_log += LOG_SECONDS
+            logger.info("  %s%s", message(), f", {waited / 60:.0f} min so far" if waited >= LOG_SECONDS else "")
+        if waited >= limit:
+            raise SpecError("pipeline.wait_minutes", minutes, f"{message()}: add nodes, or wait longer")
+        time.sleep(0.05 if waited < QUIET_SECONDS else 0.5)  # most waits are short
 
 
 def resources_text(resources: Mapping[str, float]) -> str:
-    """As a person reads it: `2 GPU, 1 CPU, 12 GiB`."""
+    """Return resources in readable form: `2 GPU, 1 CPU, 12 GiB`."""
     parts = [f"{amount:.4g} {kind}" for kind, amount in resources.items() if kind != "memory" and amount]
     return ", ".join([*parts, *([size_text(resources["memory"])] if resources.get("memory") else [])])

@@ -1,1 +1,10 @@
-"""One model held in shards: a shard's work, the plan of which layers go where, and the pipeline of them."""
+"""One shard's compute, and the pipeline of all shards of a model. Nothing here knows of Ray.
+
+worker      a shard's worker: its layers, moments and masks
+pipeline    all shards of a model in order: the interface to the model
+masking     a variant's masks of one layer
+gathering   moments over ranks and from the store
+decoding    greedy generation with key-value caches
+likelihood  log-likelihood of scored tokens
+features    measurements of a layer for an analysis
+"""

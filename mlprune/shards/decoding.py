@@ -1,9 +1,10 @@
-"""Greedy continuation of prompts, token by token, with keys and values kept by the shards.
+"""Greedy generation, token by token, with a key-value cache in each shard: groups, waves and a rank's session.
 
-Prompts are cut into groups of similar lengths. A group's rows share a cache, in which their last tokens stand side
-by side: so the prompts pass in micro-batches of few rows, and later the newest tokens of all rows in one, which
-takes a layer's weights through the processor once. Groups go in waves, as many at once as there is room for. How
-groups are cut depends on the prompts alone, not on shards, ranks or waves.
+Which worker is called is decided in `pipeline`. Prompts are divided into groups of similar lengths. The rows of a
+group share a cache that is left-padded, so that their last tokens are aligned: the prompts pass in micro-batches
+of few rows, and then the newest tokens of all rows in a single one, which reads a layer's weights only once.
+Groups run in waves, as many at once as fit into memory. The division into groups depends on the prompts alone, not
+on shards, ranks or waves.
 
 B: rows. T: tokens of a step. S: T and the positions before. H: hidden width.
 """
@@ -23,40 +24,40 @@ from mlprune.models.replay import Call, ReplayModel
 from mlprune.models.residency import Ranks, Residency, Resident, masked_by
 from mlprune.pruning.masks import LayerMasks
 
-# positions that a shard keeps keys and values of at a time, pads and tokens to come included; at least one row's
+# positions in a shard's key-value cache at a time, padding and future tokens included; at least one row is cached
 CACHED_TOKENS = 2**14
-# of a group, all of which one rank continues: more of them cost little more time, but several ranks want groups
+# rows of a group, which a single rank continues: larger groups cost little more time, but each rank needs groups
 GROUP_ROWS = 32
-PAD = 0  # any id that is in the vocabulary will do: no token attends to a pad
+PAD = 0  # any id in the vocabulary works: no token attends to padding
 
-Ended = Callable[[int, Sequence[int]], bool]  # row, its new tokens
+Ended = Callable[[int, Sequence[int]], bool]  # (row, its new tokens) -> whether the row ends
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a group is given next: its prompts, left-padded, or each row's newest token."""
+    """The next input of a group: its prompts, left-padded, or each row's newest token."""
 
-    group: int  # its number
+    group: int  # number of the group
     input_ids: Tensor  # [B, T] int64
     pads: tuple[int, ...]  # before each row's first token
     seen: int  # positions before these
-    room: int  # positions in the end
+    capacity: int  # positions of a row at the end
 
     @property
     def attention_mask(self) -> Tensor:
-        """[B, S] int64: 0 for a pad."""
+        """[B, S] int64: 0 for padding."""
         positions_S = torch.arange(self.seen + self.input_ids.shape[1])
         return (positions_S >= torch.tensor(self.pads)[:, None]).long()
 
     def parts(self) -> Iterator[slice]:
-        """The rows of each micro-batch."""
+        """Yield the rows of each micro-batch."""
         rows, tokens = self.input_ids.shape
         at_once = max(1, MICRO_BATCH_TOKENS // tokens)
         return (slice(start, start + at_once) for start in range(0, rows, at_once))
 
 
 class Group:
-    """Rows that are continued together, as the driver sees them: longest prompt first."""
+    """Rows that are continued together, longest prompt first: the driver's part of a group."""
 
     def __init__(self, number: int, rows: Sequence[int], prompts: Sequence[Sequence[int]], max_new: int) -> None:
         self.number = number
@@ -64,17 +65,17 @@ class Group:
         self._prompts = [list(prompts[row]) for row in rows]
         self._max_new = max_new
         self._open = set(rows)
-        self._newest: Sequence[int] = ()  # of each row, also of those that have ended
+        self._newest: Sequence[int] = ()  # one token of each row, ended rows included
         self._steps = 0
 
     @property
-    def room(self) -> int:
-        """Positions of a row in the end; the last token is told, not given."""
+    def capacity(self) -> int:
+        """Positions of a row at the end; the last token is generated but never an input."""
         return len(self._prompts[0]) + self._max_new - 1
 
     @property
     def open(self) -> int:
-        """Rows that have not ended."""
+        """Number of rows that have not ended."""
         return len(self._open)
 
     def step(self) -> Step:
@@ -84,10 +85,10 @@ class Group:
             ids, seen = [[token] for token in self._newest], longest + self._steps - 1
         else:
             ids, seen = [[PAD] * n + prompt for n, prompt in zip(pads, self._prompts, strict=True)], 0
-        return Step(self.number, torch.tensor(ids), pads, seen, self.room)
+        return Step(self.number, torch.tensor(ids), pads, seen, self.capacity)
 
     def take(self, tokens: Sequence[int], ended: Ended) -> None:
-        """Each row's next token."""
+        """Record each row's next token."""
         self._newest, self._steps = tokens, self._steps + 1
         for (row, written), token in zip(self.written.items(), tokens, strict=True):
             if row in self._open:
@@ -97,12 +98,12 @@ class Group:
 
 
 def kept_at_once(rows: int, longest: int) -> int:
-    """Positions that are kept at a time at most, of so many rows of so many tokens."""
+    """Return the most positions in the cache at a time, for `rows` rows of at most `longest` tokens."""
     return min(rows * longest, max(CACHED_TOKENS, longest))
 
 
 def grouped(prompts: Sequence[Sequence[int]], max_new: int) -> list[Group]:
-    """All rows in groups, longest prompts first."""
+    """Divide all rows into groups, longest prompts first."""
     groups: list[list[int]] = []
     for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row])):
         rows = len(groups[-1]) if groups else GROUP_ROWS
@@ -113,10 +114,10 @@ def grouped(prompts: Sequence[Sequence[int]], max_new: int) -> list[Group]:
 
 
 def waves(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Consecutive groups whose keys and values are kept at the same time."""
+    """Yield consecutive groups whose keys and values fit into the cache at the same time."""
     wave: list[Group] = []
     for group in groups:
-        if sum(len(other.written) * other.room for other in (*wave, group)) > CACHED_TOKENS and wave:
+        if sum(len(other.written) * other.capacity for other in (*wave, group)) > CACHED_TOKENS and wave:
             yield wave
             wave = []
         wave.append(group)
@@ -125,10 +126,10 @@ def waves(groups: Sequence[Group]) -> Iterator[list[Group]]:
 
 
 class Session:
-    """One rank's side of a wave: what its groups have behind them, until the wave ends.
+    """One rank's part of a wave: the key-value caches of its groups, until the wave ends.
 
-    To mask a layer anew for each token takes longer than the token. So of layers that are always here, masked
-    copies are kept as well; for copies of those that are elsewhere there is no room.
+    Masking a layer again for each token takes longer than the token itself. Therefore masked copies of resident
+    layers are kept as well; for copies of offloaded layers there is no memory.
     """
 
     def __init__(
@@ -142,13 +143,13 @@ class Session:
         self._kept: dict[int, KeyValues] = {}
 
     def close(self) -> None:
-        """Let go of all that is kept, at once: experts and what runs them hold each other."""
+        """Release caches and copies now, because experts and the code that runs them refer to each other."""
         self._kept.clear()
         for layer in self._copies.values():
             layer.to_empty(device="meta")
 
     def decode(self, steps: Sequence[Step], hidden: Sequence[Tensor] | None) -> list[Tensor]:
-        """Pass the rank's groups through the layers, each layer once; [B, T, H] a micro-batch.
+        """Pass the rank's groups through the layers, each layer once; return [B, T, H] a micro-batch.
 
         `hidden` is what the shard before returned; None on the first shard.
         """
@@ -162,7 +163,7 @@ class Session:
         return states
 
     def next_tokens(self, steps: Sequence[Step], hidden: Sequence[Tensor] | None) -> dict[int, list[int]]:
-        """On the last shard: group -> the likeliest next token of each of its rows."""
+        """Return for each group the likeliest next token of each of its rows. Called on the last shard."""
         states = iter(self.decode(steps, hidden))
         return {
             step.group: [token for _ in step.parts() for token in self._likeliest(next(states))]
@@ -170,24 +171,26 @@ class Session:
         }
 
     def _own(self, steps: Sequence[Step]) -> list[Step]:
-        """A group stays with the rank that has its keys and values, whichever groups are left."""
+        """Return this rank's groups: a group always stays with the rank that has its keys and values."""
         return [step for step in steps if step.group % self._ranks.size == self._ranks.rank]
 
     def _enter(
         self, steps: Sequence[Step], hidden: Sequence[Tensor] | None
     ) -> tuple[list[Mapping[int, Call]], list[Tensor]]:
-        """For each micro-batch what the layers are given beside hidden states, and the states that enter."""
+        """Return for each micro-batch the layers' other arguments, and the hidden states that enter."""
         calls: list[Mapping[int, Call]] = []
         states: list[Tensor] = []
         for step in steps:
-            assert not self._model.positions or step.room <= self._model.positions, "the model has fewer positions"
-            kept = self._kept.setdefault(step.group, KeyValues(len(step.pads), step.room))
+            assert not self._model.positions or step.capacity <= self._model.positions, (
+                "the model has fewer positions"
+            )
+            kept = self._kept.setdefault(step.group, KeyValues(len(step.pads), step.capacity))
             mask_BS = step.attention_mask
             for rows in step.parts():
                 recorded = self._model.record(step.input_ids[rows], mask_BS[rows], Past(kept, rows, step.seen))
-                given = recorded.embedded_BTH if hidden is None else hidden[len(states)].to(self._model.device)
+                state = recorded.embedded_BTH if hidden is None else hidden[len(states)].to(self._model.device)
                 calls.append(recorded.calls)
-                states.append(given)
+                states.append(state)
         return calls, states
 
     def _likeliest(self, state_BTH: Tensor) -> list[int]:

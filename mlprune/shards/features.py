@@ -1,4 +1,4 @@
-"""What an analysis asks of a layer: how large its features are, and how much of their masks variants share.
+"""Measurements of a layer for `mlprune analyze`: the size of its features, and the overlap of variants' masks.
 
 B: rows of a micro-batch. T: its tokens. H: hidden width, a channel of which is a feature. V: variants.
 """
@@ -20,53 +20,56 @@ _ONES = torch.tensor([byte.bit_count() for byte in range(256)])
 
 
 def prompt_norms(state_BTH: Tensor, attention_mask_BT: Tensor) -> Tensor:
-    """Each channel's L2 norm over the tokens of a row, summed over the rows: float64 [H]. Pads count nothing."""
+    """Return each channel's L2 norm over the tokens of a row, summed over the rows: float64 [H].
+
+    Padding is ignored.
+    """
     pad_BT = attention_mask_BT.to(state_BTH.device) == 0
-    real_BTH = state_BTH.masked_fill(pad_BT[..., None], 0)  # not a product: what a pad holds may be NaN
+    real_BTH = state_BTH.masked_fill(pad_BT[..., None], 0)  # not a product: padding may hold NaN
     norm_BH: Tensor = torch.linalg.vector_norm(real_BTH, dim=1, dtype=torch.float64)
     return norm_BH.sum(0)
 
 
 @dataclass(frozen=True)
 class SharedDrops:
-    """Of one layer, how many weights each two of V variants both drop. The diagonal: what each drops."""
+    """How many weights of a layer each two of V variants both drop. The diagonal: how many each drops."""
 
     counts: Mapping[str, Tensor]  # kind of matrix -> int64 [V, V]
-    unseen: tuple[str, ...]  # matrices of experts that some calibration's tokens never reached
+    unseen: tuple[str, ...]  # expert matrices that no token of some calibration set reached
 
 
 def shared_drops(
     index: int, layer: torch.nn.Module, recipes: Sequence[MaskRecipe], gathered: Gathered
 ) -> SharedDrops:
-    """Make the masks of the borrowed dense layer `index` by each recipe, compare them, and let go of them.
+    """Make the masks of the borrowed dense layer `index` by each recipe and compare them. No mask is kept.
 
-    The recipes' scores drop weights and change none.
+    The rules of the recipes must drop weights without changing others.
     """
-    made = [masks_of_layer(index, layer, recipe, gathered) for recipe in recipes]
+    results = [masks_of_layer(index, layer, recipe, gathered) for recipe in recipes]
     counts: dict[str, Tensor] = {}
     for name in matrices(layer):
         packed = []
-        for masks, _ in made:
+        for masks, _ in results:
             mask = masks[name]
             assert isinstance(mask, PackedMask)
             packed.append(mask)
         kind = kind_of(name)
         counts[kind] = counts.get(kind, 0) + both_drop(packed)
-    return SharedDrops(counts, tuple(dict.fromkeys(name for _, summary in made for name in summary.unseen)))
+    return SharedDrops(counts, tuple(dict.fromkeys(name for _, summary in results for name in summary.unseen)))
 
 
 def kind_of(matrix: str) -> str:
-    """The matrix's name within the layer; the experts of a mixture are of one kind."""
+    """Return the matrix's name within the layer, without the number of an expert."""
     return re.sub(r"\.\d+$", "", matrix)
 
 
 def both_drop(masks: Sequence[PackedMask]) -> Tensor:
-    """How many weights each two masks of one matrix both drop, int64 [V, V], from the packed bits."""
+    """Return how many weights each two masks of one matrix both drop: int64 [V, V], from the packed bits."""
     rows, width = masks[0].shape
     both_VV = torch.empty(len(masks), len(masks), dtype=torch.int64)
     for one, first in enumerate(masks):
         for other, second in enumerate(masks[: one + 1]):
-            # what neither keeps; the bits that fill the last byte say "dropped", so kept ones are counted
+            # dropped by both means kept by neither; kept bits are counted, because zeros fill up the last byte
             both_VV[one, other] = both_VV[other, one] = rows * width - _bits_set(first.bits | second.bits)
     return both_VV
 

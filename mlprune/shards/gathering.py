@@ -1,4 +1,6 @@
-"""A shard's moments, beside the observing: which tokens count, the sum over the ranks, and what the store has.
+"""A shard's moments: which tokens enter them, their sum over ranks, and loading them from the store.
+
+How they are observed in a layer is in `mlprune.models.matrices`.
 
 B: rows of a micro-batch. T: its tokens. I: input channels.
 """
@@ -18,14 +20,14 @@ from mlprune.storage.moments import CorruptMomentsError, MomentStore
 
 
 def real_tokens(batch: Batch, device: torch.device) -> Tensor | None:
-    """Which of the micro-batch's positions are tokens, [B * T] bool; None when none is a pad."""
+    """Return which positions of the micro-batch are tokens, [B * T] bool; None when there is no padding."""
     if batch.tokens == batch.input_ids.numel():
         return None
     return batch.attention_mask.reshape(-1).bool().to(device)
 
 
 def over_ranks(residency: Residency, ranks: Ranks, moments: Mapping[str, Moments]) -> Mapping[str, Moments]:
-    """The moments of a layer summed over the ranks. Their order of summing differs from that of one rank."""
+    """Sum a layer's moments over the ranks. The order of summing differs from that of a single rank."""
     if ranks.size == 1:
         return moments
     sums = [seen.sumsq_I for seen in moments.values()]
@@ -41,7 +43,7 @@ def over_ranks(residency: Residency, ranks: Ranks, moments: Mapping[str, Moments
 
 @dataclass(frozen=True)
 class StoredMoments:
-    """What the store had: whether all of the shard's layers, and the files that were corrupt."""
+    """What was in the store: whether all layers of the shard, and which files were corrupt."""
 
     complete: bool
     corrupt: tuple[str, ...] = ()
@@ -50,8 +52,8 @@ class StoredMoments:
 def from_store(
     store: MomentStore, key: str, layers: Sequence[int], device: torch.device
 ) -> tuple[dict[int, Mapping[str, Moments]], StoredMoments]:
-    """Of a calibration set, the moments of those of the layers that the store has, on the device."""
-    found: dict[int, Mapping[str, Moments]] = {}
+    """Load a calibration set's moments of the layers that the store has, on the device."""
+    by_layer: dict[int, Mapping[str, Moments]] = {}
     corrupt = []
     for index in layers:
         try:
@@ -60,5 +62,5 @@ def from_store(
             corrupt.append(str(error))
             continue
         if moments is not None:
-            found[index] = {name: seen.to(device) for name, seen in moments.items()}
-    return found, StoredMoments(len(found) == len(layers), tuple(corrupt))
+            by_layer[index] = {name: seen.to(device) for name, seen in moments.items()}
+    return by_layer, StoredMoments(len(by_layer) == len(layers), tuple(corrupt))

@@ -1,4 +1,7 @@
-"""A layer's moments and weights in, what a variant makes of its weights out."""
+"""Makes a variant's masks, or changed weights, of one layer from the layer's moments and weights.
+
+The arithmetic of rules and masks is in `mlprune.pruning`.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,23 @@ from mlprune.pruning.scores import SCORES, Score, Solver, find_score
 from mlprune.pruning.sparsegpt import SingularHessianError
 from mlprune.spec.variants import Variant
 
-Side = tuple[tuple[str, Fraction], ...]  # of a calibration: key of each set, and its weight
-UNSEEN = cast(Score, SCORES["magnitude"])  # what is left to a solver of an expert that no token reached
-Gathered = Mapping[str, Mapping[str, Moments]]  # of a layer: calibration set key -> matrix -> moments
+Side = tuple[tuple[str, Fraction], ...]  # one side of a calibration: the key of each set, and its share
+UNSEEN = cast(Score, SCORES["magnitude"])  # replaces a solver for an expert that no token reached
+Gathered = Mapping[str, Mapping[str, Moments]]  # of one layer: calibration set key -> matrix name -> moments
 
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """All that turns moments into masks: the variant, the seed, and which calibration sets in which shares."""
+    """All that determines masks besides moments: the variant, the seed, and the shares of calibration sets."""
 
     variant: Variant
     seed: int
     sides: tuple[Side, ...] = ()
-    ratios: tuple[float, ...] = ()  # the sparsity of each layer of the model, where it is allocated
+    ratios: tuple[float, ...] = ()  # the sparsity of each layer of the model; empty: the same everywhere
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of all calibration sets that it reads, each once."""
+        """The calibration sets that the recipe reads, each once."""
         return tuple(dict.fromkeys(key for side in self.sides for key, _ in side))
 
     @property
@@ -45,29 +48,29 @@ class MaskRecipe:
 
     @property
     def gram(self) -> bool:
-        """Whether it reads products of channels, and not their squares alone."""
+        """Whether the rule needs products of channels, not only their squares."""
         return isinstance(self.rule, Solver)
 
     def sparsity(self, layer: int) -> float:
         return self.ratios[layer] if self.ratios else self.variant.sparsity
 
     def moments(self, gathered: Gathered, name: str) -> list[Moments]:
-        """A matrix's moments, a side each."""
+        """Return a matrix's moments, one for each side."""
         return [mix([(gathered[key][name], share) for key, share in side]) for side in self.sides]
 
 
 @dataclass(frozen=True)
 class MaskSummary:
-    """What a layer's masks came to: weights dropped of weights, a digest of the bits, matrices left blind."""
+    """Totals of a layer's masks: weights dropped, all weights, a digest of the bits, and unobserved matrices."""
 
     dropped: int
     weights: int
     digest: str
-    unseen: tuple[str, ...] = ()  # matrices of experts that no calibration token reached
+    unseen: tuple[str, ...] = ()  # expert matrices that no calibration token reached
 
 
 def outliers_of_layer(layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered) -> float:
-    """The share of outliers among the borrowed dense layer's weights times inputs: what OWL allocates by."""
+    """Return the share of outliers among weights times inputs of the borrowed dense layer; OWL allocates by it."""
     return outlier_share(
         [(_weight(layer, matrix), recipe.moments(gathered, name)[0]) for name, matrix in matrices(layer).items()]
     )
@@ -76,7 +79,7 @@ def outliers_of_layer(layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gath
 def masks_of_layer(
     index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered
 ) -> tuple[LayerMasks, MaskSummary]:
-    """The masks (or changed weights) of the borrowed dense layer `index`, and what they came to.
+    """Return the masks (or changed weights) of the borrowed dense layer `index`, and their summary.
 
     Raises ModelError when a score is not finite, or a Hessian is singular.
     """

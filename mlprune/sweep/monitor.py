@@ -1,7 +1,11 @@
-"""What goes on in a sweep, looked at each second: for the screen, for `mlprune status`, for MLflow."""
+"""Observes a running sweep once a second: for the live table, for `mlprune status` and for MLflow.
+
+The state itself is plain data in `status` and `trial_progress`.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -9,158 +13,186 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from mlprune.console import say
 from mlprune.runtime.actors import ShardUsage
 from mlprune.runtime.replicas import ReplicaGroup
-from mlprune.sweep.status import ShardState, Standing, TrialState, bounded_by, publish, retract, seconds_left
-from mlprune.sweep.tune_runner import Trials
+from mlprune.sweep.status import (
+    ShardStatus,
+    SweepStatus,
+    TrialStatus,
+    describe_bottleneck,
+    remove_status,
+    seconds_left,
+    write_status,
+)
+from mlprune.sweep.trial_progress import TrialProgress
 from mlprune.tracking.tracker import SweepTracker
 
-LOOK_SECONDS = 1.0
-WINDOW_SECONDS = 30.0  # over which rates are averaged: tokens are counted when a chunk begins
-LOG_SECONDS = 15.0  # between two points of a metric in MLflow
-TRIALS = "pruning and evaluating"
+logger = logging.getLogger(__name__)
 
-Show = Callable[[Standing], None]
+POLL_SECONDS = 1.0
+WINDOW_SECONDS = 30.0  # over which rates are averaged: tokens are counted when a chunk begins
+METRIC_SECONDS = 15.0  # between two points of a metric in MLflow
+TRIALS_PHASE = "pruning and evaluating"
+
+Show = Callable[[SweepStatus], None]
 
 
 @dataclass
-class _Shard:
-    """What was seen of a shard: lately, and since the trials began."""
+class _ShardHistory:
+    """The usage of one shard, in the last WINDOW_SECONDS and since the trials began."""
 
-    seen: deque[ShardUsage] = field(default_factory=deque)  # the looks of the last WINDOW_SECONDS
+    samples: deque[ShardUsage] = field(default_factory=deque)
     alive: bool = True
     worked: float = 0.0  # seconds since the trials began
 
     def add(self, usage: ShardUsage | None) -> float:
-        """Take in a look, None where nobody answered; the seconds that it worked since the last one."""
+        """Add a sample, None if the shard did not answer; return the seconds that it worked since the last one."""
         self.alive = usage is not None
-        last = self.seen[-1] if self.seen else None
+        last = self.samples[-1] if self.samples else None
         if usage is None or (last and (usage.at <= last.at or usage.busy < last.busy or usage.node != last.node)):
-            self.seen.clear()  # not there, or another worker than at the last look
+            self.samples.clear()  # the worker is gone, or it is another one than in the last sample
             last = None
         if usage is None:
             return 0.0
-        self.seen.append(usage)
-        while usage.at - self.seen[0].at > WINDOW_SECONDS:
-            self.seen.popleft()
+        self.samples.append(usage)
+        while usage.at - self.samples[0].at > WINDOW_SECONDS:
+            self.samples.popleft()
         return usage.busy - last.busy if last else 0.0
 
     def rates(self) -> tuple[float, float]:
-        """Over the window: the share of the time that it worked, and tokens a second."""
-        if len(self.seen) < 2:
+        """Return the share of the window's time that the shard worked, and its tokens per second."""
+        if len(self.samples) < 2:
             return 0.0, 0.0
-        first, last = self.seen[0], self.seen[-1]
-        passed = last.at - first.at
-        return min(1.0, (last.busy - first.busy) / passed), (last.tokens - first.tokens) / passed
+        first, last = self.samples[0], self.samples[-1]
+        seconds = last.at - first.at
+        return min(1.0, (last.busy - first.busy) / seconds), (last.tokens - first.tokens) / seconds
 
 
-class Watch:
-    """Looks at the replicas while its block runs, and shows how the sweep stands once its trials have begun."""
+class SweepMonitor:
+    """Polls the replicas while its block runs; publishes the status, and shows it once the trials have begun."""
 
     def __init__(
-        self, name: str, replicas: ReplicaGroup, trials: Trials, at_once: int, tracker: SweepTracker, show: Show
-    ):
-        self._name, self._replicas, self._trials, self._at_once = name, replicas, trials, at_once
+        self,
+        name: str,
+        replicas: ReplicaGroup,
+        progress: TrialProgress,
+        at_once: int,
+        tracker: SweepTracker,
+        show: Show,
+    ) -> None:
+        self._name, self._replicas, self._progress, self._at_once = name, replicas, progress, at_once
         self._tracker, self._show = tracker, show
         self._phase, self._started = "starting", time.time()
-        self._trials_began: float | None = None
-        self._shards: dict[tuple[int, int], _Shard] = {}
-        self._over = threading.Event()
+        self._trials_started: float | None = None
+        self._shards: dict[tuple[int, int], _ShardHistory] = {}  # by replica and shard
+        self._stopped = threading.Event()
         self._logged, self._points = 0.0, 0
 
     def enter(self, phase: str) -> None:
-        """From now on the sweep is in this phase."""
+        """Record that the sweep enters this phase."""
         self._phase = phase
-        if phase == TRIALS:
-            self._trials_began = time.monotonic()
+        if phase == TRIALS_PHASE:
+            self._trials_started = time.monotonic()
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
+    def running(self) -> Iterator[SweepMonitor]:
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:
             yield self
         finally:
-            self._over.set()
+            self._stopped.set()
             thread.join()
-            retract()
+            remove_status()
 
     def _run(self) -> None:
-        while not self._over.wait(LOOK_SECONDS):
-            self._look()
-            standing = self.standing()
-            publish(standing)
-            if self._phase == TRIALS:
-                self._show(standing)
-                self._log()
+        while not self._stopped.wait(POLL_SECONDS):
+            self._poll()
+            status = self.status()
+            write_status(status)
+            if self._phase == TRIALS_PHASE:
+                self._show(status)
+                self._log_metrics()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         for replica, pipeline in enumerate(self._replicas.pipelines):
-            for number, usage in enumerate(pipeline.usage(LOOK_SECONDS)):
-                worked = self._shards.setdefault((replica, number), _Shard()).add(usage)
-                if self._phase == TRIALS:
-                    self._shards[replica, number].worked += worked
+            for number, usage in enumerate(pipeline.usage(POLL_SECONDS)):
+                history = self._shards.setdefault((replica, number), _ShardHistory())
+                worked = history.add(usage)
+                if self._phase == TRIALS_PHASE:
+                    history.worked += worked
 
-    def standing(self) -> Standing:
+    def status(self) -> SweepStatus:
         now = time.monotonic()
-        trials, spans = self._trials, self._replicas.spans
-        under_way = list(trials.under_way.values())
-        notes = []
-        if self._tracker.last_error:
-            notes.append(f"{self._tracker.pending} updates queued for MLflow: {self._tracker.last_error}")
-        shards = tuple(
-            ShardState(
+        progress = self._progress
+        active = list(progress.active.values())
+        shards = self._shard_statuses()
+        return SweepStatus(
+            name=self._name,
+            phase=self._phase,
+            started=self._started,
+            now=time.time(),
+            finished=len(progress.results),
+            total=progress.total,
+            failed=len(progress.failed),
+            trials=tuple(TrialStatus(t.label, t.phase, now - t.phase_started) for t in active),
+            shards=shards,
+            seconds_left=seconds_left(
+                progress.ended,
+                progress.total,
+                progress.durations,
+                self._at_once,
+                [now - trial.started for trial in active],
+            ),
+            notes=self._notes(shards),
+        )
+
+    def _shard_statuses(self) -> tuple[ShardStatus, ...]:
+        spans = self._replicas.spans
+        return tuple(
+            ShardStatus(
                 replica,
                 number,
                 (spans[number].first, spans[number].end - 1),
-                shard.seen[-1].node if shard.seen else "?",
+                shard.samples[-1].node if shard.samples else "?",
                 *shard.rates(),
                 shard.alive,
             )
             for (replica, number), shard in sorted(self._shards.items())
         )
+
+    def _notes(self, shards: tuple[ShardStatus, ...]) -> tuple[str, ...]:
+        notes = []
+        if self._tracker.last_error:
+            notes.append(f"{self._tracker.pending} updates queued for MLflow: {self._tracker.last_error}")
         if not all(shard.alive for shard in shards):
             notes.append("a worker does not answer")
-        ran = [now - trial.began for trial in under_way]
-        return Standing(
-            name=self._name,
-            phase=self._phase,
-            started=self._started,
-            now=time.time(),
-            finished=len(trials.results),
-            total=trials.total,
-            failed=len(trials.failed),
-            trials=tuple(TrialState(t.label, t.phase, now - t.since) for t in under_way),
-            shards=shards,
-            seconds_left=seconds_left(trials.over, trials.total, trials.seconds, self._at_once, ran),
-            notes=tuple(notes),
-        )
+        return tuple(notes)
 
-    def _log(self) -> None:
+    def _log_metrics(self) -> None:
         now = time.monotonic()
-        if now - self._logged < LOG_SECONDS or not self._shards:
+        if now - self._logged < METRIC_SECONDS or not self._shards:
             return
         self._logged = now
         self._points += 1
-        self._tracker.log_sweep_metrics(self._figures(), self._points)
+        self._tracker.log_sweep_metrics(self._metrics(), self._points)
 
-    def _figures(self) -> dict[str, float]:
-        seen = list(self._shards.values())
-        last = max(number for _, number in self._shards)  # every token passes all shards: one counts them
+    def _metrics(self) -> dict[str, float]:
+        shards = list(self._shards.values())
+        last = max(number for _, number in self._shards)  # every token passes all shards, so one of them counts
         return {
             "live.tokens_per_second": sum(s.rates()[1] for (_, n), s in self._shards.items() if n == last),
-            "live.shards_busy": sum(shard.rates()[0] for shard in seen) / len(seen),
-            "live.trials_finished": float(len(self._trials.results)),
+            "live.shards_busy": sum(shard.rates()[0] for shard in shards) / len(shards),
+            "live.trials_finished": float(len(self._progress.results)),
         }
 
     def report(self) -> dict[str, float]:
-        """Say how much of the trials' time each shard worked, and what bounded the whole; the same as metrics."""
-        if self._trials_began is None or not self._shards:
+        """Log what limited the trials, and return as metrics the share of their time that each shard worked."""
+        if self._trials_started is None or not self._shards:
             return {}
-        seconds = time.monotonic() - self._trials_began
+        seconds = time.monotonic() - self._trials_started
         shares = [min(1.0, shard.worked / seconds) for _, shard in sorted(self._shards.items())]
         spans = self._replicas.spans
         layers = [(span.first, span.end - 1) for span in spans]
-        say(f"  {bounded_by(shares, self._at_once, len(spans), layers)}")
+        logger.info("  %s", describe_bottleneck(shares, self._at_once, len(spans), layers))
         return {f"occupancy.shard_{n}": share for n, share in enumerate(shares)}

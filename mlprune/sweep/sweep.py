@@ -29,13 +29,14 @@ from mlprune.storage.files import Storage
 from mlprune.storage.lock import sweep_lock
 from mlprune.storage.results import Result
 from mlprune.sweep.masks import gather_moments
-from mlprune.sweep.monitor import LOOK_SECONDS, TRIALS, Show, Watch
+from mlprune.sweep.monitor import POLL_SECONDS, TRIALS_PHASE, Show, SweepMonitor
 from mlprune.sweep.plan import SweepPlan, plan_sweep
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.ranking import SweepOutcome, rank_trials
 from mlprune.sweep.session import open_replicas
 from mlprune.sweep.trial import run_dense, unseen_warning
-from mlprune.sweep.tune_runner import Trials, run_trials
+from mlprune.sweep.trial_progress import TrialProgress
+from mlprune.sweep.tune_runner import run_trials
 from mlprune.tracking.tracker import SweepTracker
 
 MLFLOW_PATIENCE_SECONDS = 600  # for an MLflow server that is unavailable when the sweep is done
@@ -197,10 +198,10 @@ def _run_unfinished(plan: SweepPlan, tracker: SweepTracker, show: Show) -> Trial
     if dense is not None and not variants:
         return TrialResults(dense, finished, {}, [])
     samples = prepared.spec.search.samples
-    trials = Trials(samples if optuna and samples else len(variants))
+    trials = TrialProgress(samples if optuna and samples else len(variants))
     with open_replicas(prepared) as replicas:
         dense = _run_phases(plan, replicas, tracker, show, dense, variants, trials)
-        nodes = [usage.node for usage in replicas.pipelines[0].usage(LOOK_SECONDS) if usage]
+        nodes = [usage.node for usage in replicas.pipelines[0].usage(POLL_SECONDS) if usage]
         _log_memory(prepared, replicas)
     failed = {variant.label: cause for variant, cause in trials.failed.items()}
     _warn_of(trials, failed)
@@ -214,24 +215,24 @@ def _run_phases(
     show: Show,
     dense: Result | None,
     variants: list[Variant],
-    trials: Trials,
+    trials: TrialProgress,
 ) -> Result:
     """Evaluate the dense model if `dense` is None, calibrate, run the trials; return the dense model's result."""
     prepared = plan.prepared
     at_once = prepared.plan.trials * prepared.plan.replicas
-    watch = Watch(prepared.spec.name, replicas, trials, at_once, tracker, show)
-    with watch.watching():
-        watch.enter("evaluating the dense model")
+    monitor = SweepMonitor(prepared.spec.name, replicas, trials, at_once, tracker, show)
+    with monitor.running():
+        monitor.enter("evaluating the dense model")
         dense = dense or _evaluate_dense(prepared, replicas, tracker)
-        watch.enter("calibrating")
+        monitor.enter("calibrating")
         for replica in range(prepared.plan.replicas):
             replicas.run_with_retries(
                 "calibration", lambda pipeline: gather_moments(prepared, pipeline, plan.unfinished), replica
             )
-        watch.enter(TRIALS)
-        with step(TRIALS):
+        monitor.enter(TRIALS_PHASE)
+        with step(TRIALS_PHASE):
             run_trials(prepared, replicas, tracker, variants, trials)
-        tracker.log_sweep_metrics(watch.report(), 0)
+        tracker.log_sweep_metrics(monitor.report(), 0)
     return dense
 
 
@@ -255,7 +256,7 @@ def _log_memory(prepared: Prepared, replicas: ReplicaGroup) -> None:
     logger.info("  peak memory of a worker: %s; planned: %s", size_text(peak), size_text(planned))
 
 
-def _warn_of(trials: Trials, failed: Mapping[str, str]) -> None:
+def _warn_of(trials: TrialProgress, failed: Mapping[str, str]) -> None:
     for result in trials.results.values():
         if result.unseen and result.variant:
             logger.warning("%s: %s", result.variant.label, unseen_warning(result.unseen))

@@ -1,12 +1,11 @@
-"""Trials under Ray Tune: a grid as it is, or what Optuna chooses. The only door to Ray Tune.
+"""Runs trials with Ray Tune: a whole grid, or the trials that Optuna suggests. No other module imports ray.tune.
 
-A trial runs in a process of its own, on the driver's node, and does nothing there but ask a pipeline and wait: the
-arithmetic is in the shards' workers. So this module, which such a process imports, keeps away from MLflow.
+A trial runs in a process of its own, on the driver's node; it only calls a pipeline and waits, because the workers
+of the shards do the compute. Such a process imports this module, which therefore does not import MLflow.
 
-Trials go in rounds. As long as nothing dies there is one. When a shard's worker dies, the trials that used it are
-lost, no other begins, and the round ends with those that other replicas still work on; the workers are mended,
-and what is missing goes into the next round. A trial that was lost twice goes alone, so that the one that kills
-workers is told from those that died with it; lost three times, it has failed.
+Trials run in rounds; as long as no worker dies there is one. When a worker dies, the trials that used it are lost,
+no other trial starts, and the round ends when the trials on other replicas end. Then the workers are repaired, and
+unfinished trials run in the next round, as `failure_policy` decides.
 """
 
 from __future__ import annotations
@@ -17,282 +16,280 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
-from mlprune.console import warn
 from mlprune.errors import WorkerLostError
 from mlprune.runtime.actors import RayPipeline, pipeline_slot
 from mlprune.runtime.placement import trial_slots
 from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
-from mlprune.spec.variants import Variant
-from mlprune.storage.results import Result
+from mlprune.runtime.worker_logging import configure_worker_logging
+from mlprune.spec.variants import Variant, VariantValues
+from mlprune.sweep.failure_policy import FailureDecision, FailurePolicy
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.trial import run_trial
+from mlprune.sweep.trial_outcome import (
+    Failed,
+    Finished,
+    Masked,
+    NotStarted,
+    TrialOutcome,
+    WorkerLost,
+    from_tune,
+    to_tune,
+)
+from mlprune.sweep.trial_progress import ActiveTrial, TrialProgress
 
 if TYPE_CHECKING:
+    from ray import tune
+    from ray.tune.experiment import Trial
+    from ray.tune.search.optuna import OptunaSearch
+
+    from mlprune.spec.schema import SweepSpec
     from mlprune.tracking.tracker import SweepTracker
 
-LOST_ALONE = 2  # so often lost, a trial goes alone
 
+class TrialConfig(TypedDict):
+    """What Ray Tune passes to a trial: one point of the search space."""
 
-class Deaths:
-    """Which trials lost a worker under them, and why; says what is to be done with them."""
-
-    def __init__(self) -> None:
-        self._causes: dict[Variant, list[str]] = {}
-
-    def add(self, variant: Variant, cause: str) -> None:
-        self._causes.setdefault(variant, []).append(cause)
-
-    @property
-    def given_up(self) -> dict[Variant, str]:
-        """Those that have failed by it, and the last cause."""
-        return {
-            variant: f"a worker died {len(causes)} times under it: {causes[-1]}"
-            for variant, causes in self._causes.items()
-            if len(causes) >= MAX_WORKER_LOSSES
-        }
-
-    def next_round(self, todo: Sequence[Variant]) -> tuple[list[Variant], bool]:
-        """Of what is still to do, what goes next; and whether it goes alone."""
-        suspects = {variant for variant, causes in self._causes.items() if len(causes) >= LOST_ALONE}
-        together = [variant for variant in todo if variant not in suspects]
-        return (together, False) if together else (list(todo[:1]), True)
-
-
-@dataclass
-class Trials:
-    """How the trials stand, as the driver knows it; `under_way` is by the id that Ray Tune gave them."""
-
-    total: int
-    results: dict[str, Result] = field(default_factory=dict)  # by key
-    failed: dict[Variant, str] = field(default_factory=dict)  # causes
-    seconds: list[float] = field(default_factory=list)  # that finished trials took
-    under_way: dict[str, UnderWay] = field(default_factory=dict)
-
-    @property
-    def over(self) -> int:
-        return len(self.results) + len(self.failed)
-
-
-@dataclass(frozen=True)
-class UnderWay:
-    """A trial that runs: since when, and since when in its phase (seconds of time.monotonic)."""
-
-    label: str
-    began: float
-    phase: str
-    since: float
+    variant: VariantValues
 
 
 def run_trials(
-    prepared: Prepared, replicas: ReplicaGroup, tracker: SweepTracker, todo: Sequence[Variant], trials: Trials
+    prepared: Prepared,
+    replicas: ReplicaGroup,
+    tracker: SweepTracker,
+    todo: Sequence[Variant],
+    progress: TrialProgress,
 ) -> None:
-    """Run `todo`, or what Optuna chooses; `trials` is kept up to date all the while."""
+    """Run the trials `todo`, or those that Optuna suggests; keep `progress` up to date."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end a sweep as if it were finished
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints its panels whatever the verbosity
-    deaths = Deaths()
-    optuna = prepared.spec.search.searcher == "optuna"
-    left = list(todo)
-    while left:
-        # Optuna chooses anew each time, led through the results that are there, until nothing was lost
-        batch, alone = (left, False) if optuna else deaths.next_round(left)
-        given = {"pipelines": replicas.pipelines, "given_up": deaths.given_up}
-        watch = _round(prepared, tracker, trials, batch, alone, given)
-        for variant, cause in watch.lost.items():
-            warn(f"{variant.label}: {cause}")
-            deaths.add(variant, cause)
-        for variant, cause in deaths.given_up.items():
-            if variant in watch.lost:
-                tracker.fail_trial(prepared.result_key(variant), variant, cause)
-                trials.failed[variant] = cause
-        if watch.lost or watch.not_started:
+    policy = FailurePolicy(MAX_WORKER_LOSSES)
+    remaining = list(todo)
+    while remaining:
+        # Optuna suggests anew in each round, passes existing results quickly, and is done when no trial was lost
+        batch, alone = (remaining, False) if _uses_optuna(prepared.spec) else policy.next_round(remaining)
+        listener = TrialListener(prepared, tracker, progress, replicas.pipelines)
+        _run_round(prepared, replicas.pipelines, policy.given_up, listener, batch, alone)
+        for variant, cause in listener.lost.items():
+            if policy.record_loss(variant, cause) is FailureDecision.GIVE_UP:
+                progress.failed[variant] = policy.given_up[variant]
+                tracker.fail_trial(prepared.result_key(variant), variant, policy.given_up[variant])
+        if listener.is_interrupted:
             replicas.repair()
-        if optuna:
-            left = left if watch.lost or watch.not_started else []
+        if _uses_optuna(prepared.spec):
+            remaining = remaining if listener.is_interrupted else []
         else:
-            over = {result.variant for result in trials.results.values()} | trials.failed.keys()
-            left = [variant for variant in left if variant not in over]
+            ended = {result.variant for result in progress.results.values()} | progress.failed.keys()
+            remaining = [variant for variant in remaining if variant not in ended]
 
 
-def _round(
+def _uses_optuna(spec: SweepSpec) -> bool:
+    return spec.search.searcher == "optuna"
+
+
+def _objective(spec: SweepSpec) -> str:
+    return f"bits_per_byte.{spec.search.objective}"
+
+
+def _run_round(
     prepared: Prepared,
-    tracker: SweepTracker,
-    trials: Trials,
+    pipelines: Sequence[RayPipeline],
+    given_up: Mapping[Variant, str],
+    listener: TrialListener,
     batch: Sequence[Variant],
     alone: bool,
-    given: Mapping[str, Any],
-) -> Watcher:
-    """One run of Ray Tune over `batch`."""
+) -> None:
+    """Run Ray Tune once over `batch`, one trial at a time if `alone`."""
     from ray import tune
     from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
-    # Tune would hand a trial the driver's keys as settings of its process, and Ray writes those to its logs
+    # Tune would pass the driver's AWS keys to trials as settings of their processes, which Ray writes to its logs
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
-    search = prepared.spec.search
-    objective = f"bits_per_byte.{search.objective}"
-    optuna = search.searcher == "optuna"
-    pipelines: Sequence[RayPipeline] = given["pipelines"]
-    at_once = prepared.plan.trials * len(pipelines)
-    watch = Watcher(prepared, tracker, trials, pipelines)
+    spec, optuna = prepared.spec, _uses_optuna(prepared.spec)
+    slots = trial_slots(prepared.plan.trials * len(pipelines))
+    function = tune.with_parameters(tune_trial, prepared=prepared, pipelines=pipelines, given_up=given_up)
     with tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
-        function = tune.with_parameters(tune_trial, prepared=prepared, objective=objective, **given)
         tuner = tune.Tuner(
-            tune.with_resources(function, {"CPU": 0, **trial_slots(at_once)}),
+            tune.with_resources(function, {"CPU": 0, **slots}),
             param_space=None if optuna else {"variant": tune.grid_search([v.to_dict() for v in batch])},
             tune_config=tune.TuneConfig(
-                metric=objective if optuna else None,
+                metric=_objective(spec) if optuna else None,
                 mode="min" if optuna else None,
                 reuse_actors=True,
-                search_alg=_optuna(prepared, objective) if optuna else None,
-                num_samples=search.samples if optuna and search.samples else 1,
-                # one at a time, what Optuna suggests follows from its seed and from results alone, so that
-                # a sweep started again is led through the results that are there, and goes on
+                search_alg=_optuna_search(spec) if optuna else None,
+                num_samples=spec.search.samples if optuna and spec.search.samples else 1,
+                # with one trial at a time, Optuna's suggestions follow from its seed and from results alone, so
+                # that a sweep that is started again gets the same suggestions and resumes
                 max_concurrent_trials=1 if optuna or alone else None,
             ),
-            run_config=tune.RunConfig(storage_path=scratch, name="sweep", callbacks=[_callback(watch)], verbose=0),
+            run_config=tune.RunConfig(
+                storage_path=scratch, name="sweep", callbacks=[_tune_callback(listener)], verbose=0
+            ),
         )
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         tuner.fit()
-    return watch
 
 
-def _optuna(prepared: Prepared, objective: str) -> Any:
+def _optuna_search(spec: SweepSpec) -> OptunaSearch:
     import optuna
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search, seed = prepared.spec.search, prepared.spec.calibration.seed
     names = ("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
-    values = search.model_dump(mode="json")
+    values = spec.search.model_dump(mode="json")
     space = {name: tune.choice(values[name] or [None]) for name in names}
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=5)
-    return OptunaSearch({"variant": space}, metric=objective, mode="min", sampler=sampler)
+    sampler = optuna.samplers.TPESampler(seed=spec.calibration.seed, multivariate=True, n_startup_trials=5)
+    return OptunaSearch({"variant": space}, metric=_objective(spec), mode="min", sampler=sampler)
 
 
 def tune_trial(
-    config: dict[str, Any],
+    config: TrialConfig,
     prepared: Prepared,
     pipelines: Sequence[RayPipeline],
     given_up: Mapping[Variant, str],
-    objective: str,
 ) -> None:
-    """What Ray Tune runs: one variant, unless its result is there."""
+    """Run one variant, unless its result exists, and report the outcome. Runs in a process of Ray Tune."""
     from ray import tune
 
-    variant = parse_variant(**config["variant"])
-    store = prepared.result_store()
-    worst = {objective: float("inf")}
+    configure_worker_logging()
+    variant = _variant(config)
     if variant in given_up:
-        tune.report({"cause": given_up[variant], "traceback": given_up[variant], **worst})
-        return
+        outcome: TrialOutcome = Failed(given_up[variant], given_up[variant])
+    else:
+        outcome = _outcome(prepared, pipelines, variant, tune.get_context().get_trial_id())
+    tune.report(to_tune(outcome, _objective(prepared.spec)))
+
+
+def _outcome(
+    prepared: Prepared, pipelines: Sequence[RayPipeline], variant: Variant, trial_id: str
+) -> TrialOutcome:
+    store = prepared.result_store()
     try:
         result = store.load(prepared.result_key(variant))
         if result is None:
-            with pipeline_slot(pipelines, tune.get_context().get_trial_id()) as pipeline:
-                gather_moments(prepared, pipeline, [variant])  # of a mended worker; else they are there
-                result, items = run_trial(prepared, pipeline, variant, _under_way(prepared))
+            with pipeline_slot(pipelines, trial_id) as pipeline:
+                gather_moments(prepared, pipeline, [variant])  # only a repaired worker may lack them
+                result, items = run_trial(prepared, pipeline, variant, _progress_report(prepared.spec))
             store.save(result, items)
-        tune.report({objective: result.metrics[objective]})
+        return Finished(result.metrics[_objective(prepared.spec)])
     except WorkerLostError as lost:
-        tune.report({"drained" if lost.not_started else "lost": str(lost), **worst})
-    except Exception as error:  # whatever it is, it ends this trial and not the others; the sweep reports it
+        return NotStarted(lost.cause) if lost.not_started else WorkerLost(lost.cause)
+    except Exception as error:  # any error ends this trial only; the sweep reports it
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        tune.report({"cause": cause, "traceback": traceback.format_exc(), **worst})
+        return Failed(cause, traceback.format_exc())
 
 
-def _under_way(prepared: Prepared) -> Callable[[Mapping[str, float]], None]:
-    """Reports that masks are made; to Optuna nothing, which wants its objective in every report."""
+def _progress_report(spec: SweepSpec) -> Callable[[Mapping[str, float]], None]:
+    """Return a function that reports that the masks are made. Optuna needs its objective in every report: none."""
     from ray import tune
 
-    if prepared.spec.search.searcher == "optuna":
+    if _uses_optuna(spec):
         return lambda metrics: None
-    return lambda metrics: tune.report({"masked": True})
+    return lambda metrics: tune.report(to_tune(Masked(), _objective(spec)))
 
 
-class Watcher:
-    """What the driver does when a trial begins, tells something or ends."""
+def _variant(config: TrialConfig) -> Variant:
+    return parse_variant(**config["variant"])
+
+
+class TrialListener:
+    """What the driver does when a trial starts, reports or ends; collects the trials that a round did not end."""
 
     def __init__(
-        self, prepared: Prepared, tracker: SweepTracker, trials: Trials, pipelines: Sequence[RayPipeline]
+        self,
+        prepared: Prepared,
+        tracker: SweepTracker,
+        progress: TrialProgress,
+        pipelines: Sequence[RayPipeline],
     ) -> None:
-        self._prepared, self._tracker, self._trials = prepared, tracker, trials
+        self._prepared, self._tracker, self._progress = prepared, tracker, progress
         self._pipelines = pipelines
-        self.lost: dict[Variant, str] = {}  # that a worker died under, and why
-        self.not_started: set[Variant] = set()  # that did not begin, because a worker was dead
+        self.lost: dict[Variant, str] = {}  # trials that lost a worker, and the cause
+        self.not_started: set[Variant] = set()
 
-    def began(self, trial: Any) -> None:
-        key, variant = self._key_and_variant(trial)
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a worker died, so that the round ended early."""
+        return bool(self.lost or self.not_started)
+
+    def on_start(self, trial: Trial) -> None:
+        variant = _variant(trial.config)
         now = time.monotonic()
-        self._trials.under_way[trial.trial_id] = UnderWay(variant.label, now, "masking", now)
-        self._tracker.start_trial(key, variant)
+        self._progress.active[trial.trial_id] = ActiveTrial(variant.label, now, "masking", now)
+        self._tracker.start_trial(self._prepared.result_key(variant), variant)
 
-    def told(self, trial: Any, told: Mapping[str, Any]) -> None:
-        key, variant = self._key_and_variant(trial)
-        if "lost" in told:
-            self.lost[variant] = told["lost"]
-        elif "drained" in told:
-            self.not_started.add(variant)
-        elif "cause" in told:
-            self._trials.failed[variant] = told["cause"]
-            self._tracker.fail_trial(key, variant, told["traceback"])
-        elif known := self._trials.under_way.get(trial.trial_id):  # its metrics are logged whole, at its end
-            now = time.monotonic()
-            self._trials.under_way[trial.trial_id] = UnderWay(known.label, known.began, "evaluating", now)
+    def on_report(self, trial: Trial, values: Mapping[str, object]) -> None:
+        variant = _variant(trial.config)
+        match from_tune(values, _objective(self._prepared.spec)):
+            case WorkerLost(cause):
+                self.lost[variant] = cause
+            case NotStarted():
+                self.not_started.add(variant)
+            case Failed(cause, trace):
+                self._progress.failed[variant] = cause
+                self._tracker.fail_trial(self._prepared.result_key(variant), variant, trace)
+            case Masked():
+                if active := self._progress.active.get(trial.trial_id):
+                    self._progress.active[trial.trial_id] = ActiveTrial(
+                        active.label, active.started, "evaluating", time.monotonic()
+                    )
+            case Finished():
+                pass  # `on_end` reads the whole result from the store
 
-    def ended(self, trial: Any) -> None:
-        key, _ = self._key_and_variant(trial)
-        known = self._trials.under_way.pop(trial.trial_id, None)
+    def on_end(self, trial: Trial) -> None:
+        key = self._prepared.result_key(_variant(trial.config))
+        active = self._progress.active.pop(trial.trial_id, None)
         store = self._prepared.result_store()
-        finished = store.load(key)
-        if finished is not None:
-            if known and key not in self._trials.results:
-                self._trials.seconds.append(time.monotonic() - known.began)
-            self._trials.results[key] = finished
-            self._tracker.finish_trial(finished, partial(store.items, key))
+        result = store.load(key)
+        if result is not None:
+            if active and key not in self._progress.results:
+                self._progress.durations.append(time.monotonic() - active.started)
+            self._progress.results[key] = result
+            self._tracker.finish_trial(result, partial(store.items, key))
 
-    def died(self, trial: Any) -> None:
-        """The trial's own process is gone; what it left in the shards is let go of."""
-        _, variant = self._key_and_variant(trial)
-        self._trials.under_way.pop(trial.trial_id, None)
+    def on_process_death(self, trial: Trial) -> None:
+        """Record that the trial's own process died; discard what it left in the workers."""
+        variant = _variant(trial.config)
+        self._progress.active.pop(trial.trial_id, None)
         for pipeline in self._pipelines:
             pipeline.release_slot(trial.trial_id, variant.key)
         self.lost[variant] = "the trial's own process died"
 
-    def _key_and_variant(self, trial: Any) -> tuple[str, Variant]:
-        variant = parse_variant(**trial.config["variant"])
-        return self._prepared.result_key(variant), variant
 
-
-def _callback(watch: Watcher) -> Any:
-    """The watcher as a callback of Ray Tune's, in the driver."""
+def _tune_callback(listener: TrialListener) -> tune.Callback:
+    """Return the listener as a callback of Ray Tune, which runs in the driver."""
     from ray import tune
 
     class Callback(tune.Callback):  # type: ignore[misc]
-        def __reduce__(self) -> Any:  # Tune pickles its set-up to disk, for a restore that we do not do
-            return (tune.Callback, ())
+        def __reduce__(self) -> tuple[object, tuple[()]]:
+            return (tune.Callback, ())  # Tune pickles its callbacks to disk for a restore, which we do not use
 
-        def __deepcopy__(self, memo: Any) -> Any:
+        def __deepcopy__(self, memo: object) -> Callback:
             return self
 
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            watch.began(trial)
+        def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: object) -> None:
+            listener.on_start(trial)
 
         def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+            self,
+            iteration: int,
+            trials: list[Trial],
+            trial: Trial,
+            result: dict[str, object],
+            **_: object,
         ) -> None:
-            watch.told(trial, result)
+            listener.on_report(trial, result)
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            watch.ended(trial)
+        def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: object) -> None:
+            listener.on_end(trial)
 
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            watch.died(trial)
+        def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: object) -> None:
+            listener.on_process_death(trial)
 
     return Callback()

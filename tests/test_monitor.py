@@ -3,11 +3,11 @@
 import pytest
 
 from mlprune.runtime.actors import ShardUsage
-from mlprune.sweep.monitor import WINDOW_SECONDS, _Shard
+from mlprune.sweep.monitor import WINDOW_SECONDS, _ShardHistory
 
 
 def test_rates_are_of_the_last_looks_alone() -> None:
-    shard = _Shard()
+    shard = _ShardHistory()
     assert shard.add(ShardUsage("a", 0.0, 0.0, 0)) == 0
     assert shard.rates() == (0, 0)
     for second in range(1, 101):  # half of the time at work; a chunk of 1000 tokens every ten seconds
@@ -19,7 +19,7 @@ def test_rates_are_of_the_last_looks_alone() -> None:
 
 
 def test_another_worker_begins_anew() -> None:
-    shard = _Shard()
+    shard = _ShardHistory()
     shard.add(ShardUsage("a", 10.0, 8.0, 500))
     assert shard.add(None) == 0
     assert not shard.alive
