@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mlprune.errors import CorpusError, ModelError, SpecError, UserError
 from mlprune.evaluation.choices import Choices, build_reviews, build_xnli
-from mlprune.evaluation.items import chosen
+from mlprune.evaluation.items import chosen_labels
 from mlprune.models.quiet import quiet_transformers
 from mlprune.spec.evaluation import ReviewsSpec, XnliSpec
 from mlprune.spec.templates import check_template
@@ -95,7 +95,7 @@ def test_a_score_is_the_mean_log_probability_of_the_tokens_of_a_filled_template(
     assert list(french.columns["scores"]) == means[:3]
     assert list(english.columns["scores"]) == means[3:]
     assert (french.columns["answer"], english.columns["answer"]) == ((0, 2, 1), (0, 2))
-    assert (chosen(french), chosen(english)) == ([0, 1, 2], [2, 0])
+    assert (chosen_labels(french), chosen_labels(english)) == ([0, 1, 2], [2, 0])
 
 
 @torch.inference_mode()

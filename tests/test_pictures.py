@@ -14,18 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlprune.analysis import sweep_pictures
-from mlprune.analysis.pictures import short_names
-from mlprune.analysis.sweep_pictures import (
-    changes_of,
-    colour_limits,
-    draw_heat_map,
-    draw_trade,
-    pareto_front,
-    percent_text,
-    pictures_of,
-    spread,
-)
+from mlprune.analysis import trade_off
+from mlprune.analysis.figures import short_names
+from mlprune.analysis.heat_map import colour_limits, draw_heat_map, percent_text, relative_changes
+from mlprune.analysis.sweep_pictures import draw_pictures
+from mlprune.analysis.trade_off import draw_trade_off, pareto_front, spread
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import ranking_cells
 from mlprune.spec.loading import parse_spec
@@ -110,7 +103,7 @@ def test_heat_map_holds_changes_in_percent_the_best_mean_first() -> None:
     worse = result(wanda("mono:en"), {"en": 1.1, "fr": 3.0})
     better = result(wanda("mono:fr"), {"en": 1.5, "fr": 1.9})
     gone = broken(result(wanda("code"), {"en": 1.0, "fr": 1.0}), math.nan)
-    keys, change_NC = changes_of(dense, [gone, worse, better], ("en", "fr"))
+    keys, change_NC = relative_changes(dense, [gone, worse, better], ("en", "fr"))
     assert keys == [better.key, worse.key, gone.key]
     expected = [[(3.4 / 3 - 1) * 100, 50, -5], [(4.1 / 3 - 1) * 100, 10, 50], [math.nan] * 3]
     np.testing.assert_allclose(change_NC, expected, rtol=1e-12)
@@ -173,7 +166,7 @@ def test_labels_are_apart_and_within() -> None:
 
 def test_labels_go_to_every_sparsity_first() -> None:
     fronts = {0.3: [at(n, 9 - n, n) for n in range(9)], 0.5: [at(1, 1, 10)], 0.7: [at(3, 2, 20), at(2, 3, 21)]}
-    labelled = [int(one.key) for one in sweep_pictures._most_telling(fronts.values())]
+    labelled = [int(one.key) for one in trade_off._trials_to_label(fronts.values())]
     assert labelled == [0, 10, 21, 8, 20, 1, 2, 3]
 
 
@@ -192,14 +185,14 @@ def test_pictures_of_a_large_sweep(tmp_path: Path) -> None:
     assert 800 < height < 1200
     broke = [broken(results[0], math.nan), broken(results[1], 1e6), *results[2:]]
     changes = {one.key: (0.2, 0.1, 0.3) for one in broke}
-    draw_trade(dense, broke, "large", trade, changes)
+    draw_trade_off(dense, broke, "large", trade, changes)
     assert size(trade) == (1650, 1050)
 
 
 def test_pictures_that_say_nothing_are_not_drawn(tmp_path: Path) -> None:
     def names(languages: Sequence[str], calibrations: Sequence[str], sparsities: Sequence[float]) -> list[str]:
         dense, results = trials(languages, calibrations, sparsities)
-        files = pictures_of(dense, results, languages, "t$1_2$: x", tmp_path, "s")
+        files = draw_pictures(dense, results, languages, "t$1_2$: x", tmp_path, "s")
         assert all(min(size(file)) > 200 for file in files)
         return [file.name for file in files]
 
@@ -212,7 +205,7 @@ def test_pictures_that_say_nothing_are_not_drawn(tmp_path: Path) -> None:
 def test_models_pruned_to_pieces_have_pictures_too(tmp_path: Path) -> None:
     dense, results = trials(["en", "fr"], ["mono:en", "mono:fr"], [0.5])
     for value in (math.nan, math.inf):
-        files = pictures_of(dense, [broken(one, value) for one in results], ["en", "fr"], "gone", tmp_path, "s")
+        files = draw_pictures(dense, [broken(one, value) for one in results], ["en", "fr"], "gone", tmp_path, "s")
         assert [file.name for file in files] == ["s.png", "s-calibrations.png"]
 
 

@@ -342,8 +342,8 @@ def test_common_items_are_compared_by_name() -> None:
     nll_a, nll_b, size = lines(9, 20)
     a, b = likelihood(nll_a, size), likelihood(nll_b, size)
     common = list(names(20)[5:15])
-    expected = only(a.at(common), b.at(common))
-    assert only(a.at(names(20)[:15]), b.at(names(20)[:4:-1])) == expected
+    expected = only(a.select(common), b.select(common))
+    assert only(a.select(names(20)[:15]), b.select(names(20)[:4:-1])) == expected
     assert expected.items == 10
     assert expected != only(a, b)
 
@@ -357,8 +357,8 @@ def test_runs_that_cannot_be_compared_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="squad f1, squad acc: only one"):
         compare([value([0.5])], [value([0.5], "acc")])
     with pytest.raises(ValueError, match=r"perplexity en: .*no item in common"):
-        compare([a[0].at(["0"])], [a[0].at(["1"])])
-    with pytest.raises(ValueError, match=r"perplexity en: .*other texts"):
+        compare([a[0].select(["0"])], [a[0].select(["1"])])
+    with pytest.raises(ValueError, match=r"perplexity en: .*different texts"):
         compare(a, [likelihood([1.0, 2.0], [3, 5], "en"), a[1]])
 
 

@@ -1,1 +1,10 @@
-"""What a sweep's numbers look like: pictures."""
+"""Pictures and tables of results. Nothing here runs a model or computes a metric of a run.
+
+features: numbers and tables of `mlprune analyze`
+feature_pictures: its pictures
+sweep_pictures: decides which pictures of a sweep are worth drawing, and draws them
+lines: bits per byte against sparsity, per language
+heat_map: the change of each language by each calibration
+trade_off: the worst language against the mean
+figures: what all pictures share
+"""

@@ -1,108 +1,101 @@
-"""Pictures of an analysis, each as the bytes of a PNG.
+"""Pictures of `mlprune analyze`, each as the bytes of a PNG. The numbers come from `features`.
 
 C: conditions, which are calibrations. H: hidden width, its channels.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from torch import Tensor
-
-from mlprune.analysis.features import TOP_CHANNELS, SharedCounts, by_chance, kinds_of, shares, top_channels, total
-from mlprune.spec.languages import language_name
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
 
-COLUMNS = 3
-MONO, TRANSLATION = "#4477aa", "#ee7733"  # told apart by those who do not see red and green
+from mlprune.analysis.features import TOP_CHANNELS, SharedCounts, by_chance, kinds_of, shares, top_channels, total
+from mlprune.analysis.figures import COLUMNS, MARKERS, panel_grid, to_png
+from mlprune.spec.languages import language_name
+
+MONO, TRANSLATION = "#4477aa", "#ee7733"  # distinguishable for readers who do not see red and green
 UNIT = "weights dropped by both / by either"
-STEP = 0.05  # colours span no less, so that what is alike looks alike
-ANNOTATED = 16  # conditions at most whose cells bear numbers
-FADED = 20.0  # a panel whose largest bar is so many times its smallest has a logarithmic axis
+STEP = 0.05  # colours span at least this, so that similar values look similar
+MAX_ANNOTATED = 16  # with more conditions the cells have no numbers
+LOG_RATIO = 20.0  # a panel whose largest bar is this many times its smallest has a logarithmic axis
 
 
 def draw_top(pairs: Mapping[str, tuple[Tensor, Tensor]], layer: int, pivot: str, model: str) -> bytes:
-    """Figure 1: the largest channels of `layer`, a panel a language, its two conditions side by side.
+    """Draw the paper's Figure 1: the largest channels of `layer`, a panel per language with both conditions.
 
     `pairs`: language -> magnitudes [H] of mono:x and of translation:pivot-x.
     """
     columns = min(2, len(pairs))
-    figure, panels = _grid(len(pairs), (5.2, 3.0), columns)
+    figure, panels = panel_grid(len(pairs), columns, (5.2, 3.0), 1.0)
     for panel, (language, magnitudes) in zip(panels, pairs.items(), strict=True):
         bars = _draw_bars(panel, *magnitudes)
         panel.set(title=language_name(language), xlabel="channel")
     figure.legend(bars, ["mono:x", f"translation:{pivot}-x"], loc="outside lower center", ncols=2, frameon=False)
     for panel in panels[::columns]:
         panel.set_ylabel("mean L2 norm")
-    _title(figure, f"{model}\n{TOP_CHANNELS} largest channels of layer {layer}: L2 norm over a prompt's tokens")
-    return _png(figure)
+    title = f"{model}\n{TOP_CHANNELS} largest channels of layer {layer}: L2 norm over a prompt's tokens"
+    return to_png(figure, title)
 
 
 def _draw_bars(panel: Axes, mono_H: Tensor, translation_H: Tensor) -> list[Any]:
-    """Returns the bars of mono:x and those of the translation, for a legend."""
+    """Draw and return, for a legend, the bars of mono:x and those of the translation."""
     channels = top_channels(mono_H, translation_H)
     both = mono_H[channels].numpy(), translation_H[channels].numpy()
-    place = np.arange(len(channels))
+    position = np.arange(len(channels))
     bars = [
-        panel.bar(place + shift, values, 0.4, color=color)
+        panel.bar(position + shift, values, 0.4, color=color)
         for values, shift, color in zip(both, (-0.2, 0.2), (MONO, TRANSLATION), strict=True)
     ]
-    if np.max(both) > FADED * np.min(both) > 0:
+    if np.max(both) > LOG_RATIO * np.min(both) > 0:
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.set_xticks(place, [str(channel) for channel in channels], rotation=90, fontsize=8)
+    panel.set_xticks(position, [str(channel) for channel in channels], rotation=90, fontsize=8)
     panel.grid(axis="y", alpha=0.3)
     panel.set_axisbelow(True)
     return bars
 
 
 def draw_overlap(conditions: Sequence[str], bottom_CC: Tensor, top_CC: Tensor, ratio: float, model: str) -> bytes:
-    """Figures 2 and 3: of each row's top channels, the share in each column's bottom, and in its top."""
+    """Draw the paper's Figures 2 and 3: the share of each row's top channels in each column's bottom, and top."""
     width, height = _size(conditions)
-    figure, panels = plt.subplots(1, 2, figsize=(2 * width, height + 0.4), layout="constrained")
+    figure, panels = panel_grid(2, 2, (width, height), 0.4)
     for panel, overlap_CC, end in zip(panels, (bottom_CC, top_CC), ("bottom", "top"), strict=True):
         _draw_matrix(figure, panel, conditions, overlap_CC, f"share of the row's top {ratio:.4g}")
         panel.set(xlabel=f"{end} {ratio:.4g} of", ylabel=f"top {ratio:.4g} of")
-    _title(figure, f"{model}\nchannels by magnitude, mean over layers (by chance {ratio:.4g})")
-    return _png(figure)
+    return to_png(figure, f"{model}\nchannels by magnitude, mean over layers (by chance {ratio:.4g})")
 
 
 def draw_mask_pairs(conditions: Sequence[str], shared: SharedCounts, sparsity: float, model: str) -> bytes:
-    """How much of the mask each two conditions share, over all matrices."""
-    figure, panel = plt.subplots(figsize=_size(conditions), layout="constrained")
+    """Draw the share of the mask that each two conditions have in common, over all matrices."""
+    figure, (panel,) = panel_grid(1, 1, _size(conditions), 0.0)
     _draw_matrix(figure, panel, conditions, shares(total(shared)), UNIT)
-    _title(figure, f"{model}\n{_about_masks(sparsity)}")
-    return _png(figure)
+    return to_png(figure, f"{model}\n{_about_masks(sparsity)}")
 
 
 def draw_masks(
     places: Mapping[str, tuple[int, int]], shared: SharedCounts, sparsity: float, pivot: str, model: str
 ) -> bytes:
-    """How much of the mask mono:x and translation:pivot-x share, over layers, a panel a kind of matrix.
+    """Draw the share of the mask that mono:x and translation:pivot-x have in common, a panel per kind of matrix.
 
-    `places`: language -> places of its two conditions among all.
+    The x axis is the layer. `places`: language -> indices of its two conditions.
     """
     kinds = kinds_of(shared)
     columns = min(COLUMNS, len(kinds))
-    figure, panels = _grid(len(kinds), (4.2, 2.8), columns, sharey=True)
+    figure, panels = panel_grid(len(kinds), columns, (4.2, 2.8), 1.0, sharey=True)
     for panel, kind in zip(panels, kinds, strict=True):
         by_layer = {n: shares(layer[kind]) for n, layer in enumerate(shared) if kind in layer}
         for number, (language, (mono, translation)) in enumerate(places.items()):
             values = [float(share_CC[mono, translation]) for share_CC in by_layer.values()]
-            color, marker = f"C{number % 10}", "osD^vPX*"[number % 8]
+            color, marker = f"C{number % 10}", MARKERS[number % 8]
             panel.plot(
                 list(by_layer), values, color=color, marker=marker, markersize=4, label=language_name(language)
             )
@@ -113,9 +106,8 @@ def draw_masks(
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     for panel in panels[::columns]:
         panel.set_ylabel("both / either")
-    about = _about_masks(sparsity)
-    _title(figure, f"{model}: {UNIT}\nof mono:x and translation:{pivot}-x, {about}")
-    return _png(figure)
+    title = f"{model}: {UNIT}\nof mono:x and translation:{pivot}-x, {_about_masks(sparsity)}"
+    return to_png(figure, title)
 
 
 def _about_masks(sparsity: float) -> str:
@@ -123,7 +115,7 @@ def _about_masks(sparsity: float) -> str:
 
 
 def _draw_matrix(figure: Figure, panel: Axes, conditions: Sequence[str], value_CC: Tensor, unit: str) -> None:
-    """A heat map. The diagonal says nothing and would take the scale: it is grey."""
+    """Draw a heat map. The diagonal carries no information and would dominate the scale, so it is grey."""
     count = len(conditions)
     values = np.ma.array(value_CC.numpy(), mask=np.eye(count, dtype=bool))
     low = math.floor(values.min() / STEP) * STEP
@@ -133,42 +125,15 @@ def _draw_matrix(figure: Figure, panel: Axes, conditions: Sequence[str], value_C
     panel.set_xticks(range(count), conditions, rotation=90, fontsize=8)
     panel.set_yticks(range(count), conditions, fontsize=8)
     figure.colorbar(image, ax=panel, label=unit)
-    if count > ANNOTATED:
+    if count > MAX_ANNOTATED:
         return
     for row, column in zip(*np.nonzero(~values.mask), strict=True):
-        shown = float(values[row, column])
-        color = "white" if (shown - low) < 0.6 * (high - low) else "black"
-        panel.text(column, row, f"{shown:.2f}", ha="center", va="center", fontsize=7, color=color)
+        value = float(values[row, column])
+        color = "white" if (value - low) < 0.6 * (high - low) else "black"
+        panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
 
 
 def _size(conditions: Sequence[str]) -> tuple[float, float]:
-    """Width and height in inches of a heat map with its labels and its colour bar."""
+    """Return width and height in inches of a heat map with its labels and its colour bar."""
     cells, labels = max(3.0, 0.38 * len(conditions)), 0.075 * max(map(len, conditions)) + 0.3
     return cells + labels + 1.1, cells + labels + 0.5
-
-
-def _grid(count: int, size: tuple[float, float], columns: int, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """`count` panels of that size."""
-    rows = -(-count // columns)
-    figure, panels = plt.subplots(
-        rows,
-        columns,
-        figsize=(size[0] * columns, size[1] * rows + 1.0),
-        squeeze=False,
-        sharey=sharey,
-        layout="constrained",
-    )
-    for panel in panels.flat[count:]:
-        panel.set_visible(False)
-    return figure, list(panels.flat[:count])
-
-
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, fontsize="medium", parse_math=False)  # a model may be called a$b$
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    plt.close(figure)
-    return file.getvalue()

@@ -1,12 +1,13 @@
-"""What a run answered, item by item, and the metrics that follow from it.
+"""The results of a run, item by item, and the metrics that are computed from them.
 
-Two runs are compared item by item (`significance.py`), and so are the answers of one run in two languages
-(`consistency.py`); so a run keeps its items, and every metric is made of them.
+Two runs are compared item by item (`significance`), and so are the answers of one run in two languages
+(`consistency`). Therefore a run keeps its items, and every metric is computed from them. The tasks that produce
+items are in other modules.
 
-BLEU and chrF are sacrebleu's (Post 2018), of the whole corpus. BLEU counts words: its default tokenizer (13a)
-cuts at spaces and punctuation, its `zh` parts Chinese characters. Of other languages that write no spaces between
-words, and of Korean, characters are counted: sacrebleu's tokenizers for Japanese and Korean need MeCab's
-dictionaries, those of FLORES download a model. Read BLEU together with its signature, and chrF beside it.
+BLEU and chrF are those of sacrebleu (Post 2018), over the whole corpus. BLEU counts words: its default tokenizer
+(13a) splits at spaces and punctuation, its tokenizer `zh` splits Chinese into characters. For other languages that
+write no spaces between words, and for Korean, characters are counted: sacrebleu's tokenizers for Japanese and
+Korean need MeCab's dictionaries, those of FLORES download a model. Report BLEU with its signature and with chrF.
 """
 
 import json
@@ -30,7 +31,7 @@ BLEU_TOKENIZERS = {
     **dict.fromkeys(("zh", "zho", "cmn", "yue"), "zh"),
     **dict.fromkeys(("ja", "jpn", "ko", "kor", "th", "tha", "lo", "lao", "km", "khm", "my", "mya"), "char"),
 }
-# what is told over the languages of a task; perplexities of different texts have no mean
+# How each metric is summarised over the languages of a task. Perplexities of different texts have no mean.
 SUMMARIES = {
     "bits_per_byte": ("mean", "worst"),
     "accuracy": ("mean", "worst"),
@@ -41,20 +42,25 @@ SUMMARIES = {
 
 @dataclass(frozen=True)
 class Items:
-    """What one run answered, item by item, of one task in one language: columns of equal length.
+    """The results of one run for one task in one language, item by item: columns of equal length.
 
-    likelihood: nll (nats), tokens, bytes. choice: scores (a list of floats an item, one a label), answer (index of
-    the right label). value: value (a float an item, a harness task's own `metric`). translation: output,
-    reference (texts). Raises ValueError for other columns, unequal lengths, no items, an id twice, or a metric
-    that is named for another kind than value, or not named for that.
+    The columns of each kind:
+
+    likelihood: nll (nats), tokens, bytes
+    choice: scores (a list of floats per item, one per label), answer (index of the right label)
+    value: value (one float per item: a harness task's own `metric`)
+    translation: output, reference (texts)
+
+    Raises ValueError for other columns, unequal lengths, no items, a repeated id, or a metric that is named for
+    another kind than value or is missing for that kind.
     """
 
     task: str  # perplexity, xnli, reviews, translation, or a harness task
-    language: str  # fr; en-fr for a translation; "" when a harness task does not say
+    language: str  # e.g. fr; en-fr for a translation; "" when the name of a harness task has none
     kind: Kind
-    ids: tuple[str, ...]  # the same in every run and, where items are parallel, in every language
+    ids: tuple[str, ...]  # identical in every run and, where items are parallel, in every language
     columns: Mapping[str, tuple[Any, ...]]
-    metric: str = ""  # of kind value: acc, exact_match, ...
+    metric: str = ""  # kind value only: acc, exact_match, ...
 
     def __post_init__(self) -> None:
         if set(self.columns) != COLUMNS[self.kind]:
@@ -62,24 +68,24 @@ class Items:
         if not self.ids or {len(column) for column in self.columns.values()} != {len(self.ids)}:
             raise ValueError(f"{self.name}: columns are empty or of unequal length")
         if len(set(self.ids)) != len(self.ids):
-            raise ValueError(f"{self.name}: an id is there twice")
+            raise ValueError(f"{self.name}: an id is repeated")
         if (self.kind == "value") != bool(self.metric):
             raise ValueError(f"{self.name}: items of kind value name their metric, and no others do")
 
     @property
     def name(self) -> str:
-        """For messages: `perplexity fr`, `arc_easy acc`."""
+        """The name in messages, e.g. `perplexity fr` or `arc_easy acc`."""
         return " ".join(part for part in (self.task, self.language, self.metric) if part)
 
-    def at(self, ids: Sequence[str]) -> "Items":
-        """The items named, in that order."""
-        place = {name: index for index, name in enumerate(self.ids)}
-        columns = {name: tuple(column[place[one]] for one in ids) for name, column in self.columns.items()}
+    def select(self, ids: Sequence[str]) -> "Items":
+        """Return the items with these ids, in this order."""
+        position = {name: index for index, name in enumerate(self.ids)}
+        columns = {name: tuple(column[position[item]] for item in ids) for name, column in self.columns.items()}
         return Items(self.task, self.language, self.kind, tuple(ids), columns, self.metric)
 
 
-def chosen(items: Items) -> list[int]:
-    """The label of the highest score of each item; of equal ones the lowest index, and -1 where a score is NaN."""
+def chosen_labels(items: Items) -> list[int]:
+    """Return the label with the highest score of each item: for ties the lowest index, -1 where a score is NaN."""
     return [
         -1 if any(map(math.isnan, scores)) else max(range(len(scores)), key=scores.__getitem__)
         for scores in items.columns["scores"]
@@ -87,20 +93,23 @@ def chosen(items: Items) -> list[int]:
 
 
 def outcomes(items: Items) -> list[float]:
-    """Of kind choice 1.0 for each item answered rightly, else 0.0; of kind value the values."""
+    """Return one number per item: for choices 1.0 if the answer is right, else 0.0; for values the value."""
     if items.kind == "value":
         return list(items.columns["value"])
-    return [float(label == answer) for label, answer in zip(chosen(items), items.columns["answer"], strict=True)]
+    return [
+        float(label == answer) for label, answer in zip(chosen_labels(items), items.columns["answer"], strict=True)
+    ]
 
 
 def values_of(items: Items) -> dict[str, float]:
-    """Metric -> value over all items: bits_per_byte and perplexity, accuracy, its own metric, or bleu and chrf.
+    """Return metric -> value over all items.
 
-    Perplexity is a token's. BLEU and chrF are from 0 to 100.
+    The metrics are bits_per_byte and perplexity (per token), accuracy, a harness task's own metric, or bleu and
+    chrf (from 0 to 100).
     """
     if items.kind == "likelihood":
         nll, tokens, size = (sum(items.columns[column]) for column in ("nll", "tokens", "bytes"))
-        # beyond exp(700) a float is infinite
+        # limited to exp(700), because exp of a little more overflows a float
         return {"bits_per_byte": nll / math.log(2) / size, "perplexity": math.exp(min(nll / tokens, 700.0))}
     if items.kind == "translation":
         output, reference = items.columns["output"], items.columns["reference"]
@@ -110,42 +119,42 @@ def values_of(items: Items) -> dict[str, float]:
 
 
 def metrics_of(items: Sequence[Items]) -> dict[str, float]:
-    """Every metric of a run by name.
+    """Return every metric of a run by name.
 
     likelihood: `bits_per_byte.fr`, `perplexity.fr`; choice: `xnli.fr` (accuracy); translation: `bleu.en-fr`,
-    `chrf.en-fr`; value: `arc_easy.acc`. Over the languages `bits_per_byte.mean` and `.worst`, `xnli.mean` and
-    `.worst` (the lowest), `bleu.mean`, `chrf.mean`.
+    `chrf.en-fr`; value: `arc_easy.acc`. Summaries over the languages: `bits_per_byte.mean` and `.worst`,
+    `xnli.mean` and `.worst` (the lowest), `bleu.mean`, `chrf.mean`.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     families: dict[tuple[str, str], list[float]] = {}
-    for each in items:
-        for metric, value in values_of(each).items():
-            stem = each.task if each.kind in ("choice", "value") else metric
-            last = metric if each.kind == "value" else each.language
+    for part in items:
+        for metric, value in values_of(part).items():
+            stem = part.task if part.kind in ("choice", "value") else metric
+            last = metric if part.kind == "value" else part.language
             name = f"{stem}.{last}" if last else stem
-            assert name not in found, name
-            found[name] = value
-            if each.kind != "value":
+            assert name not in metrics, name
+            metrics[name] = value
+            if part.kind != "value":
                 families.setdefault((stem, metric), []).append(value)
     for (stem, metric), values in families.items():
-        told = {"mean": sum(values) / len(values), "worst": _worst(metric, values)}
-        found |= {f"{stem}.{summary}": told[summary] for summary in SUMMARIES.get(metric, ())}
-    return found
+        summaries = {"mean": sum(values) / len(values), "worst": _worst(metric, values)}
+        metrics |= {f"{stem}.{summary}": summaries[summary] for summary in SUMMARIES.get(metric, ())}
+    return metrics
 
 
 def _worst(metric: str, values: Sequence[float]) -> float:
-    """A NaN is the worst of all; `max` alone would pass over one that does not come first."""
+    """Return the worst value. NaN is the worst of all; `max` alone would ignore a NaN that does not come first."""
     sign = 1 if metric == "bits_per_byte" else -1
     return max(values, key=lambda value: (math.isnan(value), sign * value))
 
 
 def bleu_tokenizer(language: str) -> str:
-    """The name of sacrebleu's tokenizer for texts in `language`; see the module's docstring."""
+    """Return the name of sacrebleu's tokenizer for texts in `language`; see the top of the file."""
     return BLEU_TOKENIZERS.get(language, "13a")
 
 
 def translation_scorers(pair: str) -> dict[str, "Metric"]:
-    """sacrebleu's bleu and chrf for translations of `pair`: en-fr is into French."""
+    """Return sacrebleu's bleu and chrf scorers for translations of `pair`; en-fr is from English into French."""
     return _scorers(bleu_tokenizer(pair.rpartition("-")[2]))
 
 
@@ -153,27 +162,27 @@ def _scorers(tokenizer: str) -> dict[str, "Metric"]:
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    # force: no warning of texts that look tokenized; a model's outputs are decoded text, whatever they look like
+    # force: no warning about texts that look tokenized; outputs are decoded text, whatever they look like
     return {"bleu": BLEU(tokenize=tokenizer, force=True), "chrf": CHRF()}
 
 
 def signatures(pairs: Sequence[str]) -> dict[str, str]:
-    """sacrebleu's signature of each metric of each pair: `bleu.en-fr`, `chrf.en-fr`."""
-    found = {}
+    """Return sacrebleu's signature of each metric of each pair: `bleu.en-fr`, `chrf.en-fr`."""
+    signature_of = {}
     for pair in pairs:
         for name, scorer in translation_scorers(pair).items():
-            scorer.corpus_score(["a"], [["a"]])  # a scorer that has seen no references has no signature
-            found[f"{name}.{pair}"] = str(scorer.get_signature())
-    return found
+            scorer.corpus_score(["a"], [["a"]])  # a scorer has no signature before it has seen references
+            signature_of[f"{name}.{pair}"] = str(scorer.get_signature())
+    return signature_of
 
 
 def to_json(items: Sequence[Items]) -> str:
-    """JSON text. Floats come back to the bit; NaN and Infinity are written so, as Python's json reads them."""
-    return json.dumps({"format": FORMAT, "items": [vars(each) for each in items]})
+    """Return the items as JSON. Floats survive exactly; NaN and Infinity are written as Python reads them."""
+    return json.dumps({"format": FORMAT, "items": [vars(part) for part in items]})
 
 
 def from_json(text: str) -> list[Items]:
-    """What `to_json` wrote. Raises ValueError, in one line, for anything else."""
+    """Read what `to_json` wrote. Raises ValueError, in one line, for anything else."""
     from pydantic import TypeAdapter, ValidationError
 
     types: dict[str, Any] = {
@@ -183,17 +192,19 @@ def from_json(text: str) -> list[Items]:
         "scores": tuple[list[float], ...],
     }
     try:
-        found = TypeAdapter(_File).validate_json(text).items
-        for each in found:
-            for name, column in each.columns.items():
+        items = TypeAdapter(_File).validate_json(text).items
+        for part in items:
+            for name, column in part.columns.items():
                 TypeAdapter(types[name]).validate_python(column, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"not a run's items: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return found
+    return items
 
 
 @dataclass(frozen=True)
 class _File:
+    """The layout of the JSON text."""
+
     format: Literal["mlprune-items-1"]
     items: list[Items]

@@ -1,15 +1,15 @@
-"""Is one run better than another? Both answered the same items, so they are compared item by item.
+"""Whether one run is better than another. Both have results for the same items, so they are compared item by item.
 
-Intervals are of a paired bootstrap (Efron 1979; for BLEU Koehn, EMNLP 2004): items are drawn with replacement, the
-same ones for both runs. Every metric here is a function of sums over items, so a resample is a vector of counts,
-and all of them are one matrix product. That gives what `scipy.stats.bootstrap(paired=True)` does, to which a test
-holds it, in a fraction of the time. Intervals are percentiles, not BCa: percentiles exist when all resamples are
-equal, and agree with the p that comes from the same resamples.
+Intervals come from a paired bootstrap (Efron 1979; for BLEU Koehn, EMNLP 2004): items are drawn with replacement,
+the same items for both runs. Every metric here is a function of sums over items, so a resample is a vector of
+counts, and all resamples are one matrix product. The result is that of `scipy.stats.bootstrap(paired=True)`, as a
+test verifies, in a fraction of the time. Intervals are percentile intervals, not BCa: percentiles exist when all
+resamples are equal, and agree with the p-value, which comes from the same resamples.
 
 Right or wrong answers are tested by McNemar's exact test instead (McNemar 1947): of the items that only one run
-answered rightly, each run should have half. A percentile interval of few items is too narrow, about as
-sqrt((N - 1) / N); and lines of one document count as independent, which makes intervals narrower than they should
-be.
+answered correctly, each run should have half. A percentile interval of few items is too narrow, by a factor of
+about sqrt((N - 1) / N); and lines of one document count as independent, which also makes intervals narrower than
+they should be.
 
 N: items. R: resamples. C: columns of sums. L: languages.
 """
@@ -26,19 +26,17 @@ from numpy.typing import NDArray
 from mlprune.evaluation.items import Items, outcomes, translation_scorers, values_of
 
 Array = NDArray[np.float64]
+Interval = tuple[float, float, float]  # a value, and the low and high end of its 95% confidence interval
 RESAMPLES = 2000
-SEED = 0  # fixed: the same two runs are told the same
+SEED = 0  # fixed, so that comparing the same two runs always gives the same numbers
 LEVEL = 0.05
 LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "word_perplexity", "byte_perplexity", "brier_score", "ter")
-TEXTS = {"likelihood": "bytes", "choice": "answer", "translation": "reference"}  # columns that no run changes
-
-
-Interval = tuple[float, float, float]  # a value, and the low and high end of its 95% confidence interval
+TEXTS = {"likelihood": "bytes", "choice": "answer", "translation": "reference"}  # columns equal in all runs
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How run b differs from run a in one metric of one task in one language."""
+    """The difference between run b and run a in one metric of one task in one language."""
 
     task: str
     language: str
@@ -46,71 +44,82 @@ class Difference:
     a: float
     b: float
     difference: float  # b - a
-    low: float  # 95% interval of the difference
+    low: float  # lower end of the difference's 95% interval
     high: float
-    p: float  # of no difference, two-sided, paired; NaN, as is the interval, where a or b is not finite
-    adjusted: float  # p after Holm, over the languages of the task
+    p: float  # two-sided, paired, for no difference; NaN, like the interval, where a or b is not finite
+    adjusted: float  # p after Holm's correction over the languages of the task
     items: int
-    verdict: Literal["better", "worse", "no difference shown"] = "no difference shown"  # of b, at 0.05 after Holm
+    # on b, at level 0.05 after Holm's correction
+    verdict: Literal["better", "worse", "no difference shown"] = "no difference shown"
 
 
 def compare(a: Sequence[Items], b: Sequence[Items]) -> list[Difference]:
-    """Every metric of every task and language, in the order of `a`.
+    """Compare every metric of every task and language, in the order of `a`.
 
-    That is bits_per_byte, accuracy, a harness task's own metric, or bleu and chrf. Only items that both runs have
-    are compared. Raises ValueError, naming it, for a task and language that one run lacks, of which the runs share
-    no item, or of which their texts differ.
+    The metrics are bits_per_byte, accuracy, a harness task's own metric, or bleu and chrf. Only items that both
+    runs have are compared. Raises ValueError, naming the task and language, when one run lacks it, the runs share
+    none of its items, or their texts differ.
     """
-    found = [difference for pair in _pairs(a, b) for difference in _differences(*pair)]
+    differences = [difference for pair in _pairs(a, b) for difference in _differences(*pair)]
     families: dict[tuple[str, str], list[int]] = {}
-    for place, each in enumerate(found):
-        families.setdefault(family_of(each), []).append(place)
-    for places in families.values():
-        for place, adjusted in zip(places, holm([found[place].p for place in places]), strict=True):
-            found[place] = _judged(replace(found[place], adjusted=adjusted))
-    return found
+    for index, difference in enumerate(differences):
+        families.setdefault(family_of(difference), []).append(index)
+    for indices in families.values():
+        for index, adjusted in zip(indices, holm([differences[index].p for index in indices]), strict=True):
+            differences[index] = _with_verdict(replace(differences[index], adjusted=adjusted))
+    return differences
 
 
 def _pairs(a: Sequence[Items], b: Sequence[Items]) -> list[tuple[Items, Items]]:
-    """The items that both runs have of each task and language."""
+    """Return, for each task and language, the items that both runs have."""
     all_a, all_b = ({(x.task, x.language, x.kind, x.metric): x for x in run} for run in (a, b))
-    assert (len(all_a), len(all_b)) == (len(a), len(b)), "a task and language twice in one run"
+    assert (len(all_a), len(all_b)) == (len(a), len(b)), "a task and language is repeated in one run"
     alone = [x.name for key, x in (all_a | all_b).items() if key not in all_a or key not in all_b]
     if alone:
         raise ValueError(f"{', '.join(alone)}: only one of the two runs has it; compare runs of the same tasks")
-    return [_shared(each, all_b[key]) for key, each in all_a.items()]
+    return [_shared(part, all_b[key]) for key, part in all_a.items()]
 
 
 def _shared(a: Items, b: Items) -> tuple[Items, Items]:
     if a.ids != b.ids:
-        of_b = set(b.ids)
-        ids = [name for name in a.ids if name in of_b]
+        ids_b = set(b.ids)
+        ids = [name for name in a.ids if name in ids_b]
         if not ids:
             raise ValueError(f"{a.name}: the two runs have no item in common")
-        a, b = a.at(ids), b.at(ids)
+        a, b = a.select(ids), b.select(ids)
     if a.kind != "value" and a.columns[TEXTS[a.kind]] != b.columns[TEXTS[a.kind]]:
-        raise ValueError(f"{a.name}: the two runs have other texts under the same names of items")
+        raise ValueError(f"{a.name}: the two runs have different texts under the same item ids")
     return a, b
 
 
 def _differences(a: Items, b: Items) -> list[Difference]:
-    """One a metric, not yet adjusted or judged."""
+    """Return one difference per metric, not yet adjusted and without a verdict."""
     values_a, values_b = values_of(a), values_of(b)
     if a.kind == "likelihood":
-        del values_a["perplexity"], values_b["perplexity"]  # the same likelihoods once more
+        del values_a["perplexity"], values_b["perplexity"]  # it follows from the same likelihoods
     finite = all(math.isfinite(value) for values in (values_a, values_b) for value in values.values())
     tests = _tests(a, b) if finite else dict.fromkeys(values_a, (math.nan, math.nan, math.nan))
     return [
         Difference(
-            a.task, a.language, metric, one, values_b[metric], values_b[metric] - one, low, high, p, p, len(a.ids)
+            task=a.task,
+            language=a.language,
+            metric=metric,
+            a=value,
+            b=values_b[metric],
+            difference=values_b[metric] - value,
+            low=low,
+            high=high,
+            p=p,
+            adjusted=p,
+            items=len(a.ids),
         )
-        for metric, one in values_a.items()
+        for metric, value in values_a.items()
         for low, high, p in [tests[metric]]
     ]
 
 
 def _tests(a: Items, b: Items) -> dict[str, tuple[float, float, float]]:
-    """Metric -> low, high, p."""
+    """Return metric -> (low, high, p)."""
     counts_RN = _resamples(len(a.ids))
     if a.kind == "likelihood":
         delta_N = _column(b, "nll") - _column(a, "nll")
@@ -129,12 +138,12 @@ def _tests(a: Items, b: Items) -> dict[str, tuple[float, float, float]]:
 
 
 def _translation_tests(a: Items, b: Items, counts_RN: Array) -> dict[str, tuple[float, float, float]]:
-    """BLEU and chrF are functions of counts of n-grams summed over segments; sacrebleu counts, once a segment.
+    """Return the tests of BLEU and chrF, which are functions of n-gram counts summed over segments.
 
-    Its own paired test uses the same two methods, which are not public; it gives no interval of the
-    difference, and its seed comes from the environment.
+    sacrebleu counts once per segment. Its own paired test uses the same two methods, which are not public; we do
+    not use that test because it gives no interval of the difference, and its seed comes from the environment.
     """
-    found = {}
+    tests = {}
     for metric, scorer in translation_scorers(a.language).items():
         sums_a_NC, sums_b_NC = (
             np.array(scorer._extract_corpus_statistics(x.columns["output"], [x.columns["reference"]]), float)
@@ -146,17 +155,17 @@ def _translation_tests(a: Items, b: Items, counts_RN: Array) -> dict[str, tuple[
         )
         delta_R = score_b_R - score_a_R
         p = _bootstrap_p(delta_R, int((sums_a_NC != sums_b_NC).any(1).sum()))
-        found[metric] = (*_interval(delta_R), p)
-    return found
+        tests[metric] = (*_interval(delta_R), p)
+    return tests
 
 
 def _column(items: Items, name: str) -> Array:
     return np.array(items.columns[name], float)
 
 
-@functools.lru_cache(maxsize=1)  # the next language, or trial, mostly has as many items
+@functools.lru_cache(maxsize=1)  # the next language, or trial, usually has the same number of items
 def _resamples(items: int, stream: int = 0) -> Array:
-    """[R, N] How often each resample draws each item. Another stream, other draws."""
+    """Return how often each resample draws each item, [R, N]. Each stream has its own draws."""
     draw = np.random.default_rng((SEED, stream))
     counts_RN = np.empty((RESAMPLES, items))
     for count_N in counts_RN:
@@ -170,67 +179,69 @@ def _interval(value_R: Array) -> tuple[float, float]:
 
 
 def _bootstrap_p(delta_R: Array, differing: int) -> float:
-    """Twice the share of resamples beyond zero on the rarer side, itself counted among them (+1).
+    """Return twice the share of resamples beyond zero on the rarer side, counting the observed sample (+1).
 
-    Never below 2 / (R + 1) = 0.001, so over more than 50 languages none can be shown to differ. Nor below
-    2^(1 - n) when n items differ: if signs were chance, all n would point one way that often. A bootstrap cannot
-    know: two items of the same sign never resample to zero.
+    It is never below 2 / (R + 1) = 0.001, so with more than 50 languages no difference can be significant. It is
+    also never below 2^(1 - n) when n items differ: if the signs were random, all n would point in one direction
+    that often. The bootstrap alone cannot show that: two items of the same sign never resample to zero.
     """
     beyond = min((delta_R <= 0).sum(), (delta_R >= 0).sum())
     return min(1.0, max(2 * (int(beyond) + 1) / (len(delta_R) + 1), 2.0 ** (1 - differing)))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p when `only_a` items were right in run a alone, `only_b` in run b alone."""
+    """Return the exact two-sided p when `only_a` items were right only in run a, and `only_b` only in run b."""
     from scipy.stats import binomtest
 
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p adjusted for the number of tests (Holm 1979). A NaN was no test, stays, and does not count."""
-    tested = sorted((place for place, p in enumerate(ps) if not math.isnan(p)), key=ps.__getitem__)
+    """Return p-values adjusted for the number of tests (Holm 1979). NaN means no test: it stays, uncounted."""
+    tested = sorted((index for index, p in enumerate(ps) if not math.isnan(p)), key=ps.__getitem__)
     adjusted, highest = [math.nan] * len(ps), 0.0
-    for rank, place in enumerate(tested):
-        highest = max(highest, min(1.0, (len(tested) - rank) * ps[place]))
-        adjusted[place] = highest
+    for rank, index in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * ps[index]))
+        adjusted[index] = highest
     return adjusted
 
 
-def family_of(found: Difference) -> tuple[str, str]:
-    """A task in all its languages, and a metric: what Holm's correction is over.
+def family_of(difference: Difference) -> tuple[str, str]:
+    """Return the family of tests for Holm's correction: a task in all its languages, and a metric.
 
-    A harness has a task a language, named for it: `xnli_fr` is of the family `xnli`.
+    The harness has one task per language, named after it: `xnli_fr` belongs to the family `xnli`.
     """
-    return found.task.removesuffix(f"_{found.language}") if found.language else found.task, found.metric
+    task, language = difference.task, difference.language
+    return task.removesuffix(f"_{language}") if language else task, difference.metric
 
 
-def gain(found: Difference) -> float:
-    """How much better b is than a, in the metric's units; a b that is not finite is the least."""
-    sign = -1 if found.metric in LOWER_IS_BETTER else 1
-    return sign * found.difference if math.isfinite(found.b) else -math.inf
+def gain(difference: Difference) -> float:
+    """Return how much better b is than a, in the metric's units; -inf for a b that is not finite."""
+    sign = -1 if difference.metric in LOWER_IS_BETTER else 1
+    return sign * difference.difference if math.isfinite(difference.b) else -math.inf
 
 
-def _judged(found: Difference) -> Difference:
-    """A value that is not finite is worse than any that is: the model is in pieces."""
-    if math.isfinite(found.a) and math.isfinite(found.b):
-        if not found.adjusted < LEVEL:
-            return found
-        better = gain(found) > 0
-    elif math.isfinite(found.a) or math.isfinite(found.b):
-        better = math.isfinite(found.b)
+def _with_verdict(difference: Difference) -> Difference:
+    """Add the verdict. A value that is not finite is worse than any finite one: the model is broken."""
+    if math.isfinite(difference.a) and math.isfinite(difference.b):
+        if not difference.adjusted < LEVEL:
+            return difference
+        better = gain(difference) > 0
+    elif math.isfinite(difference.a) or math.isfinite(difference.b):
+        better = math.isfinite(difference.b)
     else:
-        return found
-    return replace(found, verdict="better" if better else "worse")
+        return difference
+    return replace(difference, verdict="better" if better else "worse")
 
 
 def mean_ratio_interval(a: Sequence[Items], b: Sequence[Items]) -> Interval:
-    """How much higher run b's mean bits per byte over languages is than run a's (0.04: 4%), low and high of 95%.
+    """Return the ratio of run b's mean bits per byte over languages to run a's, minus 1, and its 95% interval.
 
-    Languages with the same ids are parallel text: a resample draws the same lines of all. Others are
-    drawn independently. The interval is NaN where a likelihood is not finite. Raises ValueError as `compare` does.
+    0.04 means 4% more than run a. Languages with the same ids are parallel text: a resample draws the same lines
+    of all of them. Other languages are drawn independently. The interval is NaN where a likelihood is not finite.
+    Raises ValueError as `compare` does.
     """
-    pairs = _pairs(*([x for x in run if x.kind == "likelihood"] for run in (a, b)))
+    pairs = _pairs(*([part for part in run if part.kind == "likelihood"] for run in (a, b)))
     bits_a, bits_b = (sum(values_of(pair[run])["bits_per_byte"] for pair in pairs) for run in (0, 1))
     ratio = bits_b / bits_a - 1
     if not (math.isfinite(bits_a) and math.isfinite(bits_b)):
@@ -241,8 +252,10 @@ def mean_ratio_interval(a: Sequence[Items], b: Sequence[Items]) -> Interval:
     bits_R, delta_R = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     for stream, group in enumerate(parallel.values()):
         counts_RN = _resamples(len(group[0][0].ids), stream)
-        nll_NL, bytes_NL = (np.stack([_column(one, name) for one, _ in group], 1) for name in ("nll", "bytes"))
-        delta_NL = np.stack([_column(other, "nll") for _, other in group], 1) - nll_NL
+        nll_NL, bytes_NL = (
+            np.stack([_column(part_a, name) for part_a, _ in group], 1) for name in ("nll", "bytes")
+        )
+        delta_NL = np.stack([_column(part_b, "nll") for _, part_b in group], 1) - nll_NL
         bytes_RL = counts_RN @ bytes_NL
         bits_R += (counts_RN @ nll_NL / bytes_RL).sum(1)
         delta_R += (counts_RN @ delta_NL / bytes_RL).sum(1)

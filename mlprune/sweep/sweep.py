@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 
-from mlprune.analysis.sweep_pictures import pictures_of
+from mlprune.analysis.sweep_pictures import draw_pictures
 from mlprune.console import size_text, step
 from mlprune.errors import SpecError, SweepError
 from mlprune.evaluation.items import signatures
@@ -151,7 +151,7 @@ def _conclude(prepared: Prepared, results: TrialResults, tracker: SweepTracker) 
     ranking = rank_trials(results.dense, results.finished, spec.search.objective, prepared.result_store())
     for result in ranking.trials:
         tracker.log_trial(result.key, result.variant, _change_metrics(ranking.changes[result.key]))
-    pictures = pictures_of(
+    pictures = draw_pictures(
         results.dense,
         ranking.trials,
         spec.evaluation.perplexity.languages,
