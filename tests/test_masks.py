@@ -1,4 +1,4 @@
-"""Masks: the right count in every row and group, ties by index, and one bit a weight that comes back."""
+"""Masks: exact counts per row and group, ties by index, and packing to one bit per weight."""
 
 import hashlib
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def floor_of(width: int, sparsity: float) -> int:
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("levels", [1, 2, 5, 10**6])
-def test_rows_lose_their_smallest_and_of_ties_the_first(sparsity: float, levels: int) -> None:
+def test_rows_lose_their_smallest_scores_and_the_first_of_ties(sparsity: float, levels: int) -> None:
     for seed, (rows, width) in enumerate([(7, 100), (1, 33), (16, 8), (3, 1)]):
         score_OI = scores(seed, rows, width, levels)
         keep_OI = keep_mask(score_OI, sparsity, UNSTRUCTURED)
@@ -73,15 +73,15 @@ def test_any_shape_ties_and_sparsity(seed: int, rows: int, width: int, levels: i
     assert torch.equal(keep_OI, by_sorting(score_OI, width * mille // 1000))
 
 
-def test_the_branch_for_other_devices_finds_the_same_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selection_on_other_devices_gives_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     score_OI = scores(3, 9, 50, 6)
     expected = keep_mask(score_OI, 0.4, UNSTRUCTURED)
     monkeypatch.setattr(masks, "_kth_smallest", lambda score, k: score.kthvalue(k, dim=1).values)
     assert torch.equal(keep_mask(score_OI, 0.4, UNSTRUCTURED), expected)
 
 
-def test_the_count_is_that_of_the_decimal_that_was_written() -> None:
-    assert 100 * 0.29 < 29  # what binary makes of it
+def test_count_is_exact_for_the_written_decimal() -> None:
+    assert 100 * 0.29 < 29  # in binary arithmetic
     assert dropped_per_row(100, 0.29) == 29
     for hundredths in range(100):
         for width in (1, 7, 64, 100, 896, 4864, 11008, 28672):
@@ -93,13 +93,13 @@ def test_sparsities_of_many_digits(sparsity: float) -> None:
     assert dropped_per_row(11008, sparsity) == floor_of(11008, sparsity)
 
 
-def test_nothing_is_dropped_at_zero_and_one_weight_stays_at_the_most() -> None:
+def test_lowest_and_highest_sparsity() -> None:
     assert bool(keep_mask(scores(0, 5, 20, 3), 0.0, UNSTRUCTURED).all())
     kept_O = keep_mask(scores(0, 5, 100, 3), 0.99, UNSTRUCTURED).sum(1)
     assert kept_O.tolist() == [1] * 5
 
 
-def test_signed_zeros_and_the_smallest_numbers_are_told_apart_by_value_only() -> None:
+def test_signed_zeros_and_denormals_are_compared_by_value() -> None:
     score_OI = torch.tensor([[0.0, -0.0, 1e-45, 0.0, 5e-45, -0.0]])
     assert torch.equal(keep_mask(score_OI, 0.5, UNSTRUCTURED), by_sorting(score_OI, 3))
     assert keep_mask(score_OI, 0.5, UNSTRUCTURED).tolist() == [[False, False, True, False, True, True]]
@@ -107,7 +107,7 @@ def test_signed_zeros_and_the_smallest_numbers_are_told_apart_by_value_only() ->
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 70), st.integers(1, 6), st.integers(0, 999))
-def test_within_a_matrix_the_smallest_of_all_go(seed: int, rows: int, width: int, levels: int, mille: int) -> None:
+def test_a_matrix_loses_its_smallest_scores(seed: int, rows: int, width: int, levels: int, mille: int) -> None:
     score_OI = scores(seed, rows, width, levels)
     keep_OI = keep_mask(score_OI, mille / 1000, UNSTRUCTURED, within="matrix")
     drop = rows * width * mille // 1000
@@ -123,19 +123,19 @@ def test_within_a_matrix_rows_may_lose_all_or_nothing() -> None:
     assert keep_mask(-score_OI, 0.5, UNSTRUCTURED, within="matrix").tolist() == [[True] * 4, [False] * 4]
 
 
-def test_of_ties_within_a_matrix_the_first_in_row_major_order_go() -> None:
+def test_a_matrix_loses_the_first_ties_in_row_major_order() -> None:
     keep_OI = keep_mask(torch.tensor([[2.0, 1.0, 2.0], [2.0, 2.0, 0.0]]), 0.5, UNSTRUCTURED, within="matrix")
     assert keep_OI.tolist() == [[False, False, True], [True, True, False]]
 
 
-def test_the_count_within_a_matrix_is_that_of_the_decimal() -> None:
+def test_count_within_a_matrix_is_exact_for_the_decimal() -> None:
     # floor(42 * 0.29 = 12.18), where each of the seven rows alone would lose floor(1.74) = 1
     assert int((~keep_mask(scores(1, 7, 6, 99), 0.29, UNSTRUCTURED, within="matrix")).sum()) == 12
     assert int((~keep_mask(scores(1, 10, 10, 99), 0.29, UNSTRUCTURED, within="matrix")).sum()) == 29
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_groups_are_the_same_whatever_else_is_compared(text: str) -> None:
+def test_groups_do_not_depend_on_within(text: str) -> None:
     pattern = Pattern.parse(text)
     score_OI = scores(2, 9, 6 * pattern.group, 5)
     assert torch.equal(keep_mask(score_OI, 0.5, pattern, within="matrix"), keep_mask(score_OI, 0.5, pattern))
@@ -143,11 +143,11 @@ def test_groups_are_the_same_whatever_else_is_compared(text: str) -> None:
 
 @pytest.mark.parametrize("text", PATTERNS)
 @pytest.mark.parametrize("levels", [1, 2, 4, 10**6])
-def test_groups_keep_their_largest_and_of_ties_the_last(text: str, levels: int) -> None:
+def test_groups_keep_their_largest_scores_and_the_last_of_ties(text: str, levels: int) -> None:
     pattern = Pattern.parse(text)
     for seed in range(5):
         score_OI = scores(seed, 9, 12 * pattern.group, levels)
-        keep_OI = keep_mask(score_OI, 0.99, pattern)  # the pattern says how many, not the sparsity
+        keep_OI = keep_mask(score_OI, 0.99, pattern)  # the pattern sets the count, not the sparsity
         assert torch.equal(keep_OI, by_sorting_groups(score_OI, pattern))
         assert keep_OI.view(9, 12, pattern.group).sum(2).eq(pattern.kept).all()
 
@@ -161,14 +161,14 @@ def test_any_pattern(seed: int, group: int, levels: int, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("text", ["unstructured", *PATTERNS])
-def test_the_number_of_threads_changes_nothing(text: str) -> None:
+def test_result_does_not_depend_on_the_number_of_threads(text: str) -> None:
     score_OI = scores(11, 300, 640, 40)
-    found = []
+    results = []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        found.append(keep_mask(score_OI, 0.37, Pattern.parse(text)))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        results.append(keep_mask(score_OI, 0.37, Pattern.parse(text)))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("text", ["unstructured", *PATTERNS])
@@ -181,7 +181,7 @@ def test_scores_may_be_a_view(text: str) -> None:
         for within in WITHIN:
             expected = keep_mask(view_OI.contiguous(), 0.45, Pattern.parse(text), within)
             assert torch.equal(keep_mask(view_OI, 0.45, Pattern.parse(text), within), expected)
-        assert torch.equal(view_OI, before), "scores are read, not sorted in place"
+        assert torch.equal(view_OI, before), "scores must not be sorted in place"
 
 
 SHAPES = [(1, 1), (3, 5), (7, 9), (4, 8), (1, 15), (13, 17), (64, 64), (5, 1)]
@@ -193,7 +193,7 @@ def bits(seed: int, shape: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_packed_mask_comes_back(shape: tuple[int, int], seed: int) -> None:
+def test_pack_and_unpack_are_inverse(shape: tuple[int, int], seed: int) -> None:
     keep_OI = bits(seed, shape)
     packed = PackedMask.pack(keep_OI)
     assert packed.bits.dtype == torch.uint8
@@ -205,7 +205,7 @@ def test_a_packed_mask_comes_back(shape: tuple[int, int], seed: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bits_lie_as_numpy_packs_them(shape: tuple[int, int]) -> None:
+def test_bit_order_is_numpys_little_order(shape: tuple[int, int]) -> None:
     keep_OI = bits(2, shape)
     expected = np.packbits(keep_OI.numpy().reshape(-1), bitorder="little")
     assert PackedMask.pack(keep_OI).bits.tolist() == expected.tolist()
@@ -226,7 +226,7 @@ def test_a_transposed_mask_is_packed_by_its_own_rows() -> None:
     assert packed.bits.tolist() == PackedMask.pack(keep_OI.contiguous()).bits.tolist()
 
 
-def test_the_digest_is_of_the_bits() -> None:
+def test_digest_depends_on_every_bit() -> None:
     keep_OI = bits(5, (9, 7))
     digest = PackedMask.pack(keep_OI).digest()
     assert digest == PackedMask.pack(keep_OI.clone()).digest()
@@ -240,7 +240,7 @@ def test_the_digest_is_of_the_bits() -> None:
     assert len(digests) == 1 + keep_OI.numel()
 
 
-# masks and changed weights, put on
+# applying masks and changed weights
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -251,7 +251,7 @@ def weights(seed: int, shape: tuple[int, int], dtype: torch.dtype = torch.float3
 
 
 def views(weight_OI: Tensor) -> Iterator[Tensor]:
-    """The matrix, and views that hold the same: transposed, one expert of three, every other column."""
+    """Yield the matrix, and views with the same content: transposed, one expert of three, every other column."""
     rows, width = weight_OI.shape
     yield weight_OI.clone()
     yield torch.empty(width, rows, dtype=weight_OI.dtype).T.copy_(weight_OI)
@@ -261,7 +261,7 @@ def views(weight_OI: Tensor) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_mask_put_on_leaves_zeros_where_it_drops(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_applied_mask_sets_dropped_weights_to_zero(shape: tuple[int, int], dtype: torch.dtype) -> None:
     keep_OI, dense_OI = bits(6, shape), weights(7, shape, dtype)
     for weight_OI in views(dense_OI):
         PackedMask.pack(keep_OI).apply_(weight_OI)
@@ -272,7 +272,7 @@ def test_a_mask_put_on_leaves_zeros_where_it_drops(shape: tuple[int, int], dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_changed_weights_put_on_take_the_place_of_the_dense(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_applied_changed_weights_replace_the_dense_weights(shape: tuple[int, int], dtype: torch.dtype) -> None:
     keep_OI, changed_OI = bits(8, shape), weights(9, shape, dtype)
     packed = PackedWeights.pack(keep_OI, changed_OI)
     assert packed.values.dtype == dtype
@@ -287,9 +287,9 @@ def test_changed_weights_put_on_take_the_place_of_the_dense(shape: tuple[int, in
         assert not weight_OI[~keep_OI].signbit().any()
 
 
-def test_changed_weights_are_written_into_the_parameter_and_nowhere_else() -> None:
+def test_changed_weights_are_written_to_the_parameter_only() -> None:
     keep_OI, changed_OI = bits(11, (6, 4)), weights(12, (6, 4))
-    parameter = weights(13, (4, 6))  # as Conv1D keeps it, [I, O]
+    parameter = weights(13, (4, 6))  # [I, O], the layout of Conv1D
     PackedWeights.pack(keep_OI, changed_OI).apply_(parameter.T)
     assert torch.equal(parameter, (changed_OI * keep_OI).T)
     experts = weights(14, (3, 24)).view(3, 6, 4)
@@ -307,7 +307,7 @@ def test_changed_weights_of_a_transposed_matrix_are_packed_by_its_own_rows() -> 
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_all_or_nothing_may_be_kept(kept: bool) -> None:
+def test_all_or_no_weights_may_be_kept(kept: bool) -> None:
     changed_OI, weight_OI = weights(17, (5, 3)), weights(18, (5, 3))
     packed = PackedWeights.pack(torch.full((5, 3), kept), changed_OI)
     packed.apply_(weight_OI)
@@ -316,12 +316,12 @@ def test_all_or_nothing_may_be_kept(kept: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_digest_is_of_the_mask_and_of_every_kept_weight(dtype: torch.dtype) -> None:
+def test_digest_depends_on_the_mask_and_every_kept_weight(dtype: torch.dtype) -> None:
     keep_OI, changed_OI = bits(19, (4, 6)), weights(20, (4, 6), dtype)
     digest = PackedWeights.pack(keep_OI, changed_OI).digest()
     assert digest == PackedWeights.pack(keep_OI.clone(), changed_OI.clone()).digest()
     assert digest != PackedMask.pack(keep_OI).digest()
-    assert digest == PackedWeights.pack(keep_OI, changed_OI * keep_OI).digest(), "dropped weights are nobody's"
+    assert digest == PackedWeights.pack(keep_OI, changed_OI * keep_OI).digest(), "dropped weights do not affect it"
     digests = {digest}
     for flat in keep_OI.view(-1).nonzero()[:, 0].tolist():
         other_OI = changed_OI.clone()

@@ -1,4 +1,4 @@
-"""Which matrices a layer has, the moments each of them sees, and masks that come and go with a borrow."""
+"""The matrices of a layer, the moments of their inputs, and masks that are applied during a borrow."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -52,7 +52,7 @@ class Experts(nn.Module):
 
 
 class Sparse(nn.Module):
-    """A mixture: experts beside a router that is no Linear."""
+    """A mixture: experts and a router that is not a Linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def seeded() -> None:
 
 
 def by_hand(layer: nn.Module, run: Any) -> dict[str, list[Tensor]]:
-    """What enters each module, noted by hooks of the test's own."""
+    """Return the inputs of each module, recorded with separate hooks."""
     seen: dict[str, list[Tensor]] = {}
     handles = []
     for name, module in layer.named_modules():
@@ -84,8 +84,8 @@ def by_hand(layer: nn.Module, run: Any) -> dict[str, list[Tensor]]:
     return seen
 
 
-def same(found: Moments, expected: Moments) -> bool:
-    return found.tokens == expected.tokens and torch.equal(found.sumsq_I, expected.sumsq_I)
+def same(actual: Moments, expected: Moments) -> bool:
+    return actual.tokens == expected.tokens and torch.equal(actual.sumsq_I, expected.sumsq_I)
 
 
 def test_linears_are_listed_and_gates_norms_and_biases_are_not() -> None:
@@ -93,7 +93,7 @@ def test_linears_are_listed_and_gates_norms_and_biases_are_not() -> None:
     assert pruned_parameters(Attention()) == ("q.weight", "k.weight", "v.weight", "out.weight")
 
 
-def test_a_conv1d_is_seen_as_rows_of_outputs() -> None:
+def test_conv1d_is_viewed_as_rows_of_outputs() -> None:
     layer = gpt2_mlp()
     assert matrices(layer) == {name: Matrix(f"{name}.weight", transposed=True) for name in ("0", "2")}
     weight_IO = layer.get_parameter("0.weight").data
@@ -103,14 +103,14 @@ def test_a_conv1d_is_seen_as_rows_of_outputs() -> None:
     assert weight_IO[1, 4] == 77
 
 
-def test_every_expert_is_a_matrix_and_the_router_is_none() -> None:
+def test_every_expert_is_a_matrix_and_the_router_is_not() -> None:
     layer = Sparse()
-    found = matrices(layer)
+    experts = matrices(layer)
     parts = ("gate_up_proj", "down_proj")
-    assert list(found) == [f"experts.{part}.{n}" for part in parts for n in range(EXPERTS)]
-    assert found["experts.down_proj.2"] == Matrix("experts.down_proj", 2)
+    assert list(experts) == [f"experts.{part}.{n}" for part in parts for n in range(EXPERTS)]
+    assert experts["experts.down_proj.2"] == Matrix("experts.down_proj", 2)
     assert pruned_parameters(layer) == ("experts.gate_up_proj", "experts.down_proj")
-    found["experts.down_proj.2"].view_OI(layer.experts.down_proj.data)[0, 0] = 77
+    experts["experts.down_proj.2"].view_OI(layer.experts.down_proj.data)[0, 0] = 77
     assert layer.experts.down_proj[2, 0, 0] == 77
     assert has_experts(layer)
     assert not has_experts(Attention())
@@ -126,11 +126,11 @@ def test_real_layers(family: str) -> None:
     assert set(matrices(layers[2])) == attention | dense.get(family, experts)
 
 
-UNKNOWN = [Experts(is_transposed=True), Experts(has_bias=True), nn.Conv1d(2, 2, 3)]
+UNSUPPORTED = [Experts(is_transposed=True), Experts(has_bias=True), nn.Conv1d(2, 2, 3)]
 
 
-@pytest.mark.parametrize("module", UNKNOWN)
-def test_three_dimensions_of_an_unknown_form_are_refused(module: nn.Module) -> None:
+@pytest.mark.parametrize("module", UNSUPPORTED)
+def test_unsupported_experts_are_refused(module: nn.Module) -> None:
     with pytest.raises(
         ModelError, match=rf"^model\.path: {type(module).__name__}: experts of this form cannot be"
     ):
@@ -166,7 +166,7 @@ def test_a_shared_input_is_summed_once_and_counted_for_each(monkeypatch: pytest.
     assert same(observer.gathered()["q"], observer.gathered()["v"])
 
 
-def test_pads_count_for_nothing() -> None:
+def test_padding_is_ignored() -> None:
     layer, hidden_BTH = Attention(), torch.randn(2, 4, WIDTH)
     keep_BT = torch.tensor([[True, True, True, False], [True, False, False, False]])
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_pads_count_for_nothing() -> None:
         assert moments.tokens == 4
 
 
-def test_the_same_tensor_with_other_pads_is_summed_again() -> None:
+def test_same_tensor_with_other_padding_is_summed_again() -> None:
     layer, hidden_TI = nn.Sequential(nn.Linear(WIDTH, 2)), torch.randn(4, WIDTH)
     with torch.no_grad(), Observer(layer) as observer:
         for count in (1, 4):
@@ -188,7 +188,7 @@ def test_the_same_tensor_with_other_pads_is_summed_again() -> None:
     assert observer.gathered()["0"].tokens == 5
 
 
-def test_conv1d_moments_are_of_its_inputs() -> None:
+def test_conv1d_has_the_moments_of_its_inputs() -> None:
     layer, input_TI = gpt2_mlp(), torch.randn(7, WIDTH)
     with torch.no_grad(), Observer(layer) as observer:
         layer(input_TI)
@@ -196,9 +196,9 @@ def test_conv1d_moments_are_of_its_inputs() -> None:
     assert observer.gathered()["2"].sumsq_I.shape == (5,)
 
 
-def test_an_expert_sees_the_tokens_routed_to_it() -> None:
+def test_expert_has_the_moments_of_the_tokens_routed_to_it() -> None:
     layer, hidden_TI = Sparse(), torch.randn(4, WIDTH)
-    index = torch.tensor([[0], [2], [2], [2]])  # nobody is sent to expert 1
+    index = torch.tensor([[0], [2], [2], [2]])  # no token is routed to expert 1
     with torch.no_grad(), Observer(layer) as observer:
         layer(hidden_TI, index)
     gathered = observer.gathered()
@@ -212,7 +212,7 @@ def test_an_expert_sees_the_tokens_routed_to_it() -> None:
     assert same(gathered["experts.down_proj.1"], Moments.zeros(INNER))
 
 
-def test_experts_are_never_given_pads() -> None:
+def test_experts_never_get_padding() -> None:
     layer = Sparse()
     with Observer(layer) as observer:
         observer.keep = torch.ones(4, dtype=torch.bool)
@@ -220,7 +220,7 @@ def test_experts_are_never_given_pads() -> None:
             layer(torch.randn(4, WIDTH), torch.zeros(4, 1, dtype=torch.int64))
 
 
-def test_nothing_is_left_on_the_layer_even_after_a_failure() -> None:
+def test_hooks_are_removed_even_after_a_failure() -> None:
     layer = Attention()
     with pytest.raises(RuntimeError, match="in the middle"), Observer(layer) as observer:
         layer(torch.randn(1, 2, WIDTH), fail=True)
@@ -242,11 +242,11 @@ def test_experts_are_not_observed_after_the_block() -> None:
 
 
 def random_masks(layer: nn.Module) -> dict[str, PackedMask]:
-    found = {}
+    masks = {}
     for name, matrix in matrices(layer).items():
         weight_OI = matrix.view_OI(layer.get_parameter(matrix.parameter).data)
-        found[name] = PackedMask.pack(torch.rand(weight_OI.shape) < 0.5)
-    return found
+        masks[name] = PackedMask.pack(torch.rand(weight_OI.shape) < 0.5)
+    return masks
 
 
 def snapshot(layer: nn.Module) -> dict[str, Tensor]:
@@ -255,17 +255,17 @@ def snapshot(layer: nn.Module) -> dict[str, Tensor]:
 
 def check_masked(layer: nn.Module, dense: Mapping[str, Tensor], masks: Mapping[str, PackedMask]) -> None:
     for name, matrix in matrices(layer).items():
-        found_OI = matrix.view_OI(layer.get_parameter(matrix.parameter).data)
+        masked_OI = matrix.view_OI(layer.get_parameter(matrix.parameter).data)
         dense_OI, keep_OI = matrix.view_OI(dense[matrix.parameter]), masks[name].unpack()
-        assert torch.equal(found_OI[keep_OI], dense_OI[keep_OI]), name
-        dropped = found_OI[~keep_OI]
+        assert torch.equal(masked_OI[keep_OI], dense_OI[keep_OI]), name
+        dropped = masked_OI[~keep_OI]
         assert (dropped == 0).all()
         assert not dropped.signbit().any(), "+0.0: a checkpoint's bytes and a sum's sign depend on it"
 
 
 @pytest.mark.parametrize("make", [Attention, gpt2_mlp, Sparse])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_borrowed_layer_is_masked_and_then_dense_again(make: Any, dtype: torch.dtype) -> None:
+def test_borrowed_layer_is_masked_and_then_dense_again(make: Any, dtype: torch.dtype) -> None:
     layer = make().to(dtype).requires_grad_(False)
     dense, masks = snapshot(layer), random_masks(layer)
     others = set(dense) - set(pruned_parameters(layer))
@@ -278,7 +278,7 @@ def test_a_borrowed_layer_is_masked_and_then_dense_again(make: Any, dtype: torch
     assert all(torch.equal(data, dense[name]) for name, data in layer.state_dict().items())
 
 
-def test_the_layer_is_dense_again_after_a_failure() -> None:
+def test_layer_is_dense_again_after_a_failure() -> None:
     layer = gpt2_mlp()
     dense, masks = snapshot(layer), random_masks(layer)
     with pytest.raises(KeyboardInterrupt), masked_by(layer, masks):

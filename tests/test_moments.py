@@ -1,4 +1,4 @@
-"""Moments: sums against float64, merging by addition, and mixtures that weigh parts as asked."""
+"""Moments: sums compared with float64, merging by addition, and mixtures with given weights."""
 
 from fractions import Fraction
 
@@ -30,8 +30,8 @@ def reference(input_TI: Tensor) -> Tensor:
     return torch.from_numpy(np.square(input_TI.double().numpy()).sum(0))
 
 
-def close(found: Tensor, expected: Tensor, relative: float) -> bool:
-    return bool(((found - expected).abs() <= relative * expected.abs()).all())
+def close(actual: Tensor, expected: Tensor, relative: float) -> bool:
+    return bool(((actual - expected).abs() <= relative * expected.abs()).all())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -46,14 +46,14 @@ def test_moments_are_the_count_and_the_sum_of_squares(seed: int, count: int) -> 
     assert close(moments.norm_I.double(), reference(input_TI).sqrt(), FLOAT32_SUM)
 
 
-def test_a_worked_example() -> None:
+def test_worked_example() -> None:
     moments = Moments.of(torch.tensor([[3.0, 0.0, -1.0], [-4.0, 0.0, 2.0]]))
     assert moments.tokens == 2
     assert moments.sumsq_I.tolist() == [25.0, 0.0, 5.0]
     assert moments.norm_I.tolist() == [5.0, 0.0, torch.tensor(5.0).sqrt().item()]
 
 
-def test_no_token_is_no_moment() -> None:
+def test_no_tokens_give_zero_moments() -> None:
     for moments in (Moments.zeros(3), Moments.of(torch.empty(0, 3))):
         assert moments.tokens == 0
         assert moments.sumsq_I.dtype == torch.float64
@@ -61,7 +61,7 @@ def test_no_token_is_no_moment() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 7, 64])
-def test_merging_pieces_is_all_at_once(pieces: int) -> None:
+def test_merged_pieces_equal_the_whole(pieces: int) -> None:
     input_TI = tokens(pieces, 4096)
     merged = Moments.zeros(16)
     for piece in input_TI.tensor_split(pieces):
@@ -73,7 +73,7 @@ def test_merging_pieces_is_all_at_once(pieces: int) -> None:
 
 
 def test_between_micro_batches_the_sum_is_float64() -> None:
-    """A million times the smallest step: float32 would lose every one of them beside 2**24."""
+    """Each addend is too small beside 2**24: float32 would lose all of them."""
     merged = Moments(1, torch.tensor([2.0**24], dtype=torch.float64))
     for _ in range(1000):
         merged = merged + Moments.of(torch.tensor([[0.5]]))
@@ -81,7 +81,7 @@ def test_between_micro_batches_the_sum_is_float64() -> None:
     assert merged.tokens == 1001
 
 
-def test_merging_leaves_its_parts_as_they_were() -> None:
+def test_merging_does_not_change_its_parts() -> None:
     first, second = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7))
     before = first.sumsq_I.clone(), second.sumsq_I.clone()
     assert torch.equal((first + second).sumsq_I, before[0] + before[1])
@@ -102,20 +102,20 @@ def test_half_precision_is_not_summed_in_half_precision(dtype: torch.dtype) -> N
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=5), st.integers(0, 10**6))
 def test_weights_that_are_token_shares_give_the_plain_sum(counts: list[int], seed: int) -> None:
     parts = [Moments.of(tokens(seed + n, count, 5)) for n, count in enumerate(counts)]
-    found = mix([(part, Fraction(part.tokens, sum(counts))) for part in parts])
+    mixture = mix([(part, Fraction(part.tokens, sum(counts))) for part in parts])
     plain = Moments.zeros(5)
     for part in parts:
         plain = plain + part
-    assert found.tokens == plain.tokens
-    assert torch.equal(found.sumsq_I, plain.sumsq_I)
+    assert mixture.tokens == plain.tokens
+    assert torch.equal(mixture.sumsq_I, plain.sumsq_I)
 
 
-def test_halves_weigh_the_same_whatever_their_tokens() -> None:
+def test_halves_have_equal_weight_whatever_their_tokens() -> None:
     few, many = Moments.of(torch.full((10, 1), 2.0)), Moments.of(torch.full((990, 1), 3.0))
-    found = mix([(few, HALF), (many, HALF)])
-    assert found.tokens == 1000
+    mixture = mix([(few, HALF), (many, HALF)])
+    assert mixture.tokens == 1000
     # the mean square of a token is the mean of the two parts' mean squares: (4 + 9) / 2
-    assert found.sumsq_I.item() / found.tokens == pytest.approx(6.5, rel=1e-15)
+    assert mixture.sumsq_I.item() / mixture.tokens == pytest.approx(6.5, rel=1e-15)
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,10 +126,10 @@ def test_a_mixture_is_the_weighted_mean_of_mean_squares(shape: list[tuple[int, i
         (Moments.of(tokens(seed + n, count, 4)), Fraction(weight, whole))
         for n, (count, weight) in enumerate(shape)
     ]
-    found = mix(parts)
+    mixture = mix(parts)
     means = [float(weight) * part.sumsq_I / part.tokens for part, weight in parts]
-    # a product and a sum of float64 a part: a few times 2**-53
-    assert close(found.sumsq_I / found.tokens, torch.stack(means).sum(0), 1e-14)
+    # one float64 product and sum per part: a few times 2**-53
+    assert close(mixture.sumsq_I / mixture.tokens, torch.stack(means).sum(0), 1e-14)
 
 
 def test_a_single_part_is_returned_unchanged() -> None:
@@ -140,21 +140,21 @@ def test_a_single_part_is_returned_unchanged() -> None:
 
 def test_a_part_without_tokens_adds_nothing() -> None:
     moments, nothing = Moments.of(tokens(1, 8)), Moments.zeros(16)
-    found = mix([(moments, HALF), (nothing, HALF)])
-    assert found.tokens == 8
-    assert torch.equal(found.sumsq_I, moments.sumsq_I * 0.5)  # one factor for all channels: the same masks
+    mixture = mix([(moments, HALF), (nothing, HALF)])
+    assert mixture.tokens == 8
+    assert torch.equal(mixture.sumsq_I, moments.sumsq_I * 0.5)  # one factor for all channels: the same masks
     empty = mix([(nothing, HALF), (nothing, HALF)])
     assert (empty.tokens, empty.sumsq_I.tolist()) == (0, [0.0] * 16)
 
 
-def test_a_mixture_leaves_its_parts_as_they_were() -> None:
+def test_mixing_does_not_change_its_parts() -> None:
     parts = [(Moments.of(tokens(n, 5 + n)), HALF) for n in range(2)]
     before = [part.sumsq_I.clone() for part, _ in parts]
     mix(parts)
     assert all(torch.equal(part.sumsq_I, old) for (part, _), old in zip(parts, before, strict=True))
 
 
-# grams
+# Gram matrices
 
 
 def integers(seed: int, count: int, channels: int = 6) -> Tensor:
@@ -168,14 +168,14 @@ def gram(moments: Moments) -> Tensor:
     return moments.gram_II
 
 
-def test_a_worked_example_of_a_gram() -> None:
+def test_worked_example_of_a_gram_matrix() -> None:
     moments = Moments.of(torch.tensor([[3.0, 0.0, -1.0], [-4.0, 0.0, 2.0]]), gram=True)
     assert gram(moments).dtype == torch.float64
     # 3 * -1 + -4 * 2 = -11 off the diagonal, the sums of squares on it
     assert gram(moments).tolist() == [[25.0, 0.0, -11.0], [0.0, 0.0, 0.0], [-11.0, 0.0, 5.0]]
 
 
-def test_there_is_no_gram_unless_asked_for() -> None:
+def test_gram_matrix_is_computed_only_on_request() -> None:
     first, second = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7))
     for moments in (Moments.zeros(3), first, first + second, mix([(first, HALF), (second, HALF)])):
         assert moments.gram_II is None
@@ -184,7 +184,7 @@ def test_there_is_no_gram_unless_asked_for() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [0, 1, 3000])
-def test_a_gram_is_the_sum_of_products(count: int, dtype: torch.dtype) -> None:
+def test_gram_matrix_is_the_sum_of_products(count: int, dtype: torch.dtype) -> None:
     input_TI = tokens(count, count).to(dtype)
     exact = input_TI.double()
     # each entry is a float32 sum of `count` products, however they are grouped
@@ -193,7 +193,7 @@ def test_a_gram_is_the_sum_of_products(count: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 100, 4097])
-def test_a_gram_changes_no_bit_of_the_rest(count: int) -> None:
+def test_other_sums_are_bit_identical_with_a_gram_matrix(count: int) -> None:
     plain, with_gram = Moments.of(tokens(count, count)), Moments.of(tokens(count, count), gram=True)
     assert torch.equal(plain.sumsq_I, with_gram.sumsq_I)
     assert plain.tokens == with_gram.tokens
@@ -204,7 +204,7 @@ def test_a_gram_changes_no_bit_of_the_rest(count: int) -> None:
     )
 
 
-def test_merging_grams_is_all_at_once() -> None:
+def test_merged_gram_matrices_equal_the_whole() -> None:
     input_TI = integers(3, 500)
     merged = Moments.zeros(6, gram=True)
     for piece in input_TI.tensor_split(7):
@@ -213,17 +213,17 @@ def test_merging_grams_is_all_at_once() -> None:
     assert torch.equal(gram(merged.to(torch.device("cpu"))), gram(merged))
 
 
-def test_between_micro_batches_a_gram_is_float64() -> None:
+def test_between_micro_batches_gram_matrices_are_summed_in_float64() -> None:
     merged = Moments(1, torch.tensor([2.0**24]), torch.tensor([[2.0**24]], dtype=torch.float64))
     for _ in range(1000):
         merged = merged + Moments.of(torch.tensor([[0.5]]), gram=True)
     assert gram(merged).item() == 2**24 + 250.0
 
 
-def test_what_is_merged_has_a_gram_throughout() -> None:
-    without, having = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7), gram=True)
-    for first, second in ((without, having), (having, without)):
-        with pytest.raises(AssertionError, match="throughout"):
+def test_merging_needs_gram_matrices_in_all_parts_or_in_none() -> None:
+    without, with_gram = Moments.of(tokens(0, 5)), Moments.of(tokens(1, 7), gram=True)
+    for first, second in ((without, with_gram), (with_gram, without)):
+        with pytest.raises(AssertionError, match="either all"):
             first + second
         with pytest.raises(ValueError):
             mix([(first, HALF), (second, HALF)])
@@ -231,22 +231,22 @@ def test_what_is_merged_has_a_gram_throughout() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 99)), min_size=2, max_size=4), st.integers(0, 99))
-def test_a_mixture_scales_its_grams_as_its_squares(shape: list[tuple[int, int]], seed: int) -> None:
+def test_mixture_scales_gram_matrices_like_squares(shape: list[tuple[int, int]], seed: int) -> None:
     whole = sum(weight for _, weight in shape)
     parts = [
         (Moments.of(integers(seed + n, count), gram=True), Fraction(weight, whole))
         for n, (count, weight) in enumerate(shape)
     ]
-    found = mix(parts)
-    assert torch.equal(gram(found).diagonal(), found.sumsq_I), "the same factors, to the bit"
+    mixture = mix(parts)
+    assert torch.equal(gram(mixture).diagonal(), mixture.sumsq_I), "the same factors, bit-identical"
     total = sum(count for count, _ in shape)
     means = [float(weight) * gram(part) / part.tokens for part, weight in parts if part.tokens]
     expected = torch.stack(means).sum(0) * total if means else torch.zeros(6, 6, dtype=torch.float64)
-    # rounded once a product and a sum, relative to the squares: products of both signs cancel
-    assert ((gram(found) - expected).abs() <= 1e-14 * total * 100).all()
+    # rounded once per product and sum, relative to the squares: products of both signs cancel
+    assert ((gram(mixture) - expected).abs() <= 1e-14 * total * 100).all()
 
 
-def test_a_mixture_of_grams_leaves_its_parts_as_they_were() -> None:
+def test_mixing_does_not_change_gram_matrices_of_its_parts() -> None:
     parts = [(Moments.of(tokens(n, 5 + n), gram=True), HALF) for n in range(2)]
     before = [gram(part).clone() for part, _ in parts]
     mix(parts)

@@ -1,8 +1,8 @@
-"""Masks of the whole machine against a plain one written here from the formula: hooks, a whole model, argsort.
+"""Compares mlprune's masks with those of a plain implementation from the formula: hooks, a whole model, argsort.
 
-The reference shares nothing with mlprune but the tokens. It feeds each prompt alone, unpadded, where mlprune
-feeds padded micro-batches, so sums differ in their last bits: a weight may only be decided otherwise when its
-score is within 1e-5 of its row's threshold, and few are.
+The reference shares only the tokens with mlprune. It runs each prompt alone and unpadded, where mlprune runs
+padded micro-batches, so sums differ in their last bits. So a weight's mask may only differ if its score is
+within 1e-5 of its row's threshold, and few may.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def sums_of_squares(model: nn.Module, layer: nn.Module, prompts: Ids) -> tuple[d
 
 
 def plain_scores(model: nn.Module, layer: nn.Module, parts: Sequence[tuple[Ids, float]]) -> dict[str, Tensor]:
-    """|W_ij| * ||X_j||, ||X_j||^2 the parts' mean squares a token, each by its weight."""
+    """|W_ij| * ||X_j||, where ||X_j||^2 is the weighted sum of the parts' mean squares."""
     norms: dict[str, Tensor] = {}
     for prompts, weight in parts:
         sums, tokens = sums_of_squares(model, layer, prompts)
@@ -69,20 +69,20 @@ def dropped(score_OI: Tensor, variant: Variant) -> Tensor:
 
 
 def plain_prune(model: nn.Module, layers: nn.ModuleList, variant: Variant, parts: Any) -> dict[str, Any]:
-    """Zero the weights of `model` in place; each matrix's scores, by layer and name."""
+    """Zero the weights of `model` in place. Return each matrix's scores, by layer and name."""
     scores: dict[str, Tensor] = {}
     if variant.propagation == "dense":
         of_layer = [plain_scores(model, layer, parts) for layer in layers]
     for index, layer in enumerate(layers):
-        found = of_layer[index] if variant.propagation == "dense" else plain_scores(model, layer, parts)
+        score = of_layer[index] if variant.propagation == "dense" else plain_scores(model, layer, parts)
         for name, module in linears(layer).items():
-            oriented(module)[dropped(found[name], variant)] = 0
-            scores[f"{index}.{name}"] = found[name]
+            oriented(module)[dropped(score[name], variant)] = 0
+            scores[f"{index}.{name}"] = score[name]
     return scores
 
 
 def near_threshold(score_OI: Tensor, drop_OI: Tensor) -> Tensor:
-    """Weights whose score is within 1e-5 of the largest that was dropped in their row."""
+    """Select the weights whose score is within 1e-5 of the largest dropped score of their row."""
     threshold_O1 = torch.where(drop_OI, score_OI, 0).amax(1, keepdim=True)
     return (score_OI / threshold_O1 - 1).abs() < 1e-5
 
@@ -94,11 +94,11 @@ def test_masks_equal_the_plain_ones(family: str, variant: Variant, tmp_path: Pat
     prepared = ready(tmp_path, source(family), shards=2)
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [variant])
-        made = make_masks(prepared, pipeline, variant)
+        outcome = make_masks(prepared, pipeline, variant)
         weights = masks_of(prepared, pipeline, variant)
     model = AutoModelForCausalLM.from_pretrained(source(family).folder).eval()
     shares = [float(weight) for side in prepared.recipe(variant).sides for _, weight in side]
-    prompts = [[torch.tensor(p.ids) for p in made.prompts] for made in prepared.sets_of(variant)]
+    prompts = [[torch.tensor(p.ids) for p in calibration.prompts] for calibration in prepared.sets_of(variant)]
     layers = model.get_submodule(PLAIN[family])
     scores = plain_prune(model, layers, variant, list(zip(prompts, shares, strict=True)))
     total = differing = 0
@@ -107,13 +107,13 @@ def test_masks_equal_the_plain_ones(family: str, variant: Variant, tmp_path: Pat
             ours = weights[f"{PLAIN[family]}.{index}.{name}.weight"]
             drop = (ours.T if isinstance(module, Conv1D) else ours) == 0
             score = scores[f"{index}.{name}"]
-            other = drop != dropped(score, variant)
+            differs = drop != dropped(score, variant)
             if not variant.pattern.group:
-                assert not (other & ~near_threshold(score, drop)).any(), f"{index}.{name}"
+                assert not (differs & ~near_threshold(score, drop)).any(), f"{index}.{name}"
                 assert torch.equal(drop.sum(1), dropped(score, variant).sum(1))
             else:
-                assert not other.any(), f"{index}.{name}"
+                assert not differs.any(), f"{index}.{name}"
             total += drop.numel()
-            differing += int(other.sum())
-    assert made.weights == total
+            differing += int(differs.sum())
+    assert outcome.weights == total
     assert differing <= total // 10_000

@@ -1,4 +1,4 @@
-"""Every supported family, in pieces, against Hugging Face's own whole forward: to the bit."""
+"""Every supported family, run in pieces, is bit-identical to Hugging Face's forward of the whole model."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def in_pieces(family: str, spans: list[Span], ids_BT: Tensor, mask_BT: Tensor) -
         for index, layer in model.layers.items():
             before = hidden.clone()
             after = model.run(layer, hidden, recorded.calls[index])
-            assert torch.equal(hidden, before), "a layer may not write to what it is given: it is run twice"
+            assert torch.equal(hidden, before), "a layer must not write to its input, because it is run twice"
             hidden = after
     assert hidden is not None
     return model.logits(hidden)
@@ -53,14 +53,14 @@ def test_pieces_equal_the_whole(family: str, padded: bool) -> None:
     if not padded:
         mask_BT = torch.ones_like(mask_BT)
     expected = whole_model(family)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    assert expected.std() > 0.05, "a model that says the same of everything proves nothing"
+    assert expected.std() > 0.05, "equal logits for all tokens would prove nothing"
     for ends in ([4], [2, 4], [1, 2, 3, 4]):
         spans = [Span(first, end, 4) for first, end in zip([0, *ends], ends, strict=False)]
         assert torch.equal(in_pieces(family, spans, ids_BT, mask_BT), expected), ends
 
 
 @torch.inference_mode()
-def test_a_shard_holds_only_its_own() -> None:
+def test_shard_holds_only_its_own_weights() -> None:
     def bytes_of(span: Span) -> int:
         model = ReplayModel(source("llama"), span, torch.float32, torch.device("cpu"))
         layers = sum(p.numel() for layer in model.layers.values() for p in layer.parameters())

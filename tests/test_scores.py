@@ -1,4 +1,4 @@
-"""Scores: each against an example worked by hand."""
+"""Scores: each is compared with a worked example."""
 
 import pickle
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def weights(seed: int, rows: int, width: int) -> Tensor:
 
 
 def inputs(seed: int, tokens: int, channels: int) -> Moments:
-    """Channels of very different size; every fifth is never used."""
+    """Channels of very different sizes; every fifth is always zero."""
     generator = torch.Generator().manual_seed(seed)
     input_TI = torch.randn(tokens, channels, generator=generator) * torch.logspace(-2, 2, channels)
     input_TI[:, seed % 5 :: 5] = 0
@@ -67,7 +67,7 @@ def test_wanda_is_the_absolute_weight_times_its_inputs_norm() -> None:
     assert wanda(WEIGHT_OI, [SEEN], 0).tolist() == [[5.0, 0.0, 1.0], [15.0, 0.0, 8.0]]
 
 
-def test_wandas_norm_goes_along_the_inputs_even_of_a_square_matrix() -> None:
+def test_wandas_norm_applies_to_inputs_also_in_a_square_matrix() -> None:
     weight_OI = torch.tensor([[1.0, 1.0], [1.0, 1.0]])
     assert wanda(weight_OI, [Moments.of(torch.tensor([[2.0, 7.0]]))], 0).tolist() == [[2.0, 7.0], [2.0, 7.0]]
 
@@ -82,17 +82,17 @@ def test_wanda_of_a_transposed_weight() -> None:
     assert wanda(weight_OI, [SEEN], 0).tolist() == [[0.0, 0.0, 8.0], [5.0, 0.0, 10.0]]
 
 
-def test_controls_are_the_scores_turned_round() -> None:
+def test_controls_are_the_negated_scores() -> None:
     assert inverse_magnitude(WEIGHT_OI, (), 0).tolist() == [[-1.0, -2.0, -0.5], [-3.0, 0.0, -4.0]]
     assert inverse_wanda(WEIGHT_OI, [SEEN], 0).tolist() == [[-5.0, 0.0, -1.0], [-15.0, 0.0, -8.0]]
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_a_control_drops_what_its_score_keeps(pattern: str) -> None:
+def test_control_drops_what_its_score_keeps(pattern: str) -> None:
     weight_OI, sides = torch.randn(9, 20, generator=torch.Generator().manual_seed(0)), [inputs(1, 50, 20)]
-    for name, given_sides in (("magnitude", []), ("wanda", sides)):
+    for name, score_sides in (("magnitude", []), ("wanda", sides)):
         keep_OI, inverse_OI = (
-            keep_mask(RULES[score].function(weight_OI, given_sides, 0)[:, 2:18], 0.5, Pattern.parse(pattern))
+            keep_mask(RULES[score].function(weight_OI, score_sides, 0)[:, 2:18], 0.5, Pattern.parse(pattern))
             for score in (name, f"inverse-{name}")
         )
         used_I = torch.ones(16, dtype=torch.bool) if name == "magnitude" else sides[0].sumsq_I[2:18] > 0
@@ -102,10 +102,10 @@ def test_a_control_drops_what_its_score_keeps(pattern: str) -> None:
             assert differs_OI.all()
 
 
-# Wanda's variant
+# wanda-alpha
 
 
-def test_a_worked_example_of_wandas_variant() -> None:
+def test_worked_example_of_wanda_alpha() -> None:
     # sorted, the rows are 0, 1, 5 (sum 6) and 0, 8, 15 (sum 23); summed up 0, 1, 6 and 0, 8, 23
     expected_OI = torch.tensor([[6 / 6, 0.0, 1 / 6], [23 / 23, 0.0, 8 / 23]])
     assert torch.equal(wanda_alpha(WEIGHT_OI, [SEEN], 0), expected_OI)
@@ -115,7 +115,7 @@ def test_a_worked_example_of_wandas_variant() -> None:
 
 
 def by_alpha(score_OI: Tensor, alpha: float) -> Tensor:
-    """What the variant drops, in words: the smallest of a row while their sum is within alpha of its sum."""
+    """The definition: drop the smallest scores of a row while their sum is at most alpha times the row's sum."""
     drop_OI = torch.zeros(score_OI.shape, dtype=torch.bool)
     for row, score_I in enumerate(score_OI.double()):
         so_far, whole = 0.0, float(score_I.sum())
@@ -129,7 +129,7 @@ def by_alpha(score_OI: Tensor, alpha: float) -> Tensor:
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5, 0.77])
 @pytest.mark.parametrize("seed", range(3))
-def test_wandas_variant_is_what_bisection_finds(seed: int, sparsity: float) -> None:
+def test_wanda_alpha_equals_bisection(seed: int, sparsity: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     # rows that differ in how evenly their weights are spread, so that they are not all cut at one place
     weight_OI = torch.randn(12, 30, generator=generator) ** torch.arange(1, 13)[:, None]
@@ -144,19 +144,19 @@ def test_wandas_variant_is_what_bisection_finds(seed: int, sparsity: float) -> N
     assert int(drop_OI.sum()) == target
     keep_OI = keep_mask(wanda_alpha(weight_OI, sides, 0), sparsity, UNSTRUCTURED, "matrix")
     assert torch.equal(~keep_OI, drop_OI)
-    assert len(set(drop_OI.sum(1).tolist())) > 1, "rows lose different numbers, unlike Wanda's"
+    assert len(set(drop_OI.sum(1).tolist())) > 1, "rows must lose different numbers, unlike with Wanda"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 60))
-def test_shares_rise_with_the_score_within_a_row(seed: int, rows: int, width: int) -> None:
+def test_shares_increase_with_the_score_within_a_row(seed: int, rows: int, width: int) -> None:
     weight_OI, sides = weights(seed, rows, width), [inputs(seed, 9, width)]
     score_OI, share_OI = wanda(weight_OI, sides, 0), wanda_alpha(weight_OI, sides, 0)
     place_OI = score_OI.argsort(dim=1, stable=True)
     sorted_OI, rising_OI = score_OI.gather(1, place_OI), share_OI.gather(1, place_OI)
     assert (share_OI[score_OI == 0] == 0).all()
-    assert (rising_OI.diff(dim=1)[sorted_OI[:, 1:] > 0] > 0).all(), "strictly: no tie that the scores do not have"
-    assert set(rising_OI[:, -1].tolist()) <= {0.0, 1.0}, "all of the row; none where the row is zero"
+    assert (rising_OI.diff(dim=1)[sorted_OI[:, 1:] > 0] > 0).all(), "strictly: there are no new ties"
+    assert set(rising_OI[:, -1].tolist()) <= {0.0, 1.0}, "one for the largest score; zero if the row is zero"
     assert torch.equal(rising_OI[:, -1] == 0, score_OI.sum(1) == 0)
 
 
@@ -169,7 +169,7 @@ def test_shares_of_rows_as_wide_as_models_have_are_rounded_once() -> None:
     assert ((share_OI.sort(dim=1).values - expected_OI).abs() <= 1.0001 * 2**-24 * expected_OI).all()
 
 
-def test_rows_beyond_those_sorted_together_are_as_the_first() -> None:
+def test_rows_sorted_in_later_chunks_are_treated_alike() -> None:
     weight_OI = weights(3, 7, 11).repeat(400, 1)
     share_OI = wanda_alpha(weight_OI, [inputs(2, 9, 11)], 0)
     assert torch.equal(share_OI, share_OI[:7].repeat(400, 1))
@@ -178,7 +178,7 @@ def test_rows_beyond_those_sorted_together_are_as_the_first() -> None:
 # contrastive
 
 
-def test_a_worked_example_of_contrast() -> None:
+def test_worked_example_of_contrastive() -> None:
     weight_OI = torch.tensor([[1.0, -2.0, 1.0], [-3.0, 0.0, 4.0]])
     keep = of_squares(2, 8.0, 18.0, 0.0)  # a token: 4, 9, 0
     against = of_squares(4, 16.0, 36.0, 100.0)  # a token: 4, 9, 25; their roots 2, 3, 5
@@ -186,7 +186,7 @@ def test_a_worked_example_of_contrast() -> None:
     assert contrastive(weight_OI, [keep, against], 0).tolist() == [[2.0, 6.0, 0.0], [6.0, 0.0, 0.0]]
 
 
-def test_a_channel_that_keep_alone_uses_stays_and_one_that_nobody_uses_goes() -> None:
+def test_channels_that_only_keep_uses_stay_and_unused_ones_are_dropped() -> None:
     weight_OI = torch.ones(1, 4)
     keep = of_squares(1, 4.0, 9.0, 0.0, 1.0)
     against = of_squares(1, 16.0, 0.0, 0.0, 4.0)  # norms 4, 0, 0, 2
@@ -198,7 +198,7 @@ def test_a_channel_that_keep_alone_uses_stays_and_one_that_nobody_uses_goes() ->
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 9), st.integers(1, 9))
-def test_contrast_is_finite_whatever_is_unused(a: int, b: int, width: int, first: int, second: int) -> None:
+def test_contrastive_is_finite_for_unused_channels(a: int, b: int, width: int, first: int, second: int) -> None:
     weight_OI, keep, against = weights(a, 4, width), inputs(a, first, width), inputs(b, second, width)
     score_OI = contrastive(weight_OI, [keep, against], 0)
     assert score_OI.isfinite().all()
@@ -210,7 +210,7 @@ def test_contrast_is_finite_whatever_is_unused(a: int, b: int, width: int, first
     assert ((score_OI[:, both_I] - expected_OI).abs() <= 2**-23 * expected_OI).all()
 
 
-def test_an_unused_denominator_decides_what_is_dropped() -> None:
+def test_channel_unused_by_both_sides_is_dropped() -> None:
     """The paper's code makes NaN of 0/0, which sorts as the largest, and keeps the dead channel."""
     weight_OI = torch.ones(3, 4)
     keep, against = of_squares(1, 5.0, 0.0, 3.0, 4.0), of_squares(1, 1.0, 0.0, 1.0, 1.0)
@@ -218,14 +218,14 @@ def test_an_unused_denominator_decides_what_is_dropped() -> None:
     assert keep_OI.tolist() == [[True, False, True, True]] * 3
 
 
-def test_the_first_side_is_kept_and_the_second_let_go() -> None:
-    """In the paper's code the order of a set of strings decides, which each process draws anew."""
+def test_first_side_is_kept_and_second_is_penalised() -> None:
+    """In the paper's code, the order of a set of strings decides, which differs between processes."""
     keep, against = of_squares(1, 16.0, 1.0), of_squares(1, 1.0, 16.0)
     assert contrastive(torch.ones(1, 2), [keep, against], 0).tolist() == [[16.0, 0.25]]
     assert contrastive(torch.ones(1, 2), [against, keep], 0).tolist() == [[0.25, 16.0]]
 
 
-def test_a_set_counts_by_its_tokens_not_by_its_length() -> None:
+def test_contrastive_uses_means_per_token() -> None:
     weight_OI = weights(0, 5, 12)
     generator = torch.Generator().manual_seed(4)
     keep_TI, against_TI = torch.randn(10, 12, generator=generator), torch.randn(6, 12, generator=generator)
@@ -237,7 +237,7 @@ def test_a_set_counts_by_its_tokens_not_by_its_length() -> None:
 # relative importance
 
 
-def test_a_worked_example_of_relative_importance() -> None:
+def test_worked_example_of_relative_importance() -> None:
     weight_OI = torch.tensor([[1.0, -2.0, 1.0], [-3.0, 0.0, 1.0]])  # rows sum to 4 and 4, columns to 4, 2, 2
     seen = of_squares(9, 16.0, 81.0, 1.0)  # norms 4, 9, 1; their roots 2, 3, 1
     # (1/4 + 1/4) * 2, (2/4 + 2/2) * 3, (1/4 + 1/2) * 1; (3/4 + 3/4) * 2, 0, (1/4 + 1/2) * 1
@@ -250,13 +250,13 @@ def test_rows_and_columns_of_zeros_score_zero() -> None:
     assert ria(weight_OI, [of_squares(1, 1.0, 1.0, 1.0)], 0).tolist() == [[0.0, 0.0, 0.0], [1.25, 0.0, 1.75]]
 
 
-def test_a_small_row_counts_as_much_as_a_large_one() -> None:
+def test_relative_importance_does_not_depend_on_row_size() -> None:
     weight_OI = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     seen = [of_squares(1, 1.0, 1.0)]
     # (2/3 + 2/2001) against (2000/3000 + 2000/2001) once the second row is a thousand times as large
-    found_OI = ria(weight_OI * torch.tensor([[1.0], [1000.0]]), seen, 0)
+    score_OI = ria(weight_OI * torch.tensor([[1.0], [1000.0]]), seen, 0)
     expected_OI = torch.tensor([[2 / 3 + 2 / 1002, 1 / 3 + 1 / 2001], [1 / 3 + 1000 / 1002, 2 / 3 + 2000 / 2001]])
-    torch.testing.assert_close(found_OI, expected_OI, rtol=1e-6, atol=0)
+    torch.testing.assert_close(score_OI, expected_OI, rtol=1e-6, atol=0)
 
 
 # all
@@ -264,7 +264,7 @@ def test_a_small_row_counts_as_much_as_a_large_one() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_scores_are_float32_of_the_weights_shape_and_leave_the_weight_alone(name: str, dtype: torch.dtype) -> None:
+def test_scores_are_float32_and_inputs_are_not_modified(name: str, dtype: torch.dtype) -> None:
     rule, weight_OI = RULES[name], WEIGHT_OI.to(dtype)
     sides = [Moments.of(INPUT_TI), Moments.of(INPUT_TI[1:])][: rule.sides]
     before = [side.sumsq_I.clone() for side in sides]
@@ -277,25 +277,25 @@ def test_scores_are_float32_of_the_weights_shape_and_leave_the_weight_alone(name
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_scores_of_a_view_are_those_of_the_matrix(name: str) -> None:
+def test_scores_of_a_view_equal_those_of_the_matrix(name: str) -> None:
     rule, weight_OI = RULES[name], weights(8, 6, 10)
     sides = [inputs(1, 9, 10), inputs(2, 9, 10)][: rule.sides]
     view_OI = weight_OI.T.contiguous().T
-    found_OI, expected_OI = (rule.function(weight, sides, 0) for weight in (view_OI, weight_OI))
-    torch.testing.assert_close(found_OI, expected_OI, rtol=1e-6, atol=0)
+    score_OI, expected_OI = (rule.function(weight, sides, 0) for weight in (view_OI, weight_OI))
+    torch.testing.assert_close(score_OI, expected_OI, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
-def test_without_tokens_the_absolute_weight_decides(name: str) -> None:
+def test_score_without_tokens_is_the_absolute_weight(name: str) -> None:
     rule = CALIBRATED[name]
     sign = -1 if name.startswith("inverse-") else 1
-    for blind in range(rule.sides):
-        sides = [Moments.zeros(3) if side == blind else SEEN for side in range(rule.sides)]
+    for empty in range(rule.sides):
+        sides = [Moments.zeros(3) if side == empty else SEEN for side in range(rule.sides)]
         assert torch.equal(rule.function(WEIGHT_OI, sides, 0), sign * WEIGHT_OI.abs())
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
-def test_sides_are_as_many_as_the_score_reads(name: str) -> None:
+def test_number_of_sides_must_match_the_score(name: str) -> None:
     rule = CALIBRATED[name]
     wrong: Sequence[Sequence[Moments]] = ([], [SEEN] * (rule.sides + 1))
     for sides in wrong:
@@ -305,16 +305,16 @@ def test_sides_are_as_many_as_the_score_reads(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALIBRATED)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_is_left_to_be_seen(name: str, value: float) -> None:
-    """Sums that overflowed come out in the scores, for the caller to refuse."""
+def test_infinite_sums_give_infinite_scores(name: str, value: float) -> None:
+    """Overflowed sums are visible in the scores, so that the caller can refuse them."""
     rule = CALIBRATED[name]
     sides = [of_squares(4, value, 1.0, 4.0), SEEN][: rule.sides]
     assert not rule.function(WEIGHT_OI, sides, 0).isfinite().all()
 
 
-def test_random_is_seeded_and_reads_nothing_else() -> None:
+def test_random_depends_on_the_seed_alone() -> None:
     first = random(WEIGHT_OI, (), 5)
-    torch.manual_seed(77)  # the global generator is neither read nor moved
+    torch.manual_seed(77)  # the global generator is neither read nor advanced
     before = torch.random.get_rng_state()
     assert torch.equal(random(WEIGHT_OI * 3, [SEEN], 5), first)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -329,7 +329,7 @@ def test_random_is_uniform() -> None:
     assert counts.max() < 1000 + 5 * 30
 
 
-def test_what_each_score_reads_and_compares() -> None:
+def test_sides_and_comparison_of_each_score() -> None:
     assert {name: (rule.sides, rule.within) for name, rule in RULES.items()} == {
         "random": (0, "row"),
         "magnitude": (0, "row"),
@@ -346,7 +346,7 @@ def test_what_each_score_reads_and_compares() -> None:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.5, 0.999])
 @pytest.mark.parametrize("name", RULES)
-def test_exactly_as_many_weights_go_as_asked(name: str, sparsity: float) -> None:
+def test_number_of_dropped_weights_is_exact(name: str, sparsity: float) -> None:
     rule = RULES[name]
     sides = [inputs(1, 9, 100), inputs(2, 9, 100)][: rule.sides]
     weight_OI = weights(5, 10, 100).round(decimals=1)  # many ties
@@ -355,7 +355,7 @@ def test_exactly_as_many_weights_go_as_asked(name: str, sparsity: float) -> None
     assert int((~keep_OI).sum()) == (999 if rule.within == "matrix" and sparsity == 0.999 else in_rows)
 
 
-def test_an_unknown_score_is_answered_in_one_line() -> None:
+def test_unknown_score_is_reported_in_one_line() -> None:
     assert find_score("wanda") is SCORES["wanda"]
     with pytest.raises(SpecError) as caught:
         find_score("wnda", "search.score[1]")

@@ -1,4 +1,4 @@
-"""A tokenizer, corpora, and folders of models that are as they should not be, for every test."""
+"""A tokenizer, corpora, and changes that make a model folder invalid, for all tests."""
 
 import json
 from functools import cache
@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 384 tokens, the same in every process: any text survives it."""
+    """A byte-level BPE of 384 tokens, the same in every process. It is lossless for any text."""
     tiny = Tokenizer(models.BPE())
     tiny.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tiny.decoder = decoders.ByteLevel()
@@ -61,7 +61,7 @@ def sample(*languages: str) -> Corpus:
 
 
 def refused(name: str | Path, *words: str, key: str = "model.path", **options: Any) -> ModelError:
-    """The one line with which `name` is refused; it has the key, the value and `words` in it."""
+    """Check that `name` is refused in one line that contains the key, the value and `words`. Return the error."""
     with pytest.raises(ModelError) as caught:
         find_model(str(name), **options)
     line = str(caught.value)

@@ -1,4 +1,4 @@
-"""Tiny models of every supported family, made on the spot: real architectures, random weights."""
+"""Tiny models of every supported family, created when needed: real architectures, random weights."""
 
 import functools
 import tempfile
@@ -41,13 +41,13 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 def config(family: str, **changes: Any) -> PretrainedConfig:
-    made: PretrainedConfig = AutoConfig.for_model(family, **{**COMMON, **ODD.get(family, {}), **changes})
-    return made
+    configuration: PretrainedConfig = AutoConfig.for_model(family, **{**COMMON, **ODD.get(family, {}), **changes})
+    return configuration
 
 
 @functools.cache
 def source(family: str = "llama", dtype: str = "float32") -> ModelSource:
-    """A saved checkpoint of the family with the test tokenizer beside it; the same weights every time."""
+    """Return a saved checkpoint of the family, with the test tokenizer. Its weights are the same every time."""
     folder = Path(tempfile.mkdtemp(prefix=f"mlprune-{family}-"))
     return save(config(family), folder, dtype)
 
@@ -55,7 +55,7 @@ def source(family: str = "llama", dtype: str = "float32") -> ModelSource:
 def save(configuration: PretrainedConfig, folder: Path, dtype: str = "float32") -> ModelSource:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(configuration)
-    for parameter in model.parameters():  # larger than the usual start, so that logits are not all alike
+    for parameter in model.parameters():  # larger than the usual initial values, so that logits differ
         parameter.data.add_(torch.randn_like(parameter) * 0.08)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
