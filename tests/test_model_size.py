@@ -237,11 +237,11 @@ def driver(monkeypatch: pytest.MonkeyPatch, folder: Path, printed: str, code: in
 
 def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     driver(monkeypatch, tmp_path, PRINTED)
-    assert machine.gpus_here() == [H100, A10G]
+    assert machine.visible_gpus() == [H100, A10G]
     driver(monkeypatch, tmp_path, "No devices were found\\n", code=6)
-    assert machine.gpus_here() == []
+    assert machine.visible_gpus() == []
     (tmp_path / "nvidia-smi").unlink()
-    assert machine.gpus_here() == []
+    assert machine.visible_gpus() == []
 
 
 def test_this_machine_has_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ def test_this_machine_has_the_gpus_that_torch_sees(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     none = machine.this_machine()
     assert (none.gpus, none.gpu_memory, none.flops) == (0, 0, 0.0)
-    both = machine.machine_with([H100, A10G])
+    both = machine.local_machine([H100, A10G])
     assert (both.gpus, both.all_gpus, both.gpu_memory) == (2, 2, A10G[1])  # the smaller free memory counts
 
 
 def test_free_disk_of_a_folder_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(psutil, "disk_usage", lambda place: SimpleNamespace(free=len(place)))
-    here = machine.machine_with([])
+    here = machine.local_machine([])
     assert machine.with_disk(here, tmp_path / "a" / "b") == replace(here, disk=len(str(tmp_path)))
     assert machine.with_disk(here, tmp_path).disk == len(str(tmp_path))
     assert not (tmp_path / "a").exists()
@@ -287,7 +287,7 @@ def test_host_memory_respects_the_control_group(
     (tmp_path / "proc/self/cgroup").write_text("3:cpu:/elsewhere\n0::/a/b\n")
     monkeypatch.setattr(machine, "Path", lambda place: tmp_path / place.lstrip("/"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert machine.host_memory_free() == free
+    assert machine.free_host_memory() == free
 
 
 KNOWN = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A10G": "A10G"}
@@ -298,8 +298,8 @@ KNOWN |= {"Tesla V100-SXM2-16GB": "V100"}
 @pytest.mark.parametrize("gpu", [*KNOWN, "NVIDIA GeForce RTX 4090", "NVIDIA A10", ""])
 def test_flops_of_known_and_unknown_gpus(gpu: str) -> None:
     expected = machine.GPU_FLOPS[KNOWN[gpu]] if gpu in KNOWN else machine.UNKNOWN_GPU_FLOPS
-    assert machine.flops_of(gpu) == expected
+    assert machine.gpu_flops(gpu) == expected
 
 
 def test_the_speed_of_the_cores_is_measured() -> None:
-    assert machine.measured_flops(torch.float32) > 0
+    assert machine.measure_flops(torch.float32) > 0

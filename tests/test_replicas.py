@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from mlprune.errors import ModelError, SpecError, SweepError, WorkerLostError
-from mlprune.planning.machine import Machine, share_of
+from mlprune.planning.machine import Machine, replica_share
 from mlprune.planning.planner import make_plan
 from mlprune.planning.work import Work
 from mlprune.runtime import placement as places
@@ -44,7 +44,7 @@ NODE = Machine(nodes=4, gpus=8, gpu_memory=80, host_memory=1000, host_to_device=
 def test_replicas_have_nodes_of_their_own_or_parts_of_one(
     replicas: int, nodes: int, gpus: int, memory: int
 ) -> None:
-    share = share_of(NODE, replicas)
+    share = replica_share(NODE, replicas)
     assert (share.nodes, share.gpus, share.host_memory) == (nodes, gpus, memory)
     assert share.all_gpus * replicas <= NODE.all_gpus
 

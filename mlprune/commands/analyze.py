@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -31,9 +32,9 @@ from mlprune.errors import ModelError, SpecError, StorageError
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.languages import language_name
 from mlprune.spec.schema import SweepSpec
-from mlprune.spec.variants import Demonstration, Variant
+from mlprune.spec.variants import Calibration, Demonstration, Pattern, Scoring, Variant
 from mlprune.storage.files import check_folder, write_whole
-from mlprune.sweep.grid import parse_variant
+from mlprune.sweep.grid import canonical_variant
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import run_on_model
 from mlprune.sweep.trial import unseen_warning
@@ -69,28 +70,35 @@ class AnalysisRequest:
         """Return the languages with two conditions to compare: all but the pivot."""
         return tuple(code for code in self.languages if code != self.pivot)
 
-    def _translation(self, code: str) -> str:
-        return str(Demonstration("translation", (self.pivot, code)))
-
     def indices(self, code: str) -> tuple[int, int]:
         """Return where mono:x and translation:pivot-x of a translated language are among the conditions."""
-        return self.conditions.index(_mono(code)), self.conditions.index(self._translation(code))
+        conditions = self._demonstrations
+        return conditions.index(self._mono(code)), conditions.index(self._translation(code))
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        return (*map(_mono, self.languages), *(self._translation(code) for code in self.translated))
+        """Return the conditions as text: mono:x of all languages, then translation:pivot-x."""
+        return tuple(map(str, self._demonstrations))
+
+    @property
+    def _demonstrations(self) -> tuple[Demonstration, ...]:
+        return (*map(self._mono, self.languages), *map(self._translation, self.translated))
+
+    def _mono(self, code: str) -> Demonstration:
+        return Demonstration("mono", (code,))
+
+    def _translation(self, code: str) -> Demonstration:
+        return Demonstration("translation", (self.pivot, code))
 
     @property
     def variants(self) -> list[Variant]:
         """Return one variant per condition, in their order."""
         return [
-            parse_variant(condition, "wanda", self.sparsity, "unstructured", "dense")
-            for condition in self.conditions
+            canonical_variant(
+                Calibration(((part, Fraction(1)),)), Scoring("wanda"), self.sparsity, Pattern(), "dense"
+            )
+            for part in self._demonstrations
         ]
-
-
-def _mono(code: str) -> str:
-    return str(Demonstration("mono", (code,)))
 
 
 @dataclass(frozen=True, eq=False)

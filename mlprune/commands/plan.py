@@ -14,7 +14,7 @@ from mlprune.console import size_text
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.source import find_model
 from mlprune.planning.forecast import Phase, forecast
-from mlprune.planning.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measured_flops, this_machine
+from mlprune.planning.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measure_flops, this_machine
 from mlprune.planning.model_size import ModelSize, measure_model
 from mlprune.planning.planner import Plan, largest_node_sum, make_plan
 from mlprune.planning.work import Work, build_work
@@ -75,16 +75,15 @@ def plan_scale(spec: SweepSpec, options: MachineOptions) -> ScalePlan:
 
 def _machine(options: MachineOptions, dtype: torch.dtype) -> Machine:
     """Return the described machines; without a description the running cluster, or else this machine."""
-    if all(
-        value is None for value in (options.nodes, options.gpus_per_node, options.gpu_memory, options.host_memory)
-    ):
-        machine = cluster_machine(launch=False) or this_machine()
-    else:
+    description = (options.nodes, options.gpus_per_node, options.gpu_memory, options.host_memory)
+    if any(value is not None for value in description):
         machine = _described_machine(options)
+    else:
+        machine = cluster_machine(launch=False) or this_machine()
     return replace(
         machine,
         host_to_device=options.host_to_device or machine.host_to_device,
-        flops=options.flops or machine.flops or measured_flops(dtype),
+        flops=options.flops or machine.flops or measure_flops(dtype),
     )
 
 

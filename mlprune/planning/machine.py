@@ -59,26 +59,26 @@ class Machine:
 
 def this_machine() -> Machine:
     """Return what is free on this machine now. The speed of cores is not measured: their `flops` is 0."""
-    gpus = gpus_here(os.environ.get("CUDA_VISIBLE_DEVICES"))[: torch.cuda.device_count()]
+    gpus = visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))[: torch.cuda.device_count()]
     if not gpus and torch.cuda.is_available():  # no nvidia-smi: ask torch, which makes a context
         every = range(torch.cuda.device_count())
         gpus = [(torch.cuda.get_device_name(n), torch.cuda.mem_get_info(n)[0]) for n in every]
-    return machine_with(gpus)
+    return local_machine(gpus)
 
 
-def machine_with(gpus: Sequence[tuple[str, int]]) -> Machine:
+def local_machine(gpus: Sequence[tuple[str, int]]) -> Machine:
     """Return this machine with the given GPUs: name and free bytes of each."""
     return Machine(
         nodes=1,
         gpus=len(gpus),
         gpu_memory=min((free for _, free in gpus), default=0),
-        host_memory=host_memory_free(),
+        host_memory=free_host_memory(),
         host_to_device=HOST_TO_DEVICE,
-        flops=flops_of(gpus[0][0]) if gpus else 0.0,
+        flops=gpu_flops(gpus[0][0]) if gpus else 0.0,
     )
 
 
-def share_of(machine: Machine, replicas: int) -> Machine:
+def replica_share(machine: Machine, replicas: int) -> Machine:
     """Return the share of one of `replicas`: whole nodes if there are enough, otherwise an even part of one."""
     if replicas <= machine.nodes:
         return replace(machine, nodes=machine.nodes // replicas)
@@ -99,7 +99,7 @@ def with_disk(machine: Machine, folder: Path) -> Machine:
     return replace(machine, disk=psutil.disk_usage(str(folder)).free)
 
 
-def gpus_here(visible: str | None = None) -> list[tuple[str, int]]:
+def visible_gpus(visible: str | None = None) -> list[tuple[str, int]]:
     """Return name and free bytes of each GPU, or of the `visible` ones (as in CUDA_VISIBLE_DEVICES).
 
     nvidia-smi is asked, because torch would make a context on the GPU.
@@ -113,7 +113,7 @@ def gpus_here(visible: str | None = None) -> list[tuple[str, int]]:
     return [(name.strip(), int(free) * 2**20) for name, _, free in rows if free.strip().isdigit()]
 
 
-def host_memory_free() -> int:
+def free_host_memory() -> int:
     """Return the bytes that this process may still allocate: in the machine, or in its control group (v2)."""
     free = int(psutil.virtual_memory().available)
     try:
@@ -126,19 +126,19 @@ def host_memory_free() -> int:
     return min(free, limit - used + int(stat.get("inactive_file", 0)))  # the file cache is reclaimed on demand
 
 
-def own_cores() -> int:
+def usable_cores() -> int:
     """Return how many physical cores this process may use."""
     cores = psutil.cpu_count(logical=False) or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
-def flops_of(gpu: str) -> float:
+def gpu_flops(gpu: str) -> float:
     """Return the dense bf16 FLOP/s of a GPU by its name."""
     matches = (flops for name, flops in GPU_FLOPS.items() if re.search(rf"\b{name}\b", gpu))
     return next(matches, UNKNOWN_GPU_FLOPS)
 
 
-def measured_flops(dtype: torch.dtype) -> float:
+def measure_flops(dtype: torch.dtype) -> float:
     """Measure the FLOP/s of this machine's cores by multiplying matrices for a tenth of a second."""
     width = 1024
     a, b = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)

@@ -12,7 +12,7 @@ from typing import Literal
 from mlprune.console import size_text
 from mlprune.errors import ModelError, SpecError
 from mlprune.models.hollow import Span
-from mlprune.planning.machine import Machine, share_of
+from mlprune.planning.machine import Machine, replica_share
 from mlprune.planning.memory import (
     CHUNK_BYTES,
     Chunks,
@@ -74,7 +74,7 @@ def make_plan(model: ModelSize, work: Work, machine: Machine, options: PipelineS
 
 
 def _replica_machine(machine: Machine, replicas: int) -> Machine:
-    share = share_of(machine, replicas)
+    share = replica_share(machine, replicas)
     if machine.gpus and not share.gpus:
         raise SpecError("pipeline.replicas", replicas, f"each needs a GPU, and there are {machine.all_gpus}")
     return share

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlprune.console import size_text
 from mlprune.errors import SpecError
-from mlprune.planning.machine import Machine, gpus_here, machine_with
+from mlprune.planning.machine import Machine, local_machine, visible_gpus
 from mlprune.runtime.worker_logging import LEVEL_VARIABLE, worker_log_level
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _measure(node: Node) -> Machine:
 
 def _this_node() -> Machine:
     """Measure this node. Ray hides GPUs from a task that requests none; the driver's tool lists them all."""
-    return machine_with(gpus_here())
+    return local_machine(visible_gpus())
 
 
 def _smallest(machines: Sequence[Machine]) -> Machine:

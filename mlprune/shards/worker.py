@@ -21,7 +21,7 @@ from mlprune.models.replay import Call, ReplayModel, load_layer
 from mlprune.models.residency import SINGLE_RANK, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
 from mlprune.models.zero import Offload, Zero
-from mlprune.planning.machine import own_cores
+from mlprune.planning.machine import usable_cores
 from mlprune.planning.memory import LOGIT_TOKENS
 from mlprune.pruning.masks import LayerMasks
 from mlprune.pruning.moments import Moments
@@ -53,7 +53,7 @@ class ShardWorker:
 
     def __init__(self, setup: Setup, span: Span, ranks: Ranks = SINGLE_RANK) -> None:
         # the same for any number of shards, because BLAS rounds differently with another number of threads
-        torch.set_num_threads(own_cores())
+        torch.set_num_threads(usable_cores())
         self.span, self.ranks = span, ranks
         self._store = setup.store
         setup = replace(setup, source=setup.source.on_this_node())
