@@ -111,14 +111,6 @@ def step(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
         errors.print(f"  {text}  {time.monotonic() - started:.1f} s", style="dim")
 
 
-def say(text: str) -> None:
-    errors.print(text)
-
-
-def warn(text: str) -> None:
-    errors.print(f"warning: {text}", style="yellow")
-
-
 def size_text(count: float) -> str:
     """Format a number of bytes with a binary unit: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

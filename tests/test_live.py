@@ -90,7 +90,7 @@ def test_a_table_fits_its_terminal(trials: int, replicas: int, shards: int, labe
     assert max(map(cell_len, lines)) <= width
     assert len(lines) <= 24
     assert "12 of 40 trials, 1 failed" in text
-    assert f"{trials} under way" in text
+    assert f"{trials} active" in text
     assert "about 14 min left" in text
     assert "note: 12 updates queued for MLflow: connection refused" in text
     assert f"{100 * replicas:,} tokens/s" in text  # each token passes all shards of its replica
@@ -134,8 +134,8 @@ def test_few_shards_have_a_row_each() -> None:
     assert rows[0][-2:] == ["25%", "100"]
     assert rows[1][-2:] == ["100%", "100"]
     assert rows[1][3].count("━") == 4 * rows[0][3].count("━") > 0
-    assert rows[2][-1] == "gone"
-    assert "shards 62% busy, 1 shard gone" in " ".join(" ".join(lines).split())  # what is gone is not idle
+    assert rows[2][-1] == "lost"
+    assert "shards 62% busy, 1 shard lost" in " ".join(" ".join(lines).split())  # what is gone is not idle
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -151,8 +151,8 @@ def test_many_shards_are_a_block_each(width: int) -> None:
     mean = sum(share for number, share in enumerate(shares) if number != 3) / 63
     assert any(line.split() == [expected, f"{mean:.0%}"] for line in lines)
     assert "busiest: shard 17 of replica 0 (layers 170-179, 10.0.0.17), 100%" in lines
-    assert "idlest: shard 40 of replica 0 (layers 400-409, 10.0.0.40), 0%" in lines
-    assert "gone: shard 3 of replica 0 (layers 30-39, 10.0.0.3)" in lines
+    assert "least busy: shard 40 of replica 0 (layers 400-409, 10.0.0.40), 0%" in lines
+    assert "lost: shard 3 of replica 0 (layers 30-39, 10.0.0.3)" in lines
 
 
 def test_nothing_yet_is_shown_too() -> None:
@@ -179,7 +179,7 @@ def test_notes_wrap_between_words_and_command_nothing() -> None:
 def test_plain_lines_tell_news_at_once_and_else_seldom() -> None:
     plain = PlainLines()
     at = replace(a_status(), notes=(), now=0.0, finished=0, failed=0, seconds_left=None)
-    counts = "3 under way, 100 tokens/s, shards 50% busy"
+    counts = "3 active, 100 tokens/s, shards 50% busy"
 
     def told(**changes: object) -> list[str]:
         nonlocal at
@@ -197,9 +197,9 @@ def test_plain_lines_tell_news_at_once_and_else_seldom() -> None:
     assert told(notes=(waits.format(1),)) == ["note: 1 updates queued for MLflow: connection refused"]
     assert [told(notes=(waits.format(number),)) for number in (2, 13, "1,400", 1)] == [[]] * 4
     assert told(notes=(waits.format(3), "waiting for 2 GPUs")) == ["note: waiting for 2 GPUs"]
-    assert told(notes=("waiting for 2 GPUs",)) == ["over: 3 updates queued for MLflow: connection refused"]
+    assert told(notes=("waiting for 2 GPUs",)) == ["resolved: 3 updates queued for MLflow: connection refused"]
     assert [len(told()) for _ in range(30)] == [0] * 29 + [1]  # from the last line on, whatever it told
-    assert told(phase="ending", notes=())[0] == "over: waiting for 2 GPUs"
+    assert told(phase="ending", notes=())[0] == "resolved: waiting for 2 GPUs"
     assert told(phase="done")[0].startswith("quickstart, done: 1 of 40 trials")
 
 
@@ -251,11 +251,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> StringIO:
 
 
 def test_the_table_stays_below_what_is_said_and_goes_at_the_end(terminal: StringIO) -> None:
-    console.say("before")
+    console.errors.print("before")
     with live_view() as show:
         show(a_status(trials=1))
         show(a_status(trials=3))
-        console.say("said")
+        console.errors.print("said")
         sys.stderr.write("from a library\n")
         with console.step("moving a shard", "layers") as progress:
             progress(1, 4)
@@ -502,10 +502,10 @@ def test_status() -> None:
     title, counts, *_ = shown.stdout.splitlines()
     assert title == f"process {os.getpid()}, quickstart: trials, 5 min so far, about 14 min left"
     assert counts.startswith("12 of 40 trials")
-    assert "told nothing" not in shown.stdout
+    assert "has not updated" not in shown.stdout
     write_status(replace(a_status(), now=time.time() - 600))
     stuck = CliRunner().invoke(main, ["status"]).stdout
-    assert f"note: process {os.getpid()} has told nothing for 10 min" in stuck
+    assert f"note: process {os.getpid()} has not updated its status for 10 min" in stuck
     values = json.loads(CliRunner().invoke(main, ["status", "--json", "-"]).stdout)
     assert [(one["pid"], one["name"], len(one["trials"])) for one in values["sweeps"]] == [
         (os.getpid(), "quickstart", 3)

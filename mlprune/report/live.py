@@ -1,6 +1,6 @@
-"""How a sweep stands, for a person who watches: one live table on a terminal, plain lines elsewhere.
+"""Displays the status of running sweeps: one live table on a terminal, plain lines elsewhere.
 
-Nothing heavy is imported here, so that `mlprune status` answers at once.
+The status itself is collected in `sweep.monitor`. Nothing heavy is imported here: `mlprune status` must be fast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import groupby
-from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Group, RenderableType
@@ -24,29 +23,29 @@ from mlprune import console
 from mlprune.console import time_text
 from mlprune.sweep.status import RunningSweep, ShardStatus, SweepStatus, seconds_since_update
 
-# of each kind, so that all stands in a terminal of 24 lines
-MOST = {"trials": 6, "shards": 8, "replicas": 4, "notes": 3, "gone": 2}
-BAR = 16  # cells of a shard's occupancy
+# most rows of each kind, so that the whole table fits a terminal of 24 lines
+MOST = {"trials": 6, "shards": 8, "replicas": 4, "notes": 3, "lost": 2}
+BAR = 16  # width of the bar of a shard's occupancy
 BLOCKS = "▁▂▃▄▅▆▇█"
-SECONDS_BETWEEN = 30  # plain lines of which none tells news
-STALE = 10  # seconds without a word from a driver that speaks each second
+SECONDS_BETWEEN = 30  # between plain lines while nothing changes
+STALE = 10  # seconds without an update from a driver that updates its status each second
 
 Row = tuple[str | Text | ProgressBar, ...]
 
 
 def render(status: SweepStatus, width: int) -> RenderableType:
-    """The whole in lines of at most `width` cells: counts, notes, trials under way, shards.
+    """Return counts, notes, active trials and shards, in lines of at most `width` cells.
 
-    Many trials or shards are summed up; a long note takes two lines.
+    Long lists of trials or shards are summarised; a long note takes two lines.
     """
     times = [f"{time_text(max(status.now - status.started, 0))} so far", *_left(status)]
     title = ", ".join([f"{status.name}: {status.phase}", *times])
     notes = [_shortened(f"note: {note}", 2 * width) for note in status.notes]
     parts: list[RenderableType] = [
         Text(_shortened(title, width), style="bold"),
-        _words(", ".join(_told(status))),
+        _wrapped(", ".join(_counts(status))),
     ]
-    parts += [_words(note, style="yellow") for note in _some(notes, MOST["notes"], "notes")]
+    parts += [_wrapped(note, style="yellow") for note in _some(notes, MOST["notes"], "notes")]
     if status.trials:
         parts.append(_trials(status, width))
     if status.shards:
@@ -55,18 +54,18 @@ def render(status: SweepStatus, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def _told(status: SweepStatus) -> list[str]:
-    """How far it is, in phrases."""
+def _counts(status: SweepStatus) -> list[str]:
+    """Return the progress of the sweep as phrases."""
     alive = [shard for shard in status.shards if shard.alive]
-    gone = len(status.shards) - len(alive)
-    told = [f"{status.finished} of {status.total} trials"]
-    told += [f"{status.failed} failed"] * bool(status.failed)
-    told += [f"{len(status.trials)} under way"] * bool(status.trials)
+    lost = len(status.shards) - len(alive)
+    counts = [f"{status.finished} of {status.total} trials"]
+    counts += [f"{status.failed} failed"] * bool(status.failed)
+    counts += [f"{len(status.trials)} active"] * bool(status.trials)
     if alive:
-        told.append(f"{_throughput(status.shards):,.0f} tokens/s")
-        told.append(f"shard{'s' * (len(alive) > 1)} {_mean_busy(alive):.0%} busy")
-    told += [f"{gone} shard{'s' * (gone > 1)} gone"] * bool(gone)
-    return told
+        counts.append(f"{_throughput(status.shards):,.0f} tokens/s")
+        counts.append(f"shard{'s' * (len(alive) > 1)} {_mean_busy(alive):.0%} busy")
+    counts += [f"{lost} shard{'s' * (lost > 1)} lost"] * bool(lost)
+    return counts
 
 
 def _left(status: SweepStatus) -> list[str]:
@@ -74,7 +73,7 @@ def _left(status: SweepStatus) -> list[str]:
 
 
 def _throughput(shards: Sequence[ShardStatus]) -> float:
-    """Tokens a second through the whole model: every token passes each shard of a replica."""
+    """Return tokens per second through the whole model: every token passes each shard of a replica."""
     by_replica = _by_replica(shards).values()
     return sum(sum(shard.tokens for shard in group) / len(group) for group in by_replica)
 
@@ -89,8 +88,8 @@ def _mean_busy(shards: Sequence[ShardStatus]) -> float:
 
 
 def _trials(status: SweepStatus, width: int) -> RenderableType:
-    shown, more = status.trials[: MOST["trials"]], status.trials[MOST["trials"] :]
-    rows: list[Row] = [(trial.label, _shortened(trial.phase, 24), time_text(trial.seconds)) for trial in shown]
+    displayed, more = status.trials[: MOST["trials"]], status.trials[MOST["trials"] :]
+    rows: list[Row] = [(trial.label, _shortened(trial.phase, 24), time_text(trial.seconds)) for trial in displayed]
     table = _table(["trial", "phase", ">time"], rows, width)
     if not more:
         return table
@@ -102,36 +101,43 @@ def _each_shard(shards: Sequence[ShardStatus], width: int) -> Table:
     several = len(_by_replica(shards)) > 1
     rows: list[Row] = []
     for shard in shards:
-        place = "{}-{}".format(*shard.layers)
-        first = (*[str(shard.replica)] * several, str(shard.shard), place, _shortened(shard.node, 20))
+        layers = "{}-{}".format(*shard.layers)
+        first = (*[str(shard.replica)] * several, str(shard.shard), layers, _shortened(shard.node, 20))
         if shard.alive:
             bar = ProgressBar(total=1, completed=shard.busy, width=BAR)
             rows.append((*first, bar, f"{shard.busy:.0%}", f"{shard.tokens:,.0f}"))
         else:
-            rows.append((*first, Text("gone", style="red"), "", ""))
+            rows.append((*first, Text("lost", style="red"), "", ""))
     return _table([*["replica"] * several, "shard", "layers", "node", "busy", ">", ">tokens/s"], rows, width)
 
 
 def _many_shards(shards: Sequence[ShardStatus], width: int) -> RenderableType:
-    """A small block for each shard (for several neighbours where there is no room), a row a replica; extremes."""
+    """Return one row of blocks per replica and the busiest and least busy shard.
+
+    A block is one shard, or several neighbours if the row would be too wide.
+    """
     replicas = _by_replica(shards)
     several = len(replicas) > 1
-    shown = list(replicas.items())[: MOST["replicas"]]
-    room = width - len("replica  ") * several - len("  100%  ")
-    rows: list[Row] = [(*[str(number)] * several, _blocks(group, room), _busy(group)) for number, group in shown]
-    parts: list[RenderableType] = [_table([*["replica"] * several, "how busy each shard is", ">"], rows, width)]
-    if rest := [shard for group in list(replicas.values())[len(shown) :] for shard in group]:
-        parts.append(Text(f"... and {len(replicas) - len(shown)} more replicas: {_busy(rest)}", style="dim"))
+    displayed = list(replicas.items())[: MOST["replicas"]]
+    cells = width - len("replica  ") * several - len("  100%  ")
+    rows: list[Row] = [
+        (*[str(number)] * several, _blocks(group, cells), _busy(group)) for number, group in displayed
+    ]
+    parts: list[RenderableType] = [_table([*["replica"] * several, "occupancy of each shard", ">"], rows, width)]
+    if rest := [shard for group in list(replicas.values())[len(displayed) :] for shard in group]:
+        parts.append(Text(f"... and {len(replicas) - len(displayed)} more replicas: {_busy(rest)}", style="dim"))
     if alive := sorted((shard for shard in shards if shard.alive), key=lambda shard: shard.busy):
-        extremes = (("busiest", alive[-1]), ("idlest", alive[0]))
-        parts += [Text(_shortened(f"{word}: {_named(one)}, {one.busy:.0%}", width)) for word, one in extremes]
-    gone = [_shortened(f"gone: {_named(shard)}", width) for shard in shards if not shard.alive]
-    parts += [Text(line, style="red") for line in _some(gone, MOST["gone"], "gone")]
+        extremes = (("busiest", alive[-1]), ("least busy", alive[0]))
+        parts += [
+            Text(_shortened(f"{word}: {_named(shard)}, {shard.busy:.0%}", width)) for word, shard in extremes
+        ]
+    lost = [_shortened(f"lost: {_named(shard)}", width) for shard in shards if not shard.alive]
+    parts += [Text(line, style="red") for line in _some(lost, MOST["lost"], "lost")]
     return Group(*parts)
 
 
-def _blocks(shards: Sequence[ShardStatus], room: int) -> Text:
-    together = math.ceil(len(shards) / room)
+def _blocks(shards: Sequence[ShardStatus], cells: int) -> Text:
+    together = math.ceil(len(shards) / cells)
     text = Text()
     for start in range(0, len(shards), together):
         group = shards[start : start + together]
@@ -148,23 +154,23 @@ def _busy(shards: Sequence[ShardStatus]) -> str:
 
 
 def _named(shard: ShardStatus) -> str:
-    place = "layers {}-{}".format(*shard.layers)
-    return f"shard {shard.shard} of replica {shard.replica} ({place}, {shard.node})"
+    layers = "layers {}-{}".format(*shard.layers)
+    return f"shard {shard.shard} of replica {shard.replica} ({layers}, {shard.node})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Row], width: int) -> Table:
-    """Rows of one line each; where they are too wide, text in the first column loses its middle.
+    """Return a table with rows of one line each; if they are too wide, the first column's text loses its middle.
 
-    A column whose name begins with > is set to the right.
+    A column whose name begins with > is right-aligned.
     """
     names = [name.removeprefix(">") for name in head]
     others = list(zip(names, *rows, strict=True))[1:]
-    room = width - sum(2 + max(map(_cells, column)) for column in others)
+    cells = width - sum(2 + max(map(_cells, column)) for column in others)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for name, shown in zip(head, names, strict=True):
-        table.add_column(shown, justify="right" if name != shown else "left", no_wrap=True, overflow="ellipsis")
+    for name, title in zip(head, names, strict=True):
+        table.add_column(title, justify="right" if name != title else "left", no_wrap=True, overflow="ellipsis")
     for first, *rest in rows:
-        short = _shortened(first, max(room, 12)) if isinstance(first, str) else first
+        short = _shortened(first, max(cells, 12)) if isinstance(first, str) else first
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in (short, *rest)))
     return table
 
@@ -175,65 +181,66 @@ def _cells(cell: str | Text | ProgressBar) -> int:
     return cell_len(cell if isinstance(cell, str) else cell.plain)
 
 
-def _words(text: str, style: str = "") -> Text:
-    """Text that is broken between words, whatever its console does with long lines."""
+def _wrapped(text: str, style: str = "") -> Text:
+    """Return text that wraps between words, also on a console that does not wrap."""
     return Text(text, style=style, no_wrap=False, overflow="fold")
 
 
-def _some(lines: Sequence[str], most: int, things: str) -> list[str]:
-    more = [f"... and {len(lines) - most} more {things}"] if len(lines) > most else []
+def _some(lines: Sequence[str], most: int, kind: str) -> list[str]:
+    more = [f"... and {len(lines) - most} more {kind}"] if len(lines) > most else []
     return [*lines[:most], *more]
 
 
-def _shortened(text: str, room: int) -> str:
-    """The text on one line of `room` cells; longer text loses its middle, for labels differ at both ends."""
+def _shortened(text: str, cells: int) -> str:
+    """Return the text in at most `cells` cells; long text loses its middle, because labels differ at both ends."""
     text = _clean(text)
-    if cell_len(text) <= room:
+    if cell_len(text) <= cells:
         return text
-    tail = (room - 3) // 2
-    return set_cell_size(text, room - 3 - tail) + "..." + set_cell_size(text[::-1], tail)[::-1]
+    tail = (cells - 3) // 2
+    return set_cell_size(text, cells - 3 - tail) + "..." + set_cell_size(text[::-1], tail)[::-1]
 
 
 def _clean(text: str) -> str:
-    """Without line breaks, and without what would command the terminal: notes quote what others said."""
+    """Replace line breaks and control characters by spaces: notes quote messages of other programs."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 class PlainLines:
-    """What to tell of standings that come each second where nothing can be drawn over: news, or a word at times.
+    """Selects lines to print where no table can be drawn: changes at once, the counts every 30 seconds.
 
-    News is another phase, a trial that ended, a note that came or went. A note is the same while only its figures
-    change.
+    Changes are a new phase, a finished or failed trial, and a note that appears or disappears. Notes that only
+    differ in their numbers are the same note.
     """
 
     def __init__(self) -> None:
         self._last: SweepStatus | None = None
-        self._spoke = -math.inf
+        self._printed = -math.inf
 
     def lines(self, status: SweepStatus) -> list[str]:
-        """What is to be told now, by the status's own clock; mostly nothing."""
+        """Return the lines to print now, by the clock of the status; usually none."""
         last, self._last = self._last, status
         before, now = _by_kind(last.notes if last else ()), _by_kind(status.notes)
         lines = [f"note: {note}" for kind, note in now.items() if kind not in before]
-        lines += [f"over: {note}" for kind, note in before.items() if kind not in now]
-        told = ", ".join([*_told(status), *_left(status)])
-        quiet = not lines and status.now - self._spoke >= SECONDS_BETWEEN
+        lines += [f"resolved: {note}" for kind, note in before.items() if kind not in now]
+        counts = ", ".join([*_counts(status), *_left(status)])
+        quiet = not lines and status.now - self._printed >= SECONDS_BETWEEN
         if last is None or last.phase != status.phase:
-            lines.append(f"{status.name}, {status.phase}: {told}")
+            lines.append(f"{status.name}, {status.phase}: {counts}")
         elif quiet or (last.finished, last.failed) != (status.finished, status.failed):
-            lines.append(told)
+            lines.append(counts)
         if lines:
-            self._spoke = status.now
+            self._printed = status.now
         return [_clean(line) for line in lines]
 
 
 def _by_kind(notes: Sequence[str]) -> dict[str, str]:
+    """Return the notes by their text without numbers."""
     return {re.sub(r"\d[\d.,]*", "0", note): note for note in notes}
 
 
 @contextmanager
 def live_view() -> Iterator[Callable[[SweepStatus], None]]:
-    """While the block runs, `show(status)` shows how a sweep stands; to be called each second or so."""
+    """Yield a function that displays a status; call it about once a second. Nothing is displayed in quiet mode."""
     if console.is_quiet():
         yield lambda status: None
     elif console.errors.is_interactive:
@@ -251,19 +258,19 @@ def _print_lines(plain: PlainLines) -> Callable[[SweepStatus], None]:
     return show
 
 
-def show_running(found: Sequence[RunningSweep]) -> None:
-    """What `mlprune status` prints."""
-    if not found:
+def show_running(sweeps: Sequence[RunningSweep]) -> None:
+    """Print the sweeps of this machine for `mlprune status`."""
+    if not sweeps:
         console.results.print("no sweep runs on this machine")
-    for one in found:
-        status, silent = one.status, seconds_since_update(one.status)
+    for sweep in sweeps:
+        status, silent = sweep.status, seconds_since_update(sweep.status)
         if silent > STALE:
-            note = f"process {one.pid} has told nothing for {time_text(silent)}: what follows is that old"
+            note = f"process {sweep.pid} has not updated its status for {time_text(silent)}; it may be outdated"
             status = replace(status, notes=(note, *status.notes))
-        status = replace(status, name=f"process {one.pid}, {status.name}")
+        status = replace(status, name=f"process {sweep.pid}, {status.name}")
         console.results.print(render(status, console.results.width))
 
 
-def running_values(found: Sequence[RunningSweep]) -> dict[str, Any]:
-    """The same as plain values."""
-    return {"sweeps": [{"pid": one.pid, **asdict(one.status)} for one in found]}
+def running_values(sweeps: Sequence[RunningSweep]) -> dict[str, object]:
+    """Return the sweeps of this machine as plain values."""
+    return {"sweeps": [{"pid": sweep.pid, **asdict(sweep.status)} for sweep in sweeps]}
