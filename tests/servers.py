@@ -1,4 +1,4 @@
-"""Servers that tests start, kill and start again."""
+"""MLflow servers that tests start, kill and start again."""
 
 import os
 import signal
@@ -39,7 +39,11 @@ class Server:
             self._process = subprocess.Popen(
                 [sys.executable, *words, *places],
                 cwd=folder,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env={
+                    **os.environ,
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves 1.5 GB
+                },
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 @dataclass
 class Launched:
-    """What `ray up`, the autoscaler's launches and `ray down` did."""
+    """The effects of `ray up`, of the autoscaler's launches, and of `ray down`."""
 
     said: list[str] = field(default_factory=list)  # shell commands, as they went to the head
     files: dict[str, str] = field(default_factory=dict)  # path on the head to the file's text
@@ -70,7 +70,7 @@ def instances(ec2: Any) -> list[dict[str, Any]]:
 
 
 def prepare_account(ec2: Any) -> tuple[str, str]:
-    """What the README has done once; returns the security group and an image."""
+    """Do what the README has done once; returns the security group and an image."""
     iam, s3 = boto3.client("iam"), boto3.client("s3", "us-east-1")
     for node in ("head", "worker"):
         name = f"mlprune-{node}"
@@ -95,7 +95,7 @@ def rights_of_head() -> dict[str, str]:
 
 @set_initial_no_auth_action_count(0)
 def act_as_head(seen: Launched, rights: dict[str, str]) -> None:
-    """Launch and end workers with the head's rights and no others, and try what it has no right to."""
+    """Launch and end workers with only the head's permissions, and try what they do not allow."""
     provider = _get_node_provider({**seen.config["provider"], "aws_credentials": rights}, "mlprune")
     for kind in WORKERS:
         tags = {TAG_RAY_NODE_KIND: NODE_KIND_WORKER, TAG_RAY_USER_NODE_TYPE: kind, TAG_RAY_LAUNCH_CONFIG: "hash"}
@@ -124,9 +124,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         patch.chdir(ROOT)
         patch.setattr(commands, "get_or_create_head_node", partial(commands.get_or_create_head_node, _runner=seen))
         patch.setattr(commands, "exec_cluster", lambda _, cmd, **__: seen.said.append(cmd))
-        # of moto's thousand types those that are asked for: to tell of all takes it half a minute
-        asked = {kind["node_config"]["InstanceType"] for kind in node_types().values()}
-        types = [kind for kind in InstanceTypeBackend.instance_types if kind["InstanceType"] in asked]
+        # only the requested ones of the thousand types that moto knows: describing all takes half a minute
+        requested = {kind["node_config"]["InstanceType"] for kind in node_types().values()}
+        types = [kind for kind in InstanceTypeBackend.instance_types if kind["InstanceType"] in requested]
         patch.setattr(InstanceTypeBackend, "instance_types", types)
         ec2 = boto3.client("ec2", REGION)
         group, image = prepare_account(ec2)
@@ -156,7 +156,7 @@ def test_the_head_starts_closed_and_with_mlflow(launched: Launched) -> None:
     assert launched.files["~/.ray/auth_token"] == "the token"
 
 
-def test_what_the_commands_name_comes_to_the_nodes(launched: Launched) -> None:
+def test_files_that_the_commands_name_are_copied_to_the_nodes(launched: Launched) -> None:
     there = {target.removeprefix("~/mlprune/").rstrip("/") for target in launched.files}
     assert BUILD | {"cluster", "constraints.txt"} <= there
     named = {path for said in launched.said for path in re.findall(r"~/mlprune/([\w./-]+)", said)}
@@ -167,9 +167,9 @@ def test_what_the_commands_name_comes_to_the_nodes(launched: Launched) -> None:
         subprocess.run(["bash", "-n", "-c", said], check=True)
 
 
-def test_the_heads_rights_are_enough_and_no_more(launched: Launched) -> None:
-    told = [(machine["InstanceType"], machine.get("InstanceLifecycle")) for machine in launched.machines]
-    assert told == [("m7i.xlarge", None), ("g6.2xlarge", "spot"), ("g6.2xlarge", None)]
+def test_the_head_has_the_permissions_that_it_needs_and_no_others(launched: Launched) -> None:
+    kinds = [(machine["InstanceType"], machine.get("InstanceLifecycle")) for machine in launched.machines]
+    assert kinds == [("m7i.xlarge", None), ("g6.2xlarge", "spot"), ("g6.2xlarge", None)]
     profiles = [machine["IamInstanceProfile"]["Arn"].partition("/")[2] for machine in launched.machines]
     assert profiles == ["mlprune-head", "mlprune-worker", "mlprune-worker"]
     assert launched.refused == ["AccessDenied", "AccessDenied"]
@@ -182,7 +182,7 @@ def test_the_heads_rights_are_enough_and_no_more(launched: Launched) -> None:
             )
 
 
-def test_all_machines_are_in_the_users_own_group_and_ray_makes_none(launched: Launched) -> None:
+def test_all_machines_are_in_the_users_security_group_and_ray_creates_none(launched: Launched) -> None:
     for machine in launched.machines:
         assert [group["GroupName"] for group in machine["SecurityGroups"]] == ["mlprune"]
     assert launched.groups == {"default", "mlprune"}
@@ -192,7 +192,7 @@ def test_all_machines_are_in_the_users_own_group_and_ray_makes_none(launched: La
     assert re.findall(r"CidrIp=(.*?)}", rules) == ["$(curl -s https://checkip.amazonaws.com)/32"]
 
 
-def test_nothing_is_left_when_it_is_down(launched: Launched) -> None:
+def test_nothing_is_left_after_ray_down(launched: Launched) -> None:
     assert launched.said[-1] == "ray stop"
     assert launched.down == {"terminated"}
 
@@ -206,15 +206,15 @@ def test_workers_come_from_zero_spot_first(launched: Launched) -> None:
     assert to_launch(config, 1, "CPU") == {"gpu-spot": 1}  # never the head
 
 
-def test_node_configs_are_what_aws_takes() -> None:
+def test_aws_accepts_the_node_configs() -> None:
     shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     for kind in node_types().values():
-        asked = {**kind["node_config"], "MinCount": 1, "MaxCount": 1}
-        assert not ParamValidator().validate(asked, shape).has_errors()
-        assert ParamValidator().validate({**asked, "InstanceTyp": "x"}, shape).has_errors()
+        requested = {**kind["node_config"], "MinCount": 1, "MaxCount": 1}
+        assert not ParamValidator().validate(requested, shape).has_errors()
+        assert ParamValidator().validate({**requested, "InstanceTyp": "x"}, shape).has_errors()
 
 
-def test_aws_commands_are_of_aws() -> None:
+def test_aws_commands_are_valid() -> None:
     session = botocore.session.get_session()
     lines = [line.partition("$(")[2] if line.startswith("GROUP=") else line for line in shell_lines()]
     lines = [line for line in lines if line.startswith("aws ")]

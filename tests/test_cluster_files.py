@@ -1,7 +1,8 @@
-"""The other files that make clusters: Kubernetes' by schema, the Dockerfile by hadolint; and what the README says.
+"""The other cluster files: Kubernetes' are checked by schema, the Dockerfile by hadolint.
 
-No package of PyPI or npm has KubeRay's schema (looked for in November 2026), so Ray's keys are held to a list.
-Pods, volumes and network policies are held to Kubernetes' own; and Ray's own autoscaler reads the RayCluster.
+No package on PyPI or npm has KubeRay's schema (as of November 2026), so Ray's keys are checked against a list.
+Pods, volumes and network policies are checked against Kubernetes' own schemas, and Ray's own autoscaler reads the
+RayCluster.
 """
 
 import re
@@ -65,7 +66,7 @@ def manifests(file: Path) -> dict[str, Any]:
 
 
 def spec_of(file: Path) -> dict[str, Any]:
-    """Of the RayCluster in it."""
+    """The spec of the RayCluster in the file."""
     found = manifests(file)
     spec: dict[str, Any] = (found.get("RayJob") or found["RayCluster"])["spec"]
     return cast("dict[str, Any]", spec.get("rayClusterSpec", spec))
@@ -76,7 +77,7 @@ def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check(document: dict[str, Any], kubernetes: str) -> None:
-    """Raises ValidationError unless it is what that version of Kubernetes takes."""
+    """Raise ValidationError unless that version of Kubernetes accepts the document."""
     ray = {"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB}.get(document["kind"])
     if ray is None:
         kubernetes_validate.validate(document, kubernetes, strict=True)
@@ -89,7 +90,7 @@ def check(document: dict[str, Any], kubernetes: str) -> None:
 
 @pytest.mark.parametrize("kubernetes", ["1.29", kubernetes_validate.latest_version()])
 @pytest.mark.parametrize("file", [CLUSTER_YAML, JOB_YAML], ids=lambda file: file.stem)
-def test_manifests_are_what_kubernetes_takes(file: Path, kubernetes: str) -> None:
+def test_kubernetes_accepts_the_manifests(file: Path, kubernetes: str) -> None:
     for document in manifests(file).values():
         check(document, kubernetes)
 
@@ -104,7 +105,7 @@ def test_manifests_are_what_kubernetes_takes(file: Path, kubernetes: str) -> Non
         lambda spec: pods(spec)[0]["spec"]["initContainers"][0].update(restartPolicy=1),
     ],
 )
-def test_a_slip_is_noticed(wrong: Any) -> None:
+def test_mistakes_are_noticed(wrong: Any) -> None:
     document = deepcopy(manifests(CLUSTER_YAML)["RayCluster"])
     wrong(document["spec"])
     with pytest.raises(ValidationError):
@@ -155,7 +156,7 @@ def test_pods_are_closed() -> None:
 # the image, and the README
 
 
-def test_the_dockerfile_is_clean_and_what_it_copies_is_there() -> None:
+def test_the_dockerfile_is_clean_and_copies_existing_files() -> None:
     linted = subprocess.run([Path(sys.prefix, "bin", "hadolint"), DOCKERFILE], capture_output=True, text=True)
     assert (linted.returncode, linted.stdout) == (0, "")
     text = DOCKERFILE.read_text()
@@ -187,7 +188,7 @@ def test_the_readme_lists_what_must_be_changed(file: Path) -> None:
         assert f"`{''.join(key)}`" in row, line
 
 
-def test_mlprunes_commands_are_understood() -> None:
+def test_commands_of_mlprune_are_valid() -> None:
     pattern = r"\bmlprune (?:sweep|status|prune) [^']*"
     lines = [command for line in shell_lines() for command in re.findall(pattern, line)]
     assert len(lines) >= 8

@@ -1,8 +1,8 @@
 """A sweep on a cluster, from a laptop: a real Ray head with its dashboard, job server and token authentication.
 
-Two programs are stood in for: `ssh`, by one that forwards ports to this machine's own (tests/test_hosts.py has the
-real one), and in most tests the head's `mlprune`, by one that tells what it was given and does what the name of
-the spec says.
+Two programs are replaced: `ssh`, by one that forwards ports to this machine's own (tests/test_hosts.py has the
+real one), and in most tests the head's `mlprune`, by one that prints its arguments and behaves as the name of the
+spec says.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ evaluation: {perplexity: {languages: [en, fr], lines: 3}}
 
 @dataclass(frozen=True)
 class Lab:
-    """A head that runs, and the files by which a laptop reaches it."""
+    """A running head, and the files with which a laptop reaches it."""
 
     home: Path  # of the head and, because of the token, of the laptop
     file: Path  # of the cluster
@@ -138,7 +138,7 @@ def program(file: Path, text: str) -> None:
 
 
 def cluster_file(folder: Path, name: str, **auth: str) -> Path:
-    """A cluster of one machine, which Ray's launcher knows as up."""
+    """A cluster of one machine that is up, according to the state of Ray's launcher."""
     file = folder / f"{name}.yaml"
     provider = {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}
     values = {"cluster_name": name, "provider": provider, "auth": {"ssh_user": "nobody", **auth}}
@@ -151,7 +151,7 @@ def cluster_file(folder: Path, name: str, **auth: str) -> Path:
 
 @contextlib.contextmanager
 def running(command: list[str], environment: dict[str, str], output: Path) -> Iterator[None]:
-    """A process in a session of its own; at the end it is killed, with all that it started."""
+    """Run a process in its own session; at the end, kill it and all its children."""
     with output.open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -190,7 +190,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def laptop(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs mlprune as on the laptop, in a folder of its own."""
+    """Runs mlprune as on the laptop, in its own folder."""
     monkeypatch.chdir(tmp_path)
     for name in set(os.environ) - set(lab.environment):
         monkeypatch.delenv(name)
@@ -208,7 +208,7 @@ def write_spec(name: str, more: str = "") -> str:
     return "spec.yaml"
 
 
-def test_attach_says_when_there_is_nothing(lab: Lab, laptop: Callable[..., Result]) -> None:
+def test_attach_without_a_sweep(lab: Lab, laptop: Callable[..., Result]) -> None:
     """The first test: the cluster has seen no sweep yet."""
     done = laptop("sweep", "--attach", "--cluster", str(lab.file))
     assert done.exit_code == 2
@@ -217,8 +217,8 @@ def test_attach_says_when_there_is_nothing(lab: Lab, laptop: Callable[..., Resul
     )
 
 
-def test_a_sweep_is_sent_shown_and_fetched(lab: Lab, laptop: Callable[..., Result]) -> None:
-    """What is on the laptop goes along, whole; the rest is the cluster's."""
+def test_a_sweep_is_sent_watched_and_its_result_fetched(lab: Lab, laptop: Callable[..., Result]) -> None:
+    """Files on the laptop are sent whole; other paths are the cluster's."""
     text = {"corpus/en.txt": "One\n", "corpus/.gitignore": "*\n", "corpus/.venv/fr.txt": "Une\n", "code.py": "1\n"}
     for name, content in text.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -230,20 +230,20 @@ def test_a_sweep_is_sent_shown_and_fetched(lab: Lab, laptop: Callable[..., Resul
     result = json.loads(Path("out.json").read_text())
     sent = {f"calibration.corpus/{name}": content for name, content in text.items() if name != "code.py"}
     assert result["files"] == {"sweep.yaml": Path(spec).read_text(), "calibration.code/code.py": "1\n", **sent}
-    *asked, corpus, code, storage = result["set"]
-    assert asked == ['calibration.corpus="corpus"', "model.path=/models/big one"]
+    *from_options, corpus, code, storage = result["set"]
+    assert from_options == ['calibration.corpus="corpus"', "model.path=/models/big one"]
     assert corpus == 'calibration.corpus="calibration.corpus/corpus"'
     assert code == 'calibration.code="calibration.code/code.py"'
     assert storage == 'storage="~/runs"'
     assert result["env"] == {"COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
     assert done.stdout.count("given [") == 1
     assert f"mlprune sweep --attach --cluster {lab.file}" in done.stderr
-    assert "0.0.1 on the cluster" in done.stderr, "the cluster's mlprune is another one"
+    assert "0.0.1 on the cluster" in done.stderr, "the cluster has another version of mlprune"
     assert (lab.home / ".ray/auth_token").read_text() not in done.output
-    assert not psutil.pid_exists(int((lab.home / "ssh.pid").read_text())), "the tunnel is closed"
+    assert not psutil.pid_exists(int((lab.home / "ssh.pid").read_text())), "the tunnel was not closed"
 
 
-def test_the_exit_code_is_the_jobs(lab: Lab, laptop: Callable[..., Result]) -> None:
+def test_the_exit_code_is_that_of_the_job(lab: Lab, laptop: Callable[..., Result]) -> None:
     codes = {"mistake": 2, "killed": 137, "stopped": 1}
     with remote.connect(str(lab.file)) as cluster:
         sent = [package_job(file := write_spec(name), load_spec(file), [], False) for name in codes]
@@ -264,8 +264,8 @@ def wait_for(text: str, file: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_client_that_dies_leaves_the_job_which_is_found_again(lab: Lab, laptop: Callable[..., Result]) -> None:
-    """Killed midway; the same sweep sent again attaches; the tunnel breaks; every line is shown once."""
+def test_a_killed_client_leaves_the_job_running(lab: Lab, laptop: Callable[..., Result]) -> None:
+    """The same sweep, sent again, attaches to the job; the tunnel breaks; every line is printed once."""
     command = [sys.executable, "-m", "mlprune", "sweep", write_spec("slow"), "--cluster", str(lab.file)]
 
     def start(output: str) -> subprocess.Popen[bytes]:
@@ -276,7 +276,7 @@ def test_a_client_that_dies_leaves_the_job_which_is_found_again(lab: Lab, laptop
         wait_for("line 5.", Path("first"))
         ssh = psutil.Process(int((lab.home / "ssh.pid").read_text()))
         first.kill()
-    ssh.wait(5)  # it went with its client
+    ssh.wait(5)  # it ends with its client
     with start("second") as second:
         wait_for("line 20.", Path("second"))
         broken = int((lab.home / "ssh.pid").read_text())
@@ -298,8 +298,8 @@ def test_a_client_that_dies_leaves_the_job_which_is_found_again(lab: Lab, laptop
     assert [line for line in again.stdout.splitlines() if line.startswith("line ")] == lines
 
 
-def test_what_is_sent_is_the_same_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read over there, the spec differs in the places of files alone."""
+def test_the_sweep_is_the_same_on_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded on the cluster, the spec differs only in the paths of files."""
     (tmp_path / "laptop").mkdir()
     monkeypatch.chdir(tmp_path / "laptop")
     Path("words.txt").write_text("One\n")
@@ -326,8 +326,8 @@ def test_what_is_sent_is_the_same_sweep(tmp_path: Path, monkeypatch: pytest.Monk
     assert there.calibration == spec.calibration.model_copy(update=corpus)
 
 
-def test_status_is_the_heads(lab: Lab, laptop: Callable[..., Result]) -> None:
-    """A login that talks is not shown; the table is, and the values are handed on."""
+def test_status_of_the_head(lab: Lab, laptop: Callable[..., Result]) -> None:
+    """What a login prints is left out; the table is printed, and the values are returned."""
     (lab.home / ".bashrc").write_text(f"echo Welcome; export PATH={lab.file.parent}/head:$PATH")
     done = laptop("status", "--cluster", str(lab.file), "--json", "out.json")
     assert (done.exit_code, done.stdout) == (0, "a table\n")
@@ -335,7 +335,7 @@ def test_status_is_the_heads(lab: Lab, laptop: Callable[..., Result]) -> None:
 
 
 def refused(done: Result, *words: str) -> None:
-    """It failed with one line, of those words."""
+    """Check that the command failed with one line that contains these words."""
     assert done.exit_code == 2, done.output
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("mlprune: ")]
     assert done.stderr.endswith(line + "\n")
@@ -381,8 +381,8 @@ def test_a_head_without_ray_is_named(
     assert f"ray up {lab.file}" in done.stderr.splitlines()[-1]
 
 
-def test_what_is_too_large_to_be_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All that goes along is counted together; the key that is too much is named."""
+def test_files_that_are_too_large_to_be_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sizes are added up; the key that exceeds the limit is named."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job_package, "MAX_BYTES", 1024)
     for name, size in (("corpus", 600), ("code", 400)):
@@ -398,7 +398,7 @@ def test_what_is_too_large_to_be_sent(monkeypatch: pytest.MonkeyPatch, tmp_path:
     )
 
 
-def test_secrets_do_not_travel(laptop: Callable[..., Result], lab: Lab) -> None:
+def test_specs_with_secrets_are_not_sent(laptop: Callable[..., Result], lab: Lab) -> None:
     spec = write_spec("secret", "tracking: {uri: 'http://me:hunter2@host:5000'}\n")
     done = laptop("sweep", spec, "--cluster", str(lab.file))
     refused(done, "tracking.uri", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -417,13 +417,13 @@ def test_secrets_do_not_travel(laptop: Callable[..., Result], lab: Lab) -> None:
     ],
 )  # fmt: skip
 def test_folders_that_outlive_the_job(given: dict[str, object], moved: list[str]) -> None:
-    """What a job would write beside its spec would go with it."""
+    """Anything that a job writes beside its spec is deleted with the job's folder."""
     text = SPEC.replace("NAME", "x") + json.dumps(given)[1:-1].replace(', "pipeline"', '\n"pipeline"') + "\n"
     assert JobPackage(load_spec("quickstart"), text, ()).job_assignments() == moved
 
 
-def test_how_ssh_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Key, user, proxy and container are the cluster file's."""
+def test_the_ssh_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Key, user, proxy and container come from the cluster file."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     file = cluster_file(tmp_path, "pc", ssh_private_key="~/key", ssh_proxy_command="nc %h %p")
     values = json.loads(file.read_text())
@@ -494,7 +494,7 @@ time.sleep(60)
 """
 
 
-def test_a_port_that_is_taken_meanwhile_is_replaced(tmp_path: Path) -> None:
+def test_a_port_that_was_taken_is_replaced(tmp_path: Path) -> None:
     ssh = tmp_path / "ssh"
     ssh.write_text(STOLEN.format(python=sys.executable, starts=str(tmp_path / "starts")))
     ssh.chmod(0o755)

@@ -1,5 +1,6 @@
 """What SECURITY.md promises: strangers' files run no code, no secret is written anywhere, every port is closed."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -61,7 +62,7 @@ def taken(folder: Path, values: Any) -> Any:
     return load_spec(written(folder, yaml.safe_dump({"search": SEARCH, **values})))
 
 
-# what a file may not grant
+# what a spec file may not grant
 
 ASKED = [
     ("model.trust_remote_code", True),
@@ -79,8 +80,8 @@ def test_no_file_lets_code_run(key: str, value: Any, tmp_path: Path) -> None:
     section, name = key.split(".")
     error = refused(tmp_path, {section: {name: value}})
     assert (error.key, error.value) == (key, repr(value))
-    told, settings = error.remedy.rsplit(" give: ", 1)
-    assert "code of others" in told
+    reason, settings = error.remedy.rsplit(" give: ", 1)
+    assert "code of others" in reason
     # what it tells a person to type is one word of a shell, and then it is granted
     option, granted = shlex.split(settings)
     made = load_spec(str(tmp_path / "spec.yaml"), [granted])
@@ -88,7 +89,7 @@ def test_no_file_lets_code_run(key: str, value: Any, tmp_path: Path) -> None:
     assert getattr(getattr(made, section), name) == (str(Path(value).absolute()) if "task" in key else True)
 
 
-def test_what_is_granted_is_one_key_and_not_the_others(tmp_path: Path) -> None:
+def test_each_key_is_granted_separately(tmp_path: Path) -> None:
     both = {"model": {"trust_remote_code": True, "allow_pickle": True}}
     assert refused(tmp_path, both, "model.trust_remote_code=true").key == "model.allow_pickle"
     assert refused(tmp_path, both, "model.allow_pickle=true").key == "model.trust_remote_code"
@@ -104,7 +105,7 @@ def test_what_is_granted_is_one_key_and_not_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", WITH_SECRETS)
-def test_no_spec_holds_a_password(uri: str, tmp_path: Path) -> None:
+def test_a_password_in_a_spec_is_refused(uri: str, tmp_path: Path) -> None:
     for error in (
         refused(tmp_path, {"tracking": {"uri": uri}}),
         refused(tmp_path, {}, f"tracking.uri={uri}"),  # it would be logged with the spec
@@ -115,11 +116,11 @@ def test_no_spec_holds_a_password(uri: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", WITHOUT)
-def test_an_address_without_a_password_is_taken(uri: str, tmp_path: Path) -> None:
+def test_a_uri_without_a_password_is_accepted(uri: str, tmp_path: Path) -> None:
     assert taken(tmp_path, {"tracking": {"uri": uri}}).tracking.uri == uri
 
 
-def test_an_address_of_the_environment_may_hold_one_and_is_not_shown(
+def test_a_uri_from_the_environment_may_have_a_password_and_is_not_displayed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for uri in WITH_SECRETS[:4]:
@@ -134,7 +135,7 @@ def test_an_address_of_the_environment_may_hold_one_and_is_not_shown(
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"])
-def test_a_file_gets_nobodys_credentials_for_mlflow(
+def test_a_spec_file_cannot_send_credentials_to_its_own_server(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = {"tracking": {"uri": "https://theirs.example"}}
@@ -147,7 +148,7 @@ def test_a_file_gets_nobodys_credentials_for_mlflow(
     assert taken(tmp_path, theirs)
 
 
-# what a reader might do with what it reads
+# parsing
 
 
 def test_a_few_anchors_do_not_fill_the_memory(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_a_few_anchors_do_not_fill_the_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "slot", ["{text.__class__}", "{text[0]}", "{text!r}", "{text:{language}}", "{text:>999999999}", "{0}", "{}"]
 )
-def test_no_template_reaches_into_what_it_is_given(slot: str) -> None:
+def test_templates_cannot_access_attributes(slot: str) -> None:
     for template in (slot, "{text}" + slot, "{language}: " + slot):
         with pytest.raises(SpecError, match=r"^calibration\.template: "):
             check_template(template, "calibration.template", needed=["text"], optional=["language"])
@@ -182,7 +183,7 @@ class Bomb:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Path]:
-    """What code of a stranger's would make, if it ran."""
+    """The folder that untrusted code would create, if it ran."""
     yield tmp_path / "mark"
     assert not (tmp_path / "mark").exists(), "code ran"
 
@@ -268,7 +269,7 @@ MARKED = {name: f"marked-{number}-{name.lower()}" for number, name in enumerate(
 
 @dataclass
 class Seen:
-    """What could be seen of a sweep."""
+    """What was observed of a sweep from outside."""
 
     folder: Path
     outcome: Any = None
@@ -281,7 +282,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    """One sweep over two actors, looked at from outside all the time."""
+    """Run one sweep on two actors, and observe it from outside all the time."""
     folder = tmp_path_factory.mktemp("seen")
     place = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 bytes at most
     place.chmod(0o755)
@@ -325,15 +326,22 @@ def _look_at_ports(driver: psutil.Process, found: Seen) -> None:
 
 
 def _look_at_files(place: Path, found: Seen) -> None:
-    """Ray's own, which are gone after the sweep."""
-    for file in place.rglob("*"):
-        if file.name == "sockets":
-            above = [one for one in file.parents if place in one.parents]
-            found.sockets[str(file)] = all(one.stat().st_mode & 0o077 for one in above)
-        if file.is_file() and not file.is_symlink():
-            found.ray_files.add(file.name)
-            text = file.read_bytes()
-            found.logged |= {name: str(file) for name, value in MARKED.items() if value.encode() in text}
+    """Read Ray's own files, which it deletes after the sweep."""
+    # os.walk, because Path.rglob raises for a folder that is deleted meanwhile
+    for folder, folders, files in os.walk(place):
+        for file in (Path(folder, name) for name in (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                _look_at_file(place, file, found)
+
+
+def _look_at_file(place: Path, file: Path, found: Seen) -> None:
+    if file.name == "sockets":
+        above = [one for one in file.parents if place in one.parents]
+        found.sockets[str(file)] = all(one.stat().st_mode & 0o077 for one in above)
+    if file.is_file() and not file.is_symlink():
+        found.ray_files.add(file.name)
+        text = file.read_bytes()
+        found.logged |= {name: str(file) for name, value in MARKED.items() if value.encode() in text}
 
 
 def _tree(driver: psutil.Process) -> list[psutil.Process]:
@@ -344,7 +352,7 @@ def _tree(driver: psutil.Process) -> list[psutil.Process]:
 
 
 def _ask(port: int, token: str) -> Any:
-    """What Ray's control service says to who asks for its nodes."""
+    """Return the answer of Ray's control service to a request for its nodes."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         given = [("authorization", f"Bearer {token}")] if token else []
@@ -360,12 +368,12 @@ def test_a_sweep_listens_on_loopback_alone(seen: Seen) -> None:
     assert {one for one in seen.listening if one[1] not in LOOPBACK} == set()
 
 
-def test_its_ray_answers_nobody_without_its_token(seen: Seen) -> None:
+def test_ray_requires_the_token(seen: Seen) -> None:
     unknown = grpc.StatusCode.UNAUTHENTICATED
     assert seen.answers == {"": unknown, "0" * 64: unknown, "its own": grpc.StatusCode.OK}
 
 
-def test_nobody_else_enters_its_rays_folder(seen: Seen) -> None:
+def test_other_users_cannot_enter_rays_folder(seen: Seen) -> None:
     assert seen.sockets
     assert not any(seen.sockets.values()), seen.sockets
 
@@ -381,12 +389,12 @@ def test_no_secret_of_the_environment_is_in_any_file(seen: Seen) -> None:
         assert [name for name, value in MARKED.items() if value.encode() in text] == [], file
 
 
-def test_nothing_is_written_through_a_link_of_the_storages(seen: Seen) -> None:
+def test_nothing_is_written_through_a_link_in_the_storage(seen: Seen) -> None:
     assert (seen.folder / "mine.txt").read_text() == "mine"
     assert (seen.folder / "store" / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_strangers_run_is_pruned_with_no_more_than_is_granted(seen: Seen) -> None:
+def test_pruning_a_strangers_run_grants_nothing_more(seen: Seen) -> None:
     storage = f"storage={seen.folder / 'store'}"
     (file,) = (seen.folder / "store").rglob("spec.yaml")
     logged = read_yaml(file.read_text())
@@ -404,11 +412,11 @@ def test_a_strangers_run_is_pruned_with_no_more_than_is_granted(seen: Seen) -> N
             select_run(seen.outcome["winner"], VariantOptions(), {}, [storage])
 
 
-# what is near it
+# other users of the same machine
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root makes files of others'")
-def test_nobody_elses_ray_is_joined_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ray_of_another_user_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     file = tmp_path / "ray" / "ray_current_cluster"
@@ -421,7 +429,7 @@ def test_nobody_elses_ray_is_joined_unasked(tmp_path: Path, monkeypatch: pytest.
     assert cluster_address() == "10.0.0.1:6379"
 
 
-def test_what_others_left_in_the_offload_folder_stays(tmp_path: Path) -> None:
+def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
     theirs = tmp_path / "shard-00" / "weights"
     theirs.parent.mkdir()
     theirs.write_text("a lot of work")
@@ -433,7 +441,7 @@ def test_what_others_left_in_the_offload_folder_stays(tmp_path: Path) -> None:
     assert (tmp_path / "lock").read_text() == "a lock of theirs"
 
 
-def test_ranks_meet_on_loopback() -> None:
+def test_ranks_connect_on_loopback() -> None:
     store, address = open_rendezvous("127.0.0.1", 2)
     port = int(address.rpartition(":")[2])
     listening = [one.laddr for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]

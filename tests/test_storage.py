@@ -1,6 +1,6 @@
-"""Places for files: whole or not at all, inside, and every trouble told in one line.
+"""Storages: files are written whole or not at all and stay inside, and every failure is reported in one line.
 
-S3 and Google Cloud Storage are stood in for by servers (moto, and an emulator) that s3fs and gcsfs talk to.
+S3 and Google Cloud Storage are replaced by local servers (moto, and an emulator) that s3fs and gcsfs talk to.
 """
 
 import errno
@@ -40,7 +40,7 @@ TURNS = 5
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """The endpoint of an S3 with one bucket, `bucket`."""
+    """Start an S3 with one bucket, `bucket`; yields its endpoint."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -59,13 +59,13 @@ def s3() -> Iterator[str]:
 
 
 def cancelled(request: Any, response: Any, storage: Any, *_: Any, **__: Any) -> None:
-    """What Google answers to an upload that is broken off; the emulator has no answer."""
+    """Google's answer to an aborted upload, which the emulator lacks."""
     response.status = SimpleNamespace(value=499, phrase="Client Closed Request")
 
 
 @pytest.fixture(scope="module")
 def gs() -> Iterator[str]:
-    """The address of a Google Cloud Storage with one bucket, `bucket`."""
+    """Start a Google Cloud Storage with one bucket, `bucket`; yields its address."""
     from gcp_storage_emulator import server as emulator  # type: ignore[import-untyped]
     from gcp_storage_emulator.handlers import objects  # type: ignore[import-untyped]
 
@@ -76,7 +76,7 @@ def gs() -> Iterator[str]:
     server.start()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        environment.setenv("NO_GCE_CHECK", "true")  # else credentials are looked for on a machine of Google's
+        environment.setenv("NO_GCE_CHECK", "true")  # otherwise gcsfs looks for the credentials of a Google machine
         yield f"http://127.0.0.1:{port}"
         forget("gs")
     server.stop()
@@ -90,7 +90,7 @@ def files(protocol: str) -> Any:
 
 
 def forget(protocol: str) -> None:
-    """File systems are kept with the server that they were made for."""
+    """Drop fsspec's file systems, which stay connected to the server that they were created for."""
     type(files(protocol)).clear_instance_cache()
 
 
@@ -106,18 +106,18 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def held(storage: Storage) -> list[str]:
-    """Names of all that is in the storage, hidden or not."""
+    """Names of all files in the storage, hidden ones too."""
     if folder := storage.folder:
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     protocol, _, path = storage.address.partition("://")
     return sorted(name.partition(path + "/")[2] for name in files(protocol).find(storage.address))
 
 
-# what a storage does
+# reading and writing
 
 
 @pytest.mark.parametrize("storage", EVERYWHERE, indirect=True)
-def test_what_is_written_is_read(storage: Storage) -> None:
+def test_written_files_are_read_back(storage: Storage) -> None:
     contents = {
         "a": b"",
         "b/c.json": b"[1]",
@@ -142,7 +142,7 @@ def test_what_is_written_is_read(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("storage", ["s3", "gs"], indirect=True)
-def test_what_others_write_and_remove_is_seen_at_once(storage: Storage) -> None:
+def test_changes_by_other_processes_are_seen_at_once(storage: Storage) -> None:
     protocol, _, place = storage.address.partition("://")
     other = type(files(protocol))(skip_instance_cache=True)
     for turn in range(2):
@@ -158,7 +158,7 @@ def test_what_others_write_and_remove_is_seen_at_once(storage: Storage) -> None:
     "name", ["", "/", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "a//b", "a/", "./a", "a\0"]
 )
 @pytest.mark.parametrize("storage", ["folder", "memory"], indirect=True)
-def test_names_that_lead_elsewhere_are_refused(name: str, storage: Storage) -> None:
+def test_names_outside_the_storage_are_refused(name: str, storage: Storage) -> None:
     uses: list[Callable[[], object]] = [
         lambda: storage.read(name),
         lambda: storage.size(name),
@@ -180,7 +180,7 @@ def test_a_storage_is_pickled_as_its_address(tmp_path: Path) -> None:
     assert Storage("s3://bucket/x").folder is None
 
 
-# before work
+# checks
 
 
 @pytest.mark.parametrize("storage", EVERYWHERE, indirect=True)
@@ -205,25 +205,25 @@ ADDRESSES = {
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_what_is_no_address_is_told(address: str) -> None:
+def test_invalid_addresses_are_refused(address: str) -> None:
     for use in (Storage, check_storage):
-        told = str(refused(partial(use, address)))
-        assert told.startswith("storage: ")
-        assert all(word in told for word in ADDRESSES[address])
+        message = str(refused(partial(use, address)))
+        assert message.startswith("storage: ")
+        assert all(word in message for word in ADDRESSES[address])
 
 
 @pytest.mark.parametrize(
     "address", ["s3://KEY:verysecret@bucket/x", "s3://KEY:very/secret@bucket", "gs://bucket/x?token=verysecret"]
 )
-def test_secrets_in_an_address_are_refused_and_not_shown(address: str) -> None:
+def test_secrets_in_an_address_are_refused_and_not_displayed(address: str) -> None:
     for use in (Storage, check_storage):
-        told = str(refused(partial(use, address)))
-        assert "no secrets in specs" in told
-        assert not any(word in told for word in ("KEY", "secret@", "very", "token"))
+        message = str(refused(partial(use, address)))
+        assert "no secrets in specs" in message
+        assert not any(word in message for word in ("KEY", "secret@", "very", "token"))
 
 
 def refused(use: Callable[[], object]) -> StorageError:
-    """The error, of which nothing is shown beside its one line."""
+    """Return the error, which displays one line and no context."""
     with pytest.raises(StorageError) as raised:
         use()
     error = raised.value
@@ -233,7 +233,7 @@ def refused(use: Callable[[], object]) -> StorageError:
 
 
 @pytest.mark.parametrize(("protocol", "module"), [("s3", "s3fs"), ("gs", "gcsfs.core")])
-def test_a_missing_package_is_told(protocol: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(protocol: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     expected = f"{protocol}://bucket/x: needs a package: pip install 'mlprune[{protocol}]'"
     assert str(refused(partial(check_storage, f"{protocol}://bucket/x", "place"))) == f"place: {expected}"
@@ -241,7 +241,7 @@ def test_a_missing_package_is_told(protocol: str, module: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("protocol", ["s3", "gs"])
-def test_a_bucket_that_is_not_there_is_told(protocol: str, request: pytest.FixtureRequest) -> None:
+def test_a_missing_bucket_is_named(protocol: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(protocol)
     address = f"{protocol}://nobucket/x"
     assert str(refused(lambda: check_storage(address))).startswith(
@@ -262,23 +262,23 @@ def uses(address: str) -> list[Callable[[], object]]:
     ]
 
 
-def test_s3_that_lets_nobody_in_is_told(s3: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_credentials_for_s3(s3: str, caplog: pytest.LogCaptureFixture) -> None:
     import requests
 
     requests.post(f"{s3}/moto-api/reset-auth", data=b"0", timeout=10)  # from here on keys count
     try:
         for use in uses("s3://bucket/x"):
-            told = str(refused(use))
-            assert told.startswith("storage: s3://bucket/x: cannot be used: ")
-            assert "403" in told or "InvalidAccessKeyId" in told
-            assert "credentials" in told
-            assert not any(secret in told + caplog.text for secret in ("verysecret", "nobody"))
+            message = str(refused(use))
+            assert message.startswith("storage: s3://bucket/x: cannot be used: ")
+            assert "403" in message or "InvalidAccessKeyId" in message
+            assert "credentials" in message
+            assert not any(secret in message + caplog.text for secret in ("verysecret", "nobody"))
     finally:
         requests.post(f"{s3}/moto-api/reset-auth", data=b"1000000000", timeout=10)
 
 
 @pytest.mark.parametrize(("status", "word"), [(403, "Forbidden"), (401, "HttpError 401"), (400, "HttpError 400")])
-def test_google_that_lets_nobody_in_is_told(
+def test_wrong_credentials_for_google(
     status: int, word: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Closed(BaseHTTPRequestHandler):
@@ -302,9 +302,9 @@ def test_google_that_lets_nobody_in_is_told(
     forget("gs")
     try:
         for use in uses("gs://bucket/x"):
-            told = str(refused(use))
-            assert told.startswith(f"storage: gs://bucket/x: cannot be used: {word}; ")
-            assert "verysecret" not in told
+            message = str(refused(use))
+            assert message.startswith(f"storage: gs://bucket/x: cannot be used: {word}; ")
+            assert "verysecret" not in message
         assert "verysecret" not in caplog.text
     finally:
         forget("gs")
@@ -312,19 +312,19 @@ def test_google_that_lets_nobody_in_is_told(
         server.server_close()
 
 
-def test_s3_that_is_not_reached_is_told_without_its_address(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_s3_is_reported_without_its_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:verysecret@127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     forget("s3")
     try:
-        told = str(refused(partial(check_storage, "s3://bucket/x")))
-        assert told.startswith("storage: s3://bucket/x: cannot be used: ")
-        assert not any(secret in told for secret in ("somebody", "127.0.0.1"))
+        message = str(refused(partial(check_storage, "s3://bucket/x")))
+        assert message.startswith("storage: s3://bucket/x: cannot be used: ")
+        assert not any(secret in message for secret in ("somebody", "127.0.0.1"))
     finally:
         forget("s3")
 
 
-def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+def test_impossible_folders_are_refused(tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("")
     for address in (taken, taken / "below"):
@@ -352,15 +352,15 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
     storage.write_whole("folder/file.json", b"old")
     monkeypatch.setattr(os, "fsync", fail(number))
     for name in ("folder/file.json", "folder/never"):
-        told = refused(partial(storage.write_whole, name, b"new"))
-        assert str(told).startswith(f"storage: {tmp_path}: no space left; ")
+        message = refused(partial(storage.write_whole, name, b"new"))
+        assert str(message).startswith(f"storage: {tmp_path}: no space left; ")
     with pytest.raises(OSError, match=os.strerror(number)):
         write_whole(tmp_path / "other", b"new")
     assert storage.read("folder/file.json") == b"old"
     assert held(storage) == ["folder/file.json"]
 
 
-def test_the_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = list[str]()
     sync, replace = os.fsync, Path.replace
 
@@ -399,8 +399,8 @@ print(storage.read("a") == b"a" * 300_000)
 """
 
 
-def test_a_full_disk_is_told_and_keeps_what_is_there(tmp_path: Path) -> None:
-    """A real one, of 1 MB, that is mounted for one process alone."""
+def test_a_full_disk_is_reported_and_keeps_its_files(tmp_path: Path) -> None:
+    """A real disk of 1 MB, mounted for one process only."""
     (tmp_path / "disk").mkdir()
     mount = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
     mount += ['mount -t tmpfs -o size=1m none disk && exec "$@"', "sh"]
@@ -420,7 +420,7 @@ KILL_WRITERS = """
 import os, random, signal, sys, time
 from mlprune.storage.files import Storage
 
-os.fsync = lambda descriptor: None  # killed, not cut off from power: the time is better spent on writing
+os.fsync = lambda descriptor: None  # processes are killed, the power stays on: more time for writing
 storage, content = Storage(sys.argv[1]), [turn.to_bytes(8, "little") * 2**19 for turn in range(1, 5)]
 storage.write_whole("folder/file", content[0])
 for _ in range(100):
@@ -434,18 +434,18 @@ for _ in range(100):
 """
 
 
-def test_a_killed_writer_leaves_no_half_file(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_partial_file(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILL_WRITERS, str(tmp_path)], check=True)
     partial = [file for file in (tmp_path / "folder").iterdir() if file.name != "file"]
-    assert partial, "no writer was killed while it wrote: nothing was tried"
+    assert partial, "no writer was killed while it wrote: nothing was tested"
     assert all(file.name.startswith(".") for file in partial)
 
 
-# at the same time
+# concurrent writers
 
 
 def write_in_turn(storages: Sequence[Storage], writer: int) -> None:
-    """One name for all writers, and one for each."""
+    """Write one file shared by all writers, and one per writer."""
     for turn, storage in itertools.product(range(TURNS), storages):
         content = (1000 * writer + turn).to_bytes(8, "little") * 2**16
         storage.write_whole("same/name", content)
@@ -471,7 +471,7 @@ def test_writers_at_the_same_time_leave_whole_files(tmp_path: Path, request: pyt
 
 
 def drive(storages: Sequence[Storage], driver: int) -> None:
-    """What sweeps do with their stores, while another driver does the same."""
+    """Use the stores as a sweep does, while another driver does the same."""
     import torch
 
     from mlprune.pruning.moments import Moments
@@ -499,7 +499,7 @@ def start_driving(storages: Sequence[Storage], started: Event, driver: int) -> N
 
 
 def test_two_sweeps_share_a_store(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Two processes, this one and another."""
+    """This process and another one."""
     from mlprune.storage.moments import MomentStore
     from mlprune.storage.results import ResultStore
 
@@ -521,7 +521,7 @@ def test_two_sweeps_share_a_store(tmp_path: Path, request: pytest.FixtureRequest
             assert results.items(key) == f"[{driver}]" * (10_000 + driver), "of the same driver"
 
 
-# one driver a sweep
+# one driver per sweep
 
 HOLD = """
 import sys
@@ -536,7 +536,7 @@ with sweep_lock(Storage(sys.argv[1]), "abc"):
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process, that holds the sweep abc."""
+    """Another process that holds the lock of the sweep abc."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -545,12 +545,12 @@ def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_second_driver_of_a_sweep_is_refused(driver: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_second_driver_is_refused(driver: subprocess.Popen[str], tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     for _ in range(2):
-        told = refused(lambda: sweep_lock(storage, "abc").__enter__())
-        assert f"already running (process {driver.pid} on {socket.gethostname()})" in str(told)
-        assert "mlprune status" in str(told)
+        message = refused(lambda: sweep_lock(storage, "abc").__enter__())
+        assert f"already running (process {driver.pid} on {socket.gethostname()})" in str(message)
+        assert "mlprune status" in str(message)
     with sweep_lock(storage, "another"):
         pass
     assert driver.communicate("go on\n")[0] == ""
@@ -562,7 +562,7 @@ def test_a_second_driver_of_a_sweep_is_refused(driver: subprocess.Popen[str], tm
     assert not storage.exists("locks/abc.json")
 
 
-def test_a_killed_drivers_lock_does_not_hold(driver: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_killed_driver_releases_its_lock(driver: subprocess.Popen[str], tmp_path: Path) -> None:
     driver.kill()
     driver.wait()
     storage = Storage(str(tmp_path))
@@ -572,21 +572,21 @@ def test_a_killed_drivers_lock_does_not_hold(driver: subprocess.Popen[str], tmp_
 
 
 @pytest.mark.parametrize("note", ["", "[", "[]", "{}", '{"pid": "x", "host": 1}'])
-def test_a_lock_is_refused_whatever_is_written_beside_it(note: str, tmp_path: Path) -> None:
+def test_a_lock_does_not_depend_on_the_file_that_names_its_holder(note: str, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     with sweep_lock(storage, "abc"):
         storage.write_whole("locks/abc.json", note.encode())
         assert "in another process" in str(refused(lambda: sweep_lock(storage, "abc").__enter__()))
 
 
-def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a mark in a file would stand for the lock, and stay there when its driver is killed."""
+def test_a_disk_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock file would be used instead, and stay when its driver is killed."""
     monkeypatch.setattr(fcntl, "flock", fail(errno.ENOSYS))
-    told = str(refused(lambda: sweep_lock(Storage(str(tmp_path)), "abc").__enter__()))
-    assert told.startswith(f"storage: {tmp_path}: cannot be used: Function not implemented")
+    message = str(refused(lambda: sweep_lock(Storage(str(tmp_path)), "abc").__enter__()))
+    assert message.startswith(f"storage: {tmp_path}: cannot be used: Function not implemented")
 
 
-def test_a_failed_sweep_lets_go(tmp_path: Path) -> None:
+def test_a_failed_sweep_releases_its_lock(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     with pytest.raises(KeyboardInterrupt), sweep_lock(storage, "abc"):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What outlives a process: it comes back exactly, or is known to be damaged, or is not there."""
+"""MomentStore and ResultStore: files are read back exactly, or recognised as damaged or missing."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def same(found: dict[str, Moments] | None, expected: dict[str, Moments]) -> bool
 
 @pytest.mark.parametrize("layer", [0, 7, 9999, 12345])
 @pytest.mark.parametrize("seed", range(3))
-def test_moments_come_back_to_the_bit(layer: int, seed: int, tmp_path: Path) -> None:
+def test_moments_are_bit_identical_when_read_back(layer: int, seed: int, tmp_path: Path) -> None:
     store(tmp_path).save("set", layer, moments(seed))
     assert same(store(tmp_path).load("set", layer), moments(seed))
     assert store(tmp_path).has("set", layer)
@@ -57,31 +57,31 @@ def test_moments_come_back_to_the_bit(layer: int, seed: int, tmp_path: Path) -> 
     assert store(tmp_path).load("other", layer) is None
 
 
-def test_extreme_numbers_come_back(tmp_path: Path) -> None:
+def test_extreme_numbers_are_read_back(tmp_path: Path) -> None:
     values = torch.tensor([0.0, 5e-324, 1.7976931348623157e308, 1 / 3], dtype=torch.float64)
     store(tmp_path).save("set", 0, {"a": Moments(1, values)})
     assert same(store(tmp_path).load("set", 0), {"a": Moments(1, values)})
 
 
-def test_matrices_that_share_moments_are_stored_each(tmp_path: Path) -> None:
+def test_shared_moments_are_stored_for_each_matrix(tmp_path: Path) -> None:
     shared = Moments(5, torch.rand(4, dtype=torch.float64))
     store(tmp_path).save("set", 0, {"q": shared, "k": shared})
     assert same(store(tmp_path).load("set", 0), {"q": shared, "k": shared})
 
 
-def test_what_is_saved_again_replaces(tmp_path: Path) -> None:
+def test_saving_again_replaces(tmp_path: Path) -> None:
     for seed in (0, 1):
         store(tmp_path).save("set", 0, moments(seed))
     assert same(store(tmp_path).load("set", 0), moments(1))
     assert len(list(tmp_path.rglob("*.*"))) == 1
 
 
-def test_nothing_stored_is_nothing_found(tmp_path: Path) -> None:
+def test_missing_moments_are_none(tmp_path: Path) -> None:
     assert store(tmp_path / "not made yet").load("set", 0) is None
     assert not (tmp_path / "not made yet").exists()
 
 
-def test_the_place_differs_by_model_dtype_calibration_and_layer(tmp_path: Path) -> None:
+def test_file_names_differ_by_model_dtype_calibration_and_layer(tmp_path: Path) -> None:
     files = [
         file_of(tmp_path, "set", 1),
         file_of(tmp_path, "set", 1, "other"),
@@ -95,7 +95,7 @@ def test_the_place_differs_by_model_dtype_calibration_and_layer(tmp_path: Path) 
 
 
 def saved(folder: Path) -> tuple[Path, bytes, int]:
-    """A file of moments, its content, and where its data begin."""
+    """Save a file of moments; return the file, its content, and the offset of its data."""
     store(folder).save("set", 0, moments())
     file = file_of(folder, "set", 0)
     content = file.read_bytes()
@@ -103,7 +103,7 @@ def saved(folder: Path) -> tuple[Path, bytes, int]:
 
 
 def refused(folder: Path) -> bool:
-    """Whether the file is known to be damaged; what is read of it otherwise must be what was written."""
+    """Whether the file is reported as damaged; if not, it must hold what was written."""
     try:
         found = store(folder).load("set", 0)
     except CorruptMomentsError as error:
@@ -151,7 +151,7 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     assert refused(tmp_path)
 
 
-def test_files_of_other_making_are_noticed(tmp_path: Path) -> None:
+def test_files_in_another_format_are_noticed(tmp_path: Path) -> None:
     file, content, _ = saved(tmp_path)
     tensors = {name: seen.sumsq_I for name, seen in moments().items()}
     others = [
@@ -170,7 +170,7 @@ def test_files_of_other_making_are_noticed(tmp_path: Path) -> None:
     assert not refused(tmp_path)
 
 
-def test_metadata_of_another_form_is_noticed(tmp_path: Path) -> None:
+def test_metadata_in_another_format_is_noticed(tmp_path: Path) -> None:
     file, _, _ = saved(tmp_path)
     tensors = {name: seen.sumsq_I for name, seen in moments().items()}
     file.write_bytes(safetensors.torch.save(tensors, {"tokens": "[1, 2]", "sha256": "0"}))
@@ -189,12 +189,12 @@ def results(folder: Path) -> ResultStore:
 
 
 def files(folder: Path) -> tuple[Path, Path]:
-    """Of the one result that is there: its own file, and that of what was answered."""
+    """The two files of the only result: its metrics and its answers."""
     (own,), (items,) = (folder / "results").iterdir(), (folder / "items").iterdir()
     return own, items
 
 
-def test_results_come_back(tmp_path: Path) -> None:
+def test_results_are_read_back(tmp_path: Path) -> None:
     dense = Result("dense", None, {"bits.fr": 1e-300})
     for made in (result(), dense):
         results(tmp_path).save(made, f"[{made.key}]")
@@ -205,7 +205,7 @@ def test_results_come_back(tmp_path: Path) -> None:
     assert not (tmp_path / "not made yet").exists()
 
 
-def test_metrics_that_are_no_numbers_come_back(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_read_back(tmp_path: Path) -> None:
     made = Result("dense", None, {"a": float("nan"), "b": float("inf"), "c": 5e-324, "d": -0.0})
     results(tmp_path).save(made, "[]")
     found = results(tmp_path).load("dense")
@@ -213,7 +213,7 @@ def test_metrics_that_are_no_numbers_come_back(tmp_path: Path) -> None:
     assert repr(found) == repr(made)
 
 
-def test_a_half_written_result_is_none(tmp_path: Path) -> None:
+def test_a_truncated_result_is_none(tmp_path: Path) -> None:
     results(tmp_path).save(result(), "[1]")
     file, _ = files(tmp_path)
     content = file.read_bytes()
@@ -257,13 +257,13 @@ def test_a_result_under_another_name_is_none(tmp_path: Path) -> None:
     assert results(tmp_path).load("other") is None
 
 
-def test_a_result_without_what_was_answered_is_none(tmp_path: Path) -> None:
+def test_a_result_without_answers_is_none(tmp_path: Path) -> None:
     results(tmp_path).save(result(), "[1]")
     files(tmp_path)[1].unlink()
     assert results(tmp_path).load("abc") is None
 
 
-def test_a_result_with_more_or_less_answered_is_none(tmp_path: Path) -> None:
+def test_a_result_with_answers_of_another_size_is_none(tmp_path: Path) -> None:
     results(tmp_path).save(result(), "[1]")
     items = files(tmp_path)[1]
     for text in ("", "[1", "[1]\n"):
@@ -273,14 +273,14 @@ def test_a_result_with_more_or_less_answered_is_none(tmp_path: Path) -> None:
     assert results(tmp_path).load("abc") == result()
 
 
-def test_damaged_answers_are_told_when_they_are_read(tmp_path: Path) -> None:
+def test_damaged_answers_are_reported_when_they_are_read(tmp_path: Path) -> None:
     results(tmp_path).save(result(), "[1]")
     items = files(tmp_path)[1]
     items.write_text("[2]")  # of the same length
-    assert results(tmp_path).load("abc") == result(), "what was answered is not read here"
-    with pytest.raises(StorageError, match="delete it and run the same command again") as told:
+    assert results(tmp_path).load("abc") == result(), "the answers are not read here"
+    with pytest.raises(StorageError, match="delete it and run the same command again") as raised:
         results(tmp_path).items("abc")
-    assert str(items) in str(told.value)
+    assert str(items) in str(raised.value)
     items.unlink()  # as it says
     assert results(tmp_path).load("abc") is None
     with pytest.raises(StorageError, match="damaged or missing"):
@@ -291,7 +291,7 @@ def test_damaged_answers_are_told_when_they_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["[1]", "[22]"])
 def test_a_trial_finished_twice_with_other_answers_is_one_of_the_two(first: str, tmp_path: Path) -> None:
-    """Two drivers on machines that round differently; the second has written only what was answered."""
+    """Two drivers on machines that round differently; the second has written only its answers."""
     one, other = {"[1]": ("[1]", "[22]"), "[22]": ("[22]", "[1]")}[first]
     results(tmp_path).save(result(), one)
     (own,) = (tmp_path / "results").iterdir()
@@ -303,7 +303,7 @@ def test_a_trial_finished_twice_with_other_answers_is_one_of_the_two(first: str,
 
 
 def test_a_result_that_names_files_outside_is_refused(tmp_path: Path) -> None:
-    """Its checksum is right: somebody made it so."""
+    """Its checksum is correct: somebody wrote it on purpose."""
     results(tmp_path / "store").save(result(), "[1]")
     file, _ = files(tmp_path / "store")
     values = json.loads(file.read_text())
@@ -325,12 +325,12 @@ def test_a_result_that_cannot_be_read_is_none(text: str, tmp_path: Path) -> None
     assert results(tmp_path).load("abc") is None
 
 
-def test_a_result_of_another_variants_fields_is_none(tmp_path: Path) -> None:
+def test_a_result_with_unknown_fields_of_a_variant_is_none(tmp_path: Path) -> None:
     results(tmp_path).save(result(), "[1]")
     file, _ = files(tmp_path)
     values = json.loads(file.read_text())
     del values["sha256"]
-    values["variant"]["rotation"] = "quarot"  # of a later version: not this trial's
+    values["variant"]["rotation"] = "quarot"  # written by a later version: another trial
     values["sha256"] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps(values))
     assert results(tmp_path).load("abc") is None

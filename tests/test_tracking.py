@@ -1,4 +1,4 @@
-"""What a sweep logs, over real MLflow: a database, and a server that dies, hangs, and loses its answers."""
+"""What a sweep logs, with real MLflow: a database, and a server that dies, hangs, and loses its responses."""
 
 import http.client
 import re
@@ -38,7 +38,7 @@ WANDA = parse_variant("mono:en", "wanda", 0.5, "unstructured", "dense")
 
 @pytest.fixture(scope="module")
 def made_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, to be copied: making them takes seconds."""
+    """A database with MLflow's tables, to be copied: creating them takes seconds."""
     file = tmp_path_factory.mktemp("database") / "m.db"
     open_client(f"sqlite:///{file}")
     return file
@@ -65,17 +65,17 @@ Fault = Callable[[Callable[[], tuple[int, bytes]]], tuple[int, bytes] | None]
 
 
 def lost(forward: Callable[[], tuple[int, bytes]]) -> None:
-    """The server does what it was asked, and dies before it answers."""
+    """The server carries out the request, and dies before it responds."""
     forward()
 
 
 def late(forward: Callable[[], tuple[int, bytes]]) -> None:
-    """The connection breaks; the server comes to the request long after."""
+    """The connection breaks; the server carries out the request long after."""
     threading.Timer(1.0, forward).start()
 
 
 def hung(forward: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
-    """The answer comes later than anyone waits for it."""
+    """The response comes after the request has timed out."""
     time.sleep(1.3)
     return forward()
 
@@ -89,7 +89,7 @@ def forbidden(forward: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
 
 
 class Proxy:
-    """Stands before a server. A fault, given with a part of a path, takes the next request of such a path."""
+    """A proxy of a server. Each fault is applied once, to the next request whose path contains its text."""
 
     def __init__(self, port: int) -> None:
         self.faults: list[tuple[str, Fault]] = []
@@ -125,7 +125,7 @@ class Proxy:
                 pass
 
         class Quiet(ThreadingHTTPServer):
-            def handle_error(self, *args: Any) -> None:  # who asked has gone
+            def handle_error(self, *args: Any) -> None:  # the client has gone
                 pass
 
         self._server = Quiet(("127.0.0.1", 0), Handler)
@@ -156,7 +156,7 @@ Opened = Callable[..., SweepTracker]
 
 @pytest.fixture
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opened]:
-    """Makes trackers in an experiment of the test's own."""
+    """Opens trackers in an experiment of the test's own."""
     made: list[SweepTracker] = []
 
     def new(uri: str, sweep_key: str = "sweep") -> SweepTracker:
@@ -173,7 +173,7 @@ def arrived(tracker: SweepTracker, patience: float = 30) -> None:
 
 
 def runs_of(uri: str, tracker: SweepTracker) -> dict[str, Any]:
-    """The sweep's runs by their trial's key, the parent by ''. Fails when there are two of one."""
+    """The sweep's runs by their trial's key, the parent run by ''. Fails if a trial has two."""
     found = MlflowClient(uri).search_runs([tracker.experiment_id])
     keys = [run.data.tags.get("mlprune.trial", "") for run in found]
     assert len(set(keys)) == len(keys), keys
@@ -189,7 +189,7 @@ def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 def small_sweep(tracker: SweepTracker) -> None:
-    """One of each thing that is logged."""
+    """Call each method that logs."""
     tracker.log_sweep({"model": "tiny", "seed": 0}, {"spec.yaml": "name: tiny\n"})
     tracker.start_trial("dense", None)
     tracker.log_trial("dense", None, {"bits": 1.25})
@@ -204,9 +204,9 @@ def small_sweep(tracker: SweepTracker) -> None:
     tracker.describe("# tiny")
 
 
-def told(uri: str, tracker: SweepTracker) -> dict[str, Any]:
-    """All that a small sweep left, but for ids and times."""
-    client, all_told = MlflowClient(uri), {}
+def logged(uri: str, tracker: SweepTracker) -> dict[str, Any]:
+    """Everything that a small sweep logged, except ids and times."""
+    client, everything = MlflowClient(uri), {}
     for key, run in runs_of(uri, tracker).items():
         run_id = run.info.run_id
         files = [item.path for item in client.list_artifacts(run_id)]
@@ -217,8 +217,8 @@ def told(uri: str, tracker: SweepTracker) -> dict[str, Any]:
         assert child == (tracker.parent_id if key else None)
         points = {name: sorted(map(str, history(uri, run_id, name))) for name in run.data.metrics}
         texts = {file: Path(client.download_artifacts(run_id, file)).read_text() for file in files}
-        all_told[key] = (run.info.status, run.info.run_name, run.data.params, tags, points, texts)
-    return all_told
+        everything[key] = (run.info.status, run.info.run_name, run.data.params, tags, points, texts)
+    return everything
 
 
 def finished(uri: str, tracker: SweepTracker, folder: Path) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def finished(uri: str, tracker: SweepTracker, folder: Path) -> dict[str, Any]:
     small_sweep(tracker)
     tracker.finish_sweep("FAILED", {"best.bits": 2.5}, [picture])
     arrived(tracker)
-    return told(uri, tracker)
+    return logged(uri, tracker)
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +238,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, made_database: Path) -
         return finished(uri, tracker, folder)
 
 
-def test_a_database_holds_what_was_logged(undisturbed: dict[str, Any]) -> None:
-    statuses = {key: told[0] for key, told in undisturbed.items()}
+def test_what_is_logged_is_in_the_database(undisturbed: dict[str, Any]) -> None:
+    statuses = {key: run[0] for key, run in undisturbed.items()}
     assert statuses == {"": "FAILED", "dense": "FINISHED", "a": "FINISHED", "b": "FAILED", "c": "KILLED"}
     _, name, params, tags, points, texts = undisturbed["a"]
     assert (name, params["score"], tags["mlprune.masks"]) == (WANDA.short, "wanda", "d1")
@@ -256,39 +256,39 @@ REQUESTS = ("runs/create", "runs/search", "runs/get", "runs/update", "log-batch"
 
 
 @pytest.mark.parametrize("fault", [lost, late, unavailable, hung])
-def test_requests_that_fail_leave_no_trace(
+def test_failed_requests_change_nothing_in_the_end(
     fault: Fault, undisturbed: dict[str, Any], proxy: Proxy, server: Server, opened: Opened, tmp_path: Path
 ) -> None:
     tracker = opened(proxy.uri)
     requests = ("runs/create", "log-batch") if fault is hung else REQUESTS
     proxy.faults = [(part, fault) for part in requests]
     assert finished(server.uri, tracker, tmp_path) == undisturbed
-    assert not proxy.faults, "not all were tried"
-    if fault in (lost, unavailable):  # else the request that was given up may still be carried out
+    assert not proxy.faults, "not all faults were used"
+    if fault in (lost, unavailable):  # with the others, the request that timed out may still be carried out
         assert not deleted(server.uri, tracker), "made twice"
 
 
-def test_what_was_sent_twice_is_there_once(proxy: Proxy, server: Server, opened: Opened) -> None:
+def test_what_was_sent_twice_is_logged_once(proxy: Proxy, server: Server, opened: Opened) -> None:
     tracker = opened(proxy.uri)
     proxy.faults = [("log-batch", lost)] * 3
     tracker.log_sweep_metrics({"speed": 1.0, "nothing": float("nan")}, 0)
     time.sleep(0.002)
-    tracker.log_sweep_metrics({"speed": 1.0}, 0)  # measured anew: another thing, though of the same value
+    tracker.log_sweep_metrics({"speed": 1.0}, 0)  # measured again: another point with the same value
     arrived(tracker)
     assert sum("log-batch" in path for path in proxy.seen) == 5
     assert len(history(server.uri, tracker.parent_id, "nothing")) == 1
     assert history(server.uri, tracker.parent_id, "speed") == [(0, 1.0)] * 2
 
 
-def test_a_run_made_twice_after_all_is_told_once(proxy: Proxy, server: Server, opened: Opened) -> None:
-    """A request that the server comes to long after: nobody can know, until it is there."""
+def test_a_duplicate_run_is_deleted(proxy: Proxy, server: Server, opened: Opened) -> None:
+    """A request that the server carries out long after: the duplicate cannot be known before it exists."""
     tracker = opened(proxy.uri)
     proxy.faults = [("runs/create", late)]
     tracker.start_trial("a", WANDA)
     arrived(tracker)
     time.sleep(1.2)
     client = MlflowClient(server.uri)
-    assert len(client.search_runs([tracker.experiment_id])) == 3, "the server did not come to it"
+    assert len(client.search_runs([tracker.experiment_id])) == 3, "the server did not carry it out"
     tracker.finish_trial(Result("a", WANDA, {"bits": 1.0}), lambda: "[]")
     tracker.finish_sweep("FINISHED", {}, [])
     arrived(tracker)
@@ -315,7 +315,7 @@ def test_a_server_that_dies_does_not_disturb_the_sweep(server: Server, opened: O
             put += 1
 
     log_until(80)
-    while tracker.pending > 60:  # in the midst
+    while tracker.pending > 60:  # in the middle
         time.sleep(0.01)
     assert tracker.pending > 10
     server.kill()
@@ -332,7 +332,7 @@ def test_a_server_that_dies_does_not_disturb_the_sweep(server: Server, opened: O
     log_until(total)
     stopped = int(time.time() * 1000)
     server.start()
-    time.sleep(0.5)  # so that times at which things arrive are others
+    time.sleep(0.5)  # so that the time of arrival is not the time of the event
     arrived(tracker, patience=60)
     assert tracker.last_error is None
     assert longest < 0.5, "the sweep waited"
@@ -343,7 +343,7 @@ def test_a_server_that_dies_does_not_disturb_the_sweep(server: Server, opened: O
     assert [(point.step, point.value) for point in points] == [(n, float(n)) for n in range(total)]
     times = [point.timestamp for point in points]
     assert times == sorted(times)
-    assert started <= times[0] <= times[-1] <= stopped, "not when it happened"
+    assert started <= times[0] <= times[-1] <= stopped, "not the time of the event"
     for n in range(total // 10):
         run = found[f"trial-{n}"]
         assert run.info.run_id == tracker.run_id(f"trial-{n}")
@@ -355,7 +355,7 @@ def test_a_server_that_dies_does_not_disturb_the_sweep(server: Server, opened: O
     assert load_trial_items(server.uri, tracker.run_id("trial-14"), "RUN")[1] == "[149]"
 
 
-def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, opened: Opened) -> None:
+def test_a_killed_sweep_continues_its_runs(proxy: Proxy, server: Server, opened: Opened) -> None:
     first = opened(proxy.uri)
     first.start_trial("a", WANDA)
     first.start_trial("b", WANDA)
@@ -364,7 +364,7 @@ def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, open
     arrived(first)
     assert {run.info.status for run in runs_of(server.uri, first).values()} == {"KILLED", "FAILED"}
     proxy.faults = [("log-batch", unavailable)] * 99
-    first.start_trial("c", WANDA)  # it is made, and then the server dies: no params
+    first.start_trial("c", WANDA)  # the run is created, and then the server dies: it has no params
     while not first.last_error:
         time.sleep(0.01)
     first.close()  # as when it is killed
@@ -381,7 +381,7 @@ def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, open
     assert found["c"].data.params == found["a"].data.params != {}
     for key in "abc":
         again.finish_trial(Result(key, WANDA, {"bits": 1.0}), lambda: "[]")
-        again.finish_trial(Result(key, WANDA, {"bits": 7.0}), lambda: "never asked for")
+        again.finish_trial(Result(key, WANDA, {"bits": 7.0}), lambda: "never requested")
     arrived(again)
     found = runs_of(server.uri, again)
     assert {found[key].info.status for key in "abc"} == {"FINISHED"}
@@ -389,7 +389,7 @@ def test_a_killed_sweep_goes_on_with_its_runs(proxy: Proxy, server: Server, open
     assert history(server.uri, again.run_id("a"), "bits") == [(0, 1.0)]
 
 
-def test_what_is_refused_for_good_is_raised_once_and_the_rest_goes_on(
+def test_a_rejected_update_is_raised_once_and_the_others_are_delivered(
     proxy: Proxy, server: Server, opened: Opened
 ) -> None:
     tracker = opened(proxy.uri)
@@ -414,7 +414,7 @@ def test_what_is_refused_for_good_is_raised_once_and_the_rest_goes_on(
     assert history(server.uri, tracker.parent_id, "speed") == [(0, 1.0), (1, 2.0)]
 
 
-def test_a_locked_database_is_waited_for(opened: Opened, database: str, tmp_path: Path) -> None:
+def test_a_locked_database_is_retried(opened: Opened, database: str, tmp_path: Path) -> None:
     tracker = opened(database)
 
     def hurry(conn: Any, cursor: Any, statement: str, *args: Any) -> None:
@@ -454,7 +454,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted", tracker.pending, flush=True)
     tracker.finish_sweep("KILLED", {}, [])
-print("settled", tracker.flush(60, print))
+print("flushed", tracker.flush(60, print))
 """
 
 
@@ -468,17 +468,17 @@ def program(folder: Path, key: str, count: int) -> subprocess.Popen[str]:
     )
 
 
-def test_sweeps_that_start_together_share_a_fresh_database_and_one_is_interrupted(tmp_path: Path) -> None:
+def test_two_sweeps_create_and_share_a_database_and_one_is_interrupted(tmp_path: Path) -> None:
     quick, slow = program(tmp_path, "quick", 20), program(tmp_path, "slow", 300)
     assert slow.stdout is not None
     assert slow.stdout.readline() == "open\n", slow.communicate()[1]
     time.sleep(0.3)
     slow.send_signal(signal.SIGINT)
-    told = slow.stdout.read()
-    pending = re.match(r"interrupted (\d+)\nsettled True\n", told)
-    assert pending, (told, slow.communicate()[1])
-    assert int(pending[1]) > 10, "interrupted too late to show anything"
-    assert quick.communicate(timeout=60)[0] == "open\nsettled True\n"
+    output = slow.stdout.read()
+    pending = re.match(r"interrupted (\d+)\nflushed True\n", output)
+    assert pending, (output, slow.communicate()[1])
+    assert int(pending[1]) > 10, "interrupted too late to test anything"
+    assert quick.communicate(timeout=60)[0] == "open\nflushed True\n"
     assert slow.communicate()[1] == ""
     client = MlflowClient(f"sqlite:///{tmp_path}/m.db")
     found = {
@@ -498,7 +498,7 @@ def test_sweeps_that_start_together_share_a_fresh_database_and_one_is_interrupte
     assert left <= {"m.db", "m.db.lock", "files"}, left
 
 
-def test_a_deleted_experiment_is_answered(opened: Opened, database: str) -> None:
+def test_a_deleted_experiment_is_reported(opened: Opened, database: str) -> None:
     tracker, client = opened(database), MlflowClient(database)
     client.delete_experiment(tracker.experiment_id)
     with pytest.raises(SpecError, match=f"--experiment-id {tracker.experiment_id}.*tracking.experiment="):
@@ -507,35 +507,35 @@ def test_a_deleted_experiment_is_answered(opened: Opened, database: str) -> None
     assert opened(database).parent_id == tracker.parent_id
 
 
-def test_a_server_that_is_not_there_is_answered_at_once(opened: Opened, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported_at_once(opened: Opened, tmp_path: Path) -> None:
     uri = f"http://me:secret@127.0.0.1:{free_port()}"
     started = time.monotonic()
     for open_it in (opened, check_tracking, lambda uri: log_analysis(uri, "x", tmp_path, "y", {}, [])):
-        with pytest.raises(SpecError) as answered:
+        with pytest.raises(SpecError) as raised:
             open_it(uri)
-        assert "'http://me:***@127.0.0.1" in str(answered.value)
-        assert "refused" in str(answered.value)
-        assert "secret" not in str(answered.value)
+        assert "'http://me:***@127.0.0.1" in str(raised.value)
+        assert "refused" in str(raised.value)
+        assert "secret" not in str(raised.value)
     assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize(
-    ("uri", "told"),
+    ("uri", "cause"),
     [
         ("nonsense://x", "unsupported URI .nonsense://x."),
         ("postgresql://me:secret@127.0.0.1:1/db", "No module named 'psycopg|refused"),
         ("sqlite:///FILE", "file is not a database"),
     ],
 )
-def test_what_is_no_server_is_answered_in_one_line(uri: str, told: str, tmp_path: Path) -> None:
+def test_an_invalid_uri_is_reported_in_one_line(uri: str, cause: str, tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("no database" * 100)
-    with pytest.raises(SpecError, match=told) as answered:
+    with pytest.raises(SpecError, match=cause) as raised:
         check_tracking(uri.replace("FILE", str(tmp_path / "file.txt")))
-    assert "\n" not in str(answered.value)
-    assert "secret" not in str(answered.value)
+    assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
 
 
-def test_items_are_asked_for_when_they_are_sent(opened: Opened, database: str, tmp_path: Path) -> None:
+def test_items_are_read_when_they_are_delivered(opened: Opened, database: str, tmp_path: Path) -> None:
     tracker = opened(database)
     items = tmp_path / "items.json"
     items.write_text("[]")
@@ -543,11 +543,11 @@ def test_items_are_asked_for_when_they_are_sent(opened: Opened, database: str, t
     arrived(tracker)
     items.unlink()
     tracker.finish_trial(Result("b", None, {}), items.read_text)
-    with pytest.raises(FileNotFoundError):  # ours, not the server's
+    with pytest.raises(FileNotFoundError):  # our own error, not the server's
         arrived(tracker)
 
 
-def test_a_description_keeps_whole_lines(opened: Opened, database: str) -> None:
+def test_a_long_description_is_cut_at_a_line(opened: Opened, database: str) -> None:
     tracker = opened(database)
     tracker.describe("| 0123456789 |\n" * 1000)
     arrived(tracker)
@@ -556,7 +556,7 @@ def test_a_description_keeps_whole_lines(opened: Opened, database: str) -> None:
     assert 7900 < len(text) <= 8000
 
 
-def test_the_page_that_compares_runs() -> None:
+def test_the_link_to_the_page_that_compares_runs() -> None:
     link = parallel_coordinates_link("http://me:pw@host:5000/", "7", ["a", "b"])
     assert link is not None
     assert unquote(link) == 'http://host:5000/#/compare-runs?runs=["a", "b"]&experiments=["7"]'
@@ -568,20 +568,20 @@ def test_pauses_between_attempts_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlprune.tracking.delivery.LONGEST_PAUSE", 0.3)
     times: list[float] = []
 
-    def thing() -> None:
+    def update() -> None:
         times.append(time.monotonic())
         if len(times) < 6:
             raise UnavailableError("not yet")
 
     with closing(DeliveryQueue()) as queue:
-        queue.submit(thing)
+        queue.submit(update)
         assert queue.flush(5, lambda count, why: None)
     pauses = [after - before for before, after in pairwise(times)]
     assert all(low <= pause < low + 0.25 for low, pause in zip((0.1, 0.2, 0.3, 0.3, 0.3), pauses, strict=True))
 
 
-def test_patience_is_with_what_stands_still() -> None:
-    """Many things that each take a while are waited for; one that does not get through is not."""
+def test_flush_gives_up_only_when_nothing_is_delivered() -> None:
+    """It waits for many slow updates, but not for one that hangs."""
     with closing(DeliveryQueue()) as queue:
         for _ in range(6):
             queue.submit(lambda: time.sleep(0.15))

@@ -1,4 +1,4 @@
-"""Cluster: a sweep as a Ray job on a cluster, submitted from a laptop, watched through an ssh tunnel, found again.
+"""Cluster: a sweep as a Ray job on a cluster: submitted from a laptop, watched over ssh, and found again later.
 
 What a job consists of is in `job_package`, how the head is reached in `ssh`.
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlprune.errors import StorageError
 from mlprune.spec.variants import Variant
 from mlprune.storage.files import DAMAGED_JSON, Storage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ class ResultStore:
         try:
             stored = self._read(key)
             complete = self._storage.size(stored.items_name) == stored.items_bytes
-        except (FileNotFoundError, *DAMAGED_JSON):
+        except FileNotFoundError:
+            return None
+        except DAMAGED_JSON as error:
+            logger.debug("ignoring the damaged result %s: %r", key, error)
             return None
         return stored.result if complete else None
 
