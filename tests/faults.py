@@ -1,8 +1,8 @@
-"""Deaths on demand. Ray runs `install` in each of its worker processes, where shards then die as a test says.
+"""Faults on demand. Ray runs `install` in each worker process, and workers then die where a test orders it.
 
-A folder holds, for each method of a shard's worker, files that are taken in order of their names, one a call; the
-content says what that call does: `live`, `die`, the number of a process that is killed with us, or `hold:PATTERN`:
-to stay where it is, on a host whose name matches, until the host is killed or cut off.
+A folder holds, for each method of ShardWorker, files that are taken in the order of their names, one a call. The
+content is what that call does: `live`, `die`, a process id that is killed together with the worker, or
+`hold:PATTERN`: wait, on a host whose name matches, until the host is killed or cut off.
 """
 
 import functools
@@ -22,7 +22,7 @@ METHODS = ("save_moments", "mask", "prune_through", "likelihood", "layer_weights
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What a driver's environment must hold for its workers to die by `folder`."""
+    """Return the environment variables of a driver whose workers read their orders in `folder`."""
     config = {
         "runtime_env": {
             "worker_process_setup_hook": "tests.faults.install",
@@ -40,7 +40,7 @@ def order(folder: Path, method: str, calls: Sequence[str]) -> None:
 
 
 def left(folder: Path) -> list[Path]:
-    """What was ordered and has not come to pass."""
+    """Return the orders that no call has carried out."""
     return [file for file in folder.glob("*/*") if not file.suffix]
 
 

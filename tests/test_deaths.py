@@ -1,4 +1,4 @@
-"""Killed is not lost: workers, trials, drivers and the tracking server die in each phase of real sweeps."""
+"""Invariant 4: workers, trials, drivers and the tracking server die in each phase of a sweep; nothing is lost."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def _await(file: Path, sweep: Future[Any]) -> None:
         time.sleep(0.05)
 
 
-def test_one_that_kills_its_workers_fails_alone(undisturbed: Numbers, tmp_path: Path) -> None:
+def test_a_trial_that_kills_its_workers_fails_alone(undisturbed: Numbers, tmp_path: Path) -> None:
     (tmp_path / "faults").mkdir()
     (tmp_path / "faults" / faults.GUILTY).write_text("wanda 0.5 mono:en")
     outcome = done(tmp_path, "sweep", str(spec(tmp_path)), code=1)
@@ -132,7 +132,7 @@ def test_one_that_kills_its_workers_fails_alone(undisturbed: Numbers, tmp_path: 
 
 
 def test_the_driver_dies_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> None:
-    """Calibration, masking and evaluation, one after another; each time the same command goes on."""
+    """Calibration, masking and evaluation, one after another; each time the same command resumes."""
     results = tmp_path / "store" / "results"
     before: dict[str, int] = {}
     for method, calls in {"save_moments": 1, "mask": 2, "likelihood": 9}.items():
@@ -154,24 +154,24 @@ def test_the_driver_dies_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> 
 PRUNE = ["prune", "--calibration", "mono:en", "--score", "wanda", "--sparsity", "0.5"]
 
 
-def test_export_outlives_a_worker_and_leaves_nothing_of_a_dead_driver(tmp_path: Path) -> None:
-    asked = [*PRUNE, "--spec", str(spec(tmp_path))]
+def test_export_survives_a_worker_and_a_dead_driver_leaves_no_files(tmp_path: Path) -> None:
+    options = [*PRUNE, "--spec", str(spec(tmp_path))]
     faults.order(tmp_path / "faults", "layer_weights", ["live", "die"])
-    done(tmp_path, *asked, "--output", "mended")
+    done(tmp_path, *options, "--output", "mended")
     assert faults.left(tmp_path / "faults") == []
 
-    process = start(tmp_path, *asked, "--output", "killed")
+    process = start(tmp_path, *options, "--output", "killed")
     faults.order(tmp_path / "faults", "layer_weights", ["live", "live", str(process.pid)])
     assert process.wait(300) == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
 
-    done(tmp_path, *asked, "--set", "pipeline.shards=1", "--output", "killed")
+    done(tmp_path, *options, "--set", "pipeline.shards=1", "--output", "killed")
     one, other = (tmp_path / name / "model.safetensors" for name in ("mended", "killed"))
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_worker_killed_for_memory_is_told_as_such(tmp_path: Path) -> None:
-    """Ray's own monitor, told that two percent of the machine's memory are too much."""
+def test_a_worker_killed_for_memory_is_reported_as_such(tmp_path: Path) -> None:
+    """By Ray's own memory monitor, with a limit of two percent of the machine's memory."""
     greedy = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "100"}
     assert done(tmp_path, "sweep", str(spec(tmp_path)), code=1, **greedy) is None
     last = (tmp_path / "log.txt").read_text().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""A cluster whose nodes are launched when they are asked for, by Ray's real autoscaler; all on this machine."""
+"""A cluster whose nodes Ray's autoscaler launches on demand, as processes of this machine."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     config.write_text(json.dumps(CLUSTER | {"provider": PROVIDER | {"gcs_address": place}}))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    told = {
+    environment = {
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
@@ -80,7 +80,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     ]
     with (Path(folder) / "log").open("wb") as log:
         head = subprocess.Popen(
-            command, env={**os.environ, **told}, stdout=log, stderr=log, start_new_session=True
+            command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
         )
     try:
         yield place
@@ -93,8 +93,8 @@ def test_from_no_node_to_two_replicas(address: str, tmp_path: Path, monkeypatch:
     few = {"score": ["magnitude"], "calibration": [], "propagation": ["dense"]}
     expected = plain_numbers(spec(tmp_path, **few))
     monkeypatch.setenv("RAY_ADDRESS", address)
-    found = sweep(tmp_path, "--set", "pipeline.replicas=2", **few)
-    assert numbers(found) == expected
+    outcome = sweep(tmp_path, "--set", "pipeline.replicas=2", **few)
+    assert numbers(outcome) == expected
     log = (tmp_path / "log.txt").read_text()
     assert "waiting for resources for 1 shard(s), 1 CPU" in log, "the second node comes when it is wanted"
     assert "loading the model 2 times into 1 shard(s)" in log

@@ -60,22 +60,24 @@ def plain_features(folder: Path, family: str, made: CalibrationSet) -> Tensor:
     sums = torch.zeros(4, 32, dtype=torch.float64)
     for prompt in made.prompts:
         with torch.inference_mode():
-            told = model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
-        assert all(torch.equal(left[n], told[n + 1]) for n in range(3)), "of the last, hidden_states has its norm"
+            hidden_states = model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+        assert all(torch.equal(left[n], hidden_states[n + 1]) for n in range(3)), (
+            "of the last, hidden_states has its norm"
+        )
         sums += torch.stack([left[n][0].double().square().sum(0).sqrt() for n in range(4)])
     return sums
 
 
 def _first(out: Any) -> Tensor:
-    found: Tensor = out[0] if isinstance(out, tuple) else out
-    return found
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
 
 
 # the workers' sums
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_magnitudes_are_what_plain_transformers_compute(family: str, tmp_path: Path) -> None:
+def test_magnitudes_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     prepared = ready(tmp_path, source(family))
     batches = prepared.sets[SETS[0]].batches
     if family != "mixtral":
@@ -88,7 +90,7 @@ def test_magnitudes_are_what_plain_transformers_compute(family: str, tmp_path: P
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_shards_change_no_bit(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_shards(tmp_path: Path) -> None:
     found = []
     for shards, over_ray in ((1, False), (2, False), (2, True)):
         prepared = ready(tmp_path, shards=shards)
@@ -103,7 +105,7 @@ def test_shards_change_no_bit(tmp_path: Path) -> None:
         assert counts == found[0][1]
 
 
-def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
+def test_padding_content_does_not_change_results(tmp_path: Path) -> None:
     prepared = ready(tmp_path)
     batches = prepared.sets[SETS[0]].batches
 
@@ -134,7 +136,7 @@ def test_ranks_share_the_sums(tmp_path: Path) -> None:
     torch.testing.assert_close(sum(sums[1:]), sums[0], rtol=1e-14, atol=0)
 
 
-def test_pads_that_are_no_numbers_count_nothing() -> None:
+def test_nan_in_padding_is_ignored() -> None:
     state_BTH = torch.randn(3, 5, 4)
     mask_BT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
     expected = sum(state[mask.bool()].double().norm(dim=0) for state, mask in zip(state_BTH, mask_BT, strict=True))
@@ -156,7 +158,7 @@ def gathered(storage: Path, family: str, recipes: int) -> Iterator[tuple[Prepare
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_shared_drops_are_those_of_the_unpacked_masks(family: str, tmp_path: Path) -> None:
+def test_shared_drops_equal_those_of_unpacked_masks(family: str, tmp_path: Path) -> None:
     with gathered(tmp_path, family, 3) as (prepared, pipeline, variants):
         (worker,) = pipeline._workers
         found = pipeline.shared_drops([prepared.recipe(variant) for variant in variants])
@@ -214,7 +216,7 @@ def test_overlap_has_a_direction() -> None:
 
 
 @pytest.mark.parametrize(("width", "ratio", "count"), [(100, 0.29, 29), (576, 0.3, 172), (10, 0.5, 5)])
-def test_the_ratio_that_is_asked_for_is_taken(width: int, ratio: float, count: int) -> None:
+def test_the_requested_ratio_is_taken(width: int, ratio: float, count: int) -> None:
     magnitude = torch.rand(3, width, dtype=torch.float64)
     top, bottom = is_at(magnitude, ratio, "top"), is_at(magnitude, ratio, "bottom")
     assert (top.sum(1).tolist(), bottom.sum(1).tolist()) == ([count] * 3, [count] * 3)

@@ -52,7 +52,7 @@ def untied(family: str = "llama") -> ModelSource:
 
 
 @dataclass
-class Told:
+class Generated:
     """What the whole model says of a prompt."""
 
     tokens: list[int]
@@ -60,25 +60,25 @@ class Told:
 
 
 @torch.inference_mode()
-def told_by_the_whole(source: ModelSource, weights: Mapping[str, Tensor] | None = None) -> list[Told]:
+def whole_model_output(source: ModelSource, weights: Mapping[str, Tensor] | None = None) -> list[Generated]:
     with quiet_transformers():
         load: Any = AutoModelForCausalLM.from_pretrained
         model = load(source.folder, experts_implementation="eager").eval()
         if weights is not None:
             model.load_state_dict(weights)
         model.generation_config.eos_token_id = None
-        given = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "return_dict_in_generate": True}
-        told = []
+        options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "return_dict_in_generate": True}
+        generated = []
         for prompt in prompts():
             ids = torch.tensor([prompt])
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, **given)
-            told.append(Told(out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)))
-    return told
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, **options)
+            generated.append(Generated(out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)))
+    return generated
 
 
 @functools.cache
 def expected() -> list[list[int]]:
-    return [told.tokens for told in told_by_the_whole(untied())]
+    return [generated.tokens for generated in whole_model_output(untied())]
 
 
 @contextmanager
@@ -115,11 +115,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_writes_what_the_whole_model_writes(
+def test_every_family_generates_what_the_whole_model_generates(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = told_by_the_whole(untied(family))
-    apart = min(float((one.logits_TV[1:] - one.logits_TV[:-1]).abs().amax(1).min()) for one in told)
+    generated = whole_model_output(untied(family))
+    apart = min(float((one.logits_TV[1:] - one.logits_TV[:-1]).abs().amax(1).min()) for one in generated)
     assert apart > 0.01, "a model that says the same at every step proves nothing"
     logits, seen = ReplayModel.logits, list[Tensor]()
 
@@ -131,14 +131,14 @@ def test_every_family_writes_what_the_whole_model_writes(
     for shards in (1, 2):
         seen.clear()
         with pipeline_of(untied(family), tmp_path, shards) as pipeline:
-            assert pipeline.generate(prompts(), NEW, never) == [one.tokens for one in told], shards
-        logits_BTV = torch.stack([told[row].logits_TV for row in LONGEST_FIRST])  # all rows are one group
+            assert pipeline.generate(prompts(), NEW, never) == [one.tokens for one in generated], shards
+        logits_BTV = torch.stack([generated[row].logits_TV for row in LONGEST_FIRST])  # all rows are one group
         torch.testing.assert_close(torch.cat(seen, 1), logits_BTV, atol=1e-4, rtol=0)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("shards", [1, 3])
-def test_groups_waves_and_micro_batches_change_nothing(shards: int, tmp_path: Path) -> None:
+def test_output_does_not_depend_on_groups_waves_and_micro_batches(shards: int, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     with pipeline_of(untied(), tmp_path, shards) as pipeline:
         written = pipeline.generate(prompts(), NEW, never, progress=lambda done, all: steps.append((done, all)))
@@ -148,7 +148,7 @@ def test_groups_waves_and_micro_batches_change_nothing(shards: int, tmp_path: Pa
     assert len(steps) == 2 * NEW
 
 
-def test_groups_hold_like_lengths_and_waves_what_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_hold_similar_lengths_and_waves_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "GROUP_ROWS", 5)
     monkeypatch.setattr(decoding, "CACHED_TOKENS", 1000)
     generator = torch.Generator().manual_seed(8)
@@ -167,11 +167,9 @@ def test_groups_hold_like_lengths_and_waves_what_there_is_room_for(monkeypatch: 
 
 
 @pytest.mark.usefixtures("small")
-def test_rows_end_and_groups_that_have_ended_are_not_passed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ended_groups_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[list[int]] = []
-    asked: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     decode = Session.decode
 
     def noting(self: Session, steps: Sequence[Step], hidden: Any) -> list[Tensor]:
@@ -179,7 +177,7 @@ def test_rows_end_and_groups_that_have_ended_are_not_passed_again(
         return decode(self, steps, hidden)
 
     def ended(row: int, tokens: Sequence[int]) -> bool:
-        asked.append((row, len(tokens)))
+        calls.append((row, len(tokens)))
         return early(row, tokens)
 
     monkeypatch.setattr(Session, "decode", noting)
@@ -187,10 +185,12 @@ def test_rows_end_and_groups_that_have_ended_are_not_passed_again(
         assert pipeline.generate(prompts(), NEW, ended) == cut(expected())
     # rows end after 2, 4, 6 | 8, 10, 12 | 12 tokens, and the third group waits for a place
     assert passed == [[0, 1]] * 6 + [[1]] * 6 + [[2]] * 12
-    assert len(asked) == len(set(asked)) == 2 + 4 + 6 + 8 + 10 + 12 + 12
+    assert len(calls) == len(set(calls)) == 2 + 4 + 6 + 8 + 10 + 12 + 12
 
 
-def test_a_masked_model_writes_what_its_checkpoint_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_masked_model_generates_what_its_checkpoint_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared, made, masked = ready(tmp_path, untied(), shards=2), list[Any](), residency.masked
 
     def counting(*given: Any) -> dict[str, Tensor]:
@@ -199,15 +199,15 @@ def test_a_masked_model_writes_what_its_checkpoint_would(tmp_path: Path, monkeyp
 
     with opened(prepared) as pipeline:
         make_masks(prepared, pipeline, RANDOM)
-        told = [one.tokens for one in told_by_the_whole(untied(), masks_of(prepared, pipeline, RANDOM))]
+        generated = [one.tokens for one in whole_model_output(untied(), masks_of(prepared, pipeline, RANDOM))]
         monkeypatch.setattr(residency, "masked", counting)
-        assert pipeline.generate(prompts(), NEW, never, RANDOM.key) == told != expected()
+        assert pipeline.generate(prompts(), NEW, never, RANDOM.key) == generated != expected()
         assert len(made) == 4, "each layer is masked once, not once a token"
         assert pipeline.generate(prompts(), NEW, never) == expected(), "the dense weights are as they were"
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_actors_and_ranks_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actors_and_ranks_generate_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "GROUP_ROWS", 2)  # four groups for two ranks, the first of which ends first
     held = {"residency": "zero", "offload": "cpu", "ranks_per_shard": 2}
     prepared, alone = ready(tmp_path / "a", untied(), shards=2, pipeline=held), ready(tmp_path / "b", untied())
@@ -224,7 +224,7 @@ def test_actors_and_ranks_write_the_same(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("fails", [None, "ended", "run"])
-def test_nothing_is_kept_when_all_is_written_or_something_fails(
+def test_caches_are_released_at_the_end_and_after_an_error(
     fails: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: weakref.WeakSet[KeyValues] = weakref.WeakSet()
@@ -259,7 +259,7 @@ def test_nothing_is_kept_when_all_is_written_or_something_fails(
         assert not kept
 
 
-def test_masked_experts_do_not_wait_for_the_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_masked_experts_are_released_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights: list[weakref.ref[torch.nn.Parameter]] = []
     copied = decoding._masked_copy
 
@@ -281,7 +281,7 @@ def test_masked_experts_do_not_wait_for_the_collector(tmp_path: Path, monkeypatc
             gc.enable()
 
 
-def test_more_than_the_model_has_positions_for_is_our_mistake(tmp_path: Path) -> None:
+def test_too_many_positions_fail_an_assertion(tmp_path: Path) -> None:
     with pipeline_of(untied(), tmp_path) as pipeline:
         assert len(pipeline.generate([[5] * 500], 12, never)[0]) == 12
         with pytest.raises(AssertionError, match="positions"):

@@ -1,4 +1,4 @@
-"""The same work on a GPU: what must not change there, and what a worker takes of it."""
+"""The same work on a GPU: results that must not change, and the GPU memory of a worker."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("pipeline", [{}, {"residency": "zero", "offload": "cpu"}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_shards_and_residency_change_no_bit(family: str, pipeline: dict[str, Any], tmp_path: Path) -> None:
+def test_results_do_not_depend_on_shards_and_residency(
+    family: str, pipeline: dict[str, Any], tmp_path: Path
+) -> None:
     outcomes = []
     for shards, how in ((1, {}), (3, pipeline)):
         prepared = ready(tmp_path / str(shards), source(family, "bfloat16"), shards, how)
@@ -29,7 +31,7 @@ def test_shards_and_residency_change_no_bit(family: str, pipeline: dict[str, Any
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_gpu_sees_what_cores_see(tmp_path: Path) -> None:
+def test_a_gpu_computes_what_the_cpu_computes(tmp_path: Path) -> None:
     """Float32 kernels differ in their last bits, so masks may differ where scores tie: hardly anywhere."""
     here, there = ready(tmp_path / "gpu"), ready(tmp_path / "cpu")
     there = replace(there, machine=replace(there.machine, gpus=0))
@@ -49,7 +51,7 @@ def masks(pipeline: Any) -> list[torch.Tensor]:
     return [mask.unpack().cpu() for layer in worker._masks[WANDA.key].values() for mask in layer.values()]
 
 
-def test_weights_are_halves_and_moments_doubles_on_the_gpu(tmp_path: Path) -> None:
+def test_weights_are_float16_and_moments_float64_on_the_gpu(tmp_path: Path) -> None:
     prepared = ready(tmp_path, source("llama", "bfloat16"))
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, VARIANTS)
@@ -60,7 +62,7 @@ def test_weights_are_halves_and_moments_doubles_on_the_gpu(tmp_path: Path) -> No
     assert (held, sums) == ({(torch.bfloat16, "cuda")}, {(torch.float64, "cuda")})
 
 
-def test_the_next_layer_comes_on_a_stream_of_its_own(tmp_path: Path) -> None:
+def test_the_next_layer_is_prefetched_on_its_own_stream(tmp_path: Path) -> None:
     prepared = ready(tmp_path, pipeline={"residency": "zero", "offload": "cpu"})
     with opened(prepared) as pipeline:
         (worker,) = pipeline._workers  # type: ignore[attr-defined]

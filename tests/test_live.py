@@ -1,4 +1,4 @@
-"""How a sweep is watched: the live table, plain lines, the file that `mlprune status` reads, what bounded it."""
+"""The status of a running sweep: live table, plain lines, the file of `mlprune status`, time left, bottleneck."""
 
 import heapq
 import json
@@ -329,7 +329,7 @@ def test_time_left_of_unequal_trials() -> None:
 # what bounded it
 
 
-def test_what_bounded_the_pipeline() -> None:
+def test_the_bottleneck_is_named() -> None:
     layers = ((0, 9), (10, 14), (15, 20))
     one = describe_bottleneck([0.5, 0.97, 0.4], 4, 3, layers)
     assert one.startswith("shard 1 (layers 10-14) has the most work, or the slowest device: busy 97% of the time")
@@ -421,7 +421,7 @@ def test_sweeps_are_seen_while_their_processes_live(folder: Path) -> None:
         assert names() == []
 
 
-def test_a_file_of_a_dead_process_goes(folder: Path) -> None:
+def test_the_file_of_a_dead_process_is_removed(folder: Path) -> None:
     with a_driver("killed", 1000.0) as process:
         process.kill()
         process.wait()
@@ -430,7 +430,7 @@ def test_a_file_of_a_dead_process_goes(folder: Path) -> None:
         assert list(folder.iterdir()) == []
 
 
-def test_a_number_given_again_is_told_apart(folder: Path) -> None:
+def test_a_reused_process_id_is_recognised(folder: Path) -> None:
     write_status(a_status())
     assert names() == ["quickstart"]
     file = next(folder.iterdir())
@@ -440,7 +440,7 @@ def test_a_number_given_again_is_told_apart(folder: Path) -> None:
     assert not file.exists()
 
 
-def test_what_another_machine_wrote_to_a_shared_folder_stays(folder: Path) -> None:
+def test_files_of_another_host_stay(folder: Path) -> None:
     write_status(a_status())
     mine = next(folder.iterdir())
     theirs = folder / f"{2**22 + 1}@elsewhere.json"
@@ -449,7 +449,7 @@ def test_what_another_machine_wrote_to_a_shared_folder_stays(folder: Path) -> No
     assert theirs.exists()
 
 
-def test_another_versions_sweep_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sweep_of_another_version_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_status(a_status())
     file = next(folder.iterdir())
     told = json.loads(file.read_text())
@@ -480,7 +480,7 @@ def test_a_reader_never_sees_half_a_file() -> None:
     remove_status()  # twice does no harm
 
 
-def test_a_sweep_that_cannot_be_seen_goes_on(
+def test_a_sweep_continues_if_its_status_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "taken").write_text("")
@@ -524,7 +524,7 @@ def test_status_answers_at_once() -> None:
     assert not {"torch", "ray", "mlflow", "transformers", "numpy"} & set(modules.split())
 
 
-def test_a_second_of_watching_costs_little() -> None:
+def test_one_update_costs_little() -> None:
     """One call a second of each must not be felt: well under a tenth of a core, with much to show."""
     shown = a_status(32, 8, 64, LONG)
     paper = Console(width=100, file=StringIO())
@@ -538,7 +538,7 @@ def test_a_second_of_watching_costs_little() -> None:
     assert best < 0.1
 
 
-def test_words_of_the_file_are_those_of_the_types() -> None:
+def test_a_status_survives_its_file() -> None:
     """`running_sweeps` gives back the very thing, whatever stood in it."""
     shown = replace(a_status(3, 2, 3), now=time.time())
     write_status(shown)

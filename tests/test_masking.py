@@ -1,4 +1,4 @@
-"""What a variant makes of a model's weights, by rules that read more than a norm, or change what they keep."""
+"""Masks and changed weights of whole models: SparseGPT, OWL, padding and code as calibration."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def pruned(folder: Path, variant: Variant, family: str = "llama", **changes: Any
         return made, masks_of(prepared, pipeline, variant), prepared
 
 
-def test_a_singular_hessian_names_its_layer_and_nothing_takes_its_place(
+def test_a_singular_hessian_is_an_error_that_names_its_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparsegpt, "DAMPING", 0.0)
@@ -43,7 +43,7 @@ def test_a_singular_hessian_names_its_layer_and_nothing_takes_its_place(
 
 
 @pytest.mark.parametrize("variant", [CONTRASTIVE, SPARSEGPT], ids=str)
-def test_sums_that_are_not_finite_name_their_layer(
+def test_sums_that_are_not_finite_are_an_error_that_names_their_layer(
     variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = Moments.of
@@ -60,7 +60,7 @@ def test_sums_that_are_not_finite_name_their_layer(
         pruned(tmp_path, variant)
 
 
-def test_changed_weights_make_up_for_those_that_went(tmp_path: Path) -> None:
+def test_changed_weights_compensate_for_dropped_ones(tmp_path: Path) -> None:
     """On the calibration text, SparseGPT's model is closer to the dense one than Wanda's of the same sparsity."""
     wanda = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "sequential")
     dense = AutoModelForCausalLM.from_pretrained(source("llama").folder).eval()
@@ -80,7 +80,7 @@ def test_changed_weights_make_up_for_those_that_went(tmp_path: Path) -> None:
     assert errors["sparsegpt"] < 0.9 * errors["wanda"]
 
 
-def test_owl_keeps_the_budget_and_gives_layers_their_own_share(tmp_path: Path) -> None:
+def test_owl_keeps_the_total_and_gives_each_layer_its_own_sparsity(tmp_path: Path) -> None:
     made, weights, _ = pruned(tmp_path, OWL)
     assert len(set(made.layers)) > 1
     assert max(made.layers) - min(made.layers) <= 2 * 0.08
@@ -93,7 +93,7 @@ def test_owl_keeps_the_budget_and_gives_layers_their_own_share(tmp_path: Path) -
     assert [float(layer.double().mean()) for layer in dropped] == pytest.approx(made.layers)
 
 
-def test_the_paper_s_padded_sums_are_others_and_said_to_be(tmp_path: Path) -> None:
+def test_padded_sums_of_the_paper_differ_and_have_their_own_key(tmp_path: Path) -> None:
     """With count_padding every prompt is as long as it may be, and its pads are tokens like any."""
     wanda = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
     asked = {"samples": 6, "shots": 1, "max_tokens": 400, "seed": 3}
@@ -106,7 +106,7 @@ def test_the_paper_s_padded_sums_are_others_and_said_to_be(tmp_path: Path) -> No
     assert digests[0] != digests[1]
 
 
-def test_code_calibrates_and_the_manifest_says_which(tmp_path: Path) -> None:
+def test_code_calibrates_and_is_named_in_the_manifest(tmp_path: Path) -> None:
     """Beside lines of text, in a mixture and as the side that is weighed against."""
     mixed = parse_variant("mix:code=0.5,mono:en=0.5", "wanda", 0.5, "unstructured", "dense")
     against = parse_variant(None, "contrastive:mono:en/code", 0.5, "unstructured", "sequential")

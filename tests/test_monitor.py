@@ -1,4 +1,4 @@
-"""What the driver makes of its looks at shards."""
+"""Rates of shards from samples of their usage."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mlprune.runtime.actors import ShardUsage
 from mlprune.sweep.monitor import WINDOW_SECONDS, _ShardHistory
 
 
-def test_rates_are_of_the_last_looks_alone() -> None:
+def test_rates_are_averaged_over_the_window() -> None:
     shard = _ShardHistory()
     assert shard.add(ShardUsage("a", 0.0, 0.0, 0)) == 0
     assert shard.rates() == (0, 0)
@@ -18,14 +18,12 @@ def test_rates_are_of_the_last_looks_alone() -> None:
     assert shard.rates() == (0, 0)
 
 
-def test_another_worker_begins_anew() -> None:
+def test_rates_restart_with_another_worker() -> None:
     shard = _ShardHistory()
     shard.add(ShardUsage("a", 10.0, 8.0, 500))
     assert shard.add(None) == 0
     assert not shard.alive
-    assert shard.add(ShardUsage("b", 500.0, 1.0, 100)) == 0, (
-        "what it worked before its first look is not told apart"
-    )
+    assert shard.add(ShardUsage("b", 500.0, 1.0, 100)) == 0, "work before the first sample is unknown"
     assert shard.alive
     assert shard.add(ShardUsage("b", 502.0, 2.0, 300)) == 1.0
     assert shard.rates() == (0.5, 100)

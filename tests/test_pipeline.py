@@ -1,4 +1,4 @@
-"""One suite for both pipelines. Promise 1: how many shards there are, and where, changes no bit."""
+"""One suite for both pipelines. Invariant 1: results are bit-identical for any number and place of shards."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,14 +48,14 @@ def outcome(prepared: Prepared, pipeline: Pipeline) -> Outcome:
 
 
 def stored_moments(prepared: Prepared) -> dict[str, tuple[int, bytes]]:
-    found = {}
+    by_matrix = {}
     for name, calibration in prepared.sets.items():
         for layer in range(4):
             moments = prepared.moment_store().load(calibration.key, layer)
             assert moments is not None
             for matrix, seen in moments.items():
-                found[f"{name} {layer}.{matrix}"] = seen.tokens, seen.sumsq_I.numpy().tobytes()
-    return found
+                by_matrix[f"{name} {layer}.{matrix}"] = seen.tokens, seen.sumsq_I.numpy().tobytes()
+    return by_matrix
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +67,24 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(("shards", "over_ray"), FORMS)
-def test_any_form_gives_the_same_bits(shards: int, over_ray: bool, expected: Outcome, tmp_path: Path) -> None:
+def test_local_and_ray_pipelines_give_bit_identical_results(
+    shards: int, over_ray: bool, expected: Outcome, tmp_path: Path
+) -> None:
     prepared = ready(tmp_path, shards=shards)
     with opened(prepared, over_ray) as pipeline:
-        found = outcome(prepared, pipeline)
-    assert found.moments == expected.moments
-    assert found.masks == expected.masks
-    assert found.likelihoods == expected.likelihoods
+        result = outcome(prepared, pipeline)
+    assert result.moments == expected.moments
+    assert result.masks == expected.masks
+    assert result.likelihoods == expected.likelihoods
 
 
-def test_variants_are_not_all_alike(expected: Outcome) -> None:
+def test_variants_differ(expected: Outcome) -> None:
     assert len({pruned.digest for pruned in expected.masks.values()}) == len(VARIANTS)
     assert len({tuple(values) for values in expected.likelihoods.values()}) == len(VARIANTS) + 1
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt2", "mixtral", "gemma3_text", "opt"])
-def test_shards_change_nothing_in_other_families(family: str, tmp_path: Path) -> None:
+def test_results_of_other_families_do_not_depend_on_shards(family: str, tmp_path: Path) -> None:
     outcomes = []
     for shards in (1, 3):
         prepared = ready(tmp_path / str(shards), source(family), shards)
@@ -91,7 +93,7 @@ def test_shards_change_nothing_in_other_families(family: str, tmp_path: Path) ->
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_model_of_few_positions_is_scored(tmp_path: Path) -> None:
+def test_model_with_few_positions_is_scored(tmp_path: Path) -> None:
     """Logits are made for 512 tokens at a time, which such a model has no positions for."""
     likelihoods = []
     for positions in (400, 2048):
@@ -117,7 +119,7 @@ def shorten(folder: Path, positions: int) -> None:
     save_file(weights, file, {"format": "pt"})
 
 
-def test_threads_change_nothing(expected: Outcome, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_thread_count(expected: Outcome, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
@@ -136,13 +138,13 @@ def test_sequential_pruning_may_stop_after_any_layer(
     prepared = ready(tmp_path)
     steps: list[tuple[int, int]] = []
     with opened(prepared) as pipeline:
-        for _ in range(2):  # the second time nothing of the first is left
+        for _ in range(2):  # the second run must not depend on the first
             made = make_masks(prepared, pipeline, variant, lambda done, total: steps.append((done, total)))
             assert made == expected.masks[variant.label]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
 
 
-def test_shards_that_come_later_read_what_was_stored(expected: Outcome, tmp_path: Path) -> None:
+def test_another_number_of_shards_reads_stored_moments(expected: Outcome, tmp_path: Path) -> None:
     first = ready(tmp_path, shards=2)
     with opened(first) as pipeline:
         gather_moments(first, pipeline, VARIANTS)
@@ -152,7 +154,7 @@ def test_shards_that_come_later_read_what_was_stored(expected: Outcome, tmp_path
         assert make_masks(second, pipeline, WANDA) == expected.masks[WANDA.label]
 
 
-def test_a_corrupt_file_is_gathered_again_with_a_warning(
+def test_moments_of_a_corrupt_file_are_gathered_again_with_a_warning(
     expected: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared = ready(tmp_path)
@@ -170,7 +172,7 @@ def test_a_corrupt_file_is_gathered_again_with_a_warning(
         assert pipeline.restore(prepared.sets[str(WANDA.calibration)].key) == (True, ())
 
 
-def test_a_pass_that_broke_off_is_not_taken_for_a_whole_one(expected: Outcome, tmp_path: Path) -> None:
+def test_an_incomplete_pass_is_not_used(expected: Outcome, tmp_path: Path) -> None:
     prepared = ready(tmp_path)
     calibration = prepared.sets[str(WANDA.calibration)]
     with opened(prepared) as pipeline:
@@ -180,10 +182,10 @@ def test_a_pass_that_broke_off_is_not_taken_for_a_whole_one(expected: Outcome, t
         assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
 
 
-# promise 2: every weight moves once
+# invariant 2: every weight moves once
 
 
-def test_a_pass_borrows_each_layer_once_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_borrows_each_layer_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     borrowed: list[int] = []
     borrow = Resident.borrow
 
@@ -230,13 +232,13 @@ def batches(count: int) -> list[Batch]:
     return [Batch(torch.zeros(1, 8, dtype=torch.long), (8,), (n,)) for n in range(count)]
 
 
-def test_chunks_are_under_way_in_every_shard_at_once() -> None:
+def test_all_shards_work_on_chunks_at_the_same_time() -> None:
     pipeline = DryPipeline()
     steps: list[tuple[int, int]] = []
     rows = RowSet(24, tuple(batches(24)), "")
     pipeline.likelihood(rows, progress=lambda done, total: steps.append((done, total)))
-    asked_before_first_answer = pipeline.events[: pipeline.events.index(("get", -1))]
-    assert asked_before_first_answer == [("forward", 0), ("forward", 1), ("likelihood", 2)] * 6
+    calls_before_first_get = pipeline.events[: pipeline.events.index(("get", -1))]
+    assert calls_before_first_get == [("forward", 0), ("forward", 1), ("likelihood", 2)] * 6
     assert steps == [(done, 24) for done in range(2, 25, 2)]
     waiting = 0
     for event, shard in pipeline.events:
@@ -244,7 +246,7 @@ def test_chunks_are_under_way_in_every_shard_at_once() -> None:
         assert waiting <= 2 * 3, shard
 
 
-def test_chunks_are_bounded_and_whole() -> None:
+def test_chunks_are_bounded_and_hold_every_batch() -> None:
     made = list(Chunks(2**20, few=False).split(batches(23), 3, masked=False))
     assert [row for chunk in made for batch in chunk for row in batch.rows] == list(range(23))
     assert len(made) >= DENSE_CHUNKS * 3
@@ -257,7 +259,7 @@ def test_chunks_are_bounded_and_whole() -> None:
 # what a worker holds
 
 
-def test_logits_are_never_made_for_many_tokens_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_for_few_tokens_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     logits = ReplayModel.logits
 
@@ -286,16 +288,16 @@ def test_a_trial_leaves_no_mask_behind(tmp_path: Path) -> None:
     assert seen == [1, 1]
 
 
-# promise 3: padding counts for nothing
+# invariant 3: padding is ignored
 
 
-def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
+def test_padding_content_does_not_change_results(tmp_path: Path) -> None:
     prepared = ready(tmp_path)
     calibration, suite = prepared.sets["translation:en-fr"], prepared.evaluation
     assert suite is not None
     assert any(batch.tokens < batch.input_ids.numel() for batch in calibration.batches), "nothing is padded"
 
-    def found(worker: ShardWorker, pad: int) -> tuple[Any, Any]:
+    def results(worker: ShardWorker, pad: int) -> tuple[Any, Any]:
         padded = [_with_pads(batch, pad) for batch in calibration.batches]
         worker.forward(None, padded, gather=[str(pad)] * len(padded))
         nll = worker.likelihood(None, [_with_pads(batch, pad) for batch in suite.rows.batches])
@@ -304,7 +306,7 @@ def test_what_pads_hold_changes_no_bit(tmp_path: Path) -> None:
 
     with opened(prepared) as pipeline:
         worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
-        (one, one_nll), (other, other_nll) = found(worker, 2), found(worker, 57)
+        (one, one_nll), (other, other_nll) = results(worker, 2), results(worker, 57)
         tokens = {m.tokens for layer in worker._gathering["", "2"].values() for m in layer.values()}
     assert all(torch.equal(a, b) for a, b in zip(one + one_nll, other + other_nll, strict=True))
     assert tokens == {calibration.tokens}

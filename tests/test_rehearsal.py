@@ -1,4 +1,4 @@
-"""Scale, rehearsed: what a worker holds against its plan, a deep model in many shards, and one too big."""
+"""Scale on a small machine: measured against planned memory, a deep model in many shards, a model too large."""
 
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,14 @@ def check_peaks(prepared: Prepared, peaks: list[int]) -> None:
         assert need == pytest.approx(peak, rel=0.15), (planned, peaks)
 
 
-def test_a_resident_worker_takes_what_was_planned(resident: Run) -> None:
+def test_a_resident_worker_uses_the_planned_memory(resident: Run) -> None:
     prepared, _, peaks = resident
     check_peaks(prepared, peaks)
     assert prepared.plan.reason == ""
 
 
 @pytest.mark.parametrize("pipeline", ZERO, ids=str)
-def test_zero_takes_what_was_planned_and_changes_no_number(
+def test_zero_uses_the_planned_memory_with_identical_results(
     pipeline: dict[str, Any], resident: Run, tmp_path: Path
 ) -> None:
     prepared = checked(demo(tmp_path, **pipeline))
@@ -107,7 +107,7 @@ def test_zero_takes_what_was_planned_and_changes_no_number(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_shards_take_what_was_planned(tmp_path: Path) -> None:
+def test_shards_use_the_planned_memory(tmp_path: Path) -> None:
     prepared = checked(demo(tmp_path, shards=2))
     check_peaks(prepared, run(prepared)[1])
 
@@ -143,7 +143,7 @@ def test_eighty_layers_in_eight_shards(tmp_path: Path) -> None:
 
 @needs_libaio
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_model_too_big_for_a_worker_goes_to_disk_or_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_model_too_large_for_a_worker_is_offloaded_to_disk_or_refused(tmp_path: Path) -> None:
     wide = config("llama", num_hidden_layers=48, hidden_size=512, intermediate_size=1792, num_attention_heads=8)
     model = str(save(wide, tmp_path / "model").folder)
     limit = {"worker_memory": "900MiB"}

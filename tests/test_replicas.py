@@ -41,9 +41,7 @@ NODE = Machine(nodes=4, gpus=8, gpu_memory=80, host_memory=1000, host_to_device=
     ("replicas", "nodes", "gpus", "memory"),
     [(1, 4, 8, 1000), (2, 2, 8, 1000), (3, 1, 8, 1000), (4, 1, 8, 1000), (8, 1, 4, 500), (9, 1, 2, 333)],
 )
-def test_replicas_have_nodes_of_their_own_or_parts_of_one(
-    replicas: int, nodes: int, gpus: int, memory: int
-) -> None:
+def test_a_replica_gets_whole_nodes_or_a_part_of_one(replicas: int, nodes: int, gpus: int, memory: int) -> None:
     share = replica_share(NODE, replicas)
     assert (share.nodes, share.gpus, share.host_memory) == (nodes, gpus, memory)
     assert share.all_gpus * replicas <= NODE.all_gpus
@@ -52,7 +50,7 @@ def test_replicas_have_nodes_of_their_own_or_parts_of_one(
 GIB = 2**30
 
 
-def test_where_nodes_are_launched_as_few_are_taken_as_hold_the_model(tmp_path: Path) -> None:
+def test_an_elastic_cluster_uses_as_few_nodes_as_hold_the_model(tmp_path: Path) -> None:
     shape = ready(tmp_path).model_size
     work = Work(calibration=(1000,), evaluation=1000, longest=100, variants=4)
     whole = make_plan(shape, work, machine_of(1, 64 * GIB), PipelineSpec(), "m").memory[0].total
@@ -72,7 +70,7 @@ def machine_of(gpus: int, memory: int) -> Machine:
 # over real Ray: first what wants CPUs that the replicas would have
 
 
-def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_model_error_is_raised_without_a_retry(ray_cluster: None, tmp_path: Path) -> None:
     prepared = ready(tmp_path, shards=2)
     assert prepared.fingerprint, "made here, while the model is"
     object.__setattr__(prepared.source, "folder", tmp_path / "gone")
@@ -83,7 +81,7 @@ def test_a_model_that_is_wrong_is_told_as_such_and_not_tried_again(ray_cluster: 
         pass
 
 
-def test_a_cluster_that_is_too_small_says_what_is_missing(
+def test_missing_resources_are_logged_and_named_in_the_error(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ray_cluster_module, "QUIET_SECONDS", 0.1)
@@ -99,9 +97,7 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
     assert resources_text({"CPU": 0.5, "memory": 2.5 * GIB}) == "0.5 CPU, 2.5 GiB"
 
 
-def test_bundles_share_gpus_evenly_and_never_ask_for_more_than_a_node_has(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundles_share_gpus_evenly_and_fit_on_a_node(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "usable_nodes", lambda: [Node("a", {"CPU": 4.0}), Node("b", {"CPU": 8.0})])
     two = Machine(nodes=2, gpus=2, gpu_memory=GIB, host_memory=GIB, host_to_device=1, flops=1)
     assert bundle_for(two, workers=4, ranks=1, memory=7) == {"CPU": 1, "memory": 7, "GPU": 1}
@@ -126,7 +122,7 @@ def kill(pipeline: RayPipeline, shard: int) -> None:
     os.kill(pids(pipeline)[shard], signal.SIGKILL)
 
 
-def test_only_what_died_is_started_again(replicas: ReplicaGroup) -> None:
+def test_only_dead_workers_are_started_again(replicas: ReplicaGroup) -> None:
     before = [pids(pipeline) for pipeline in replicas.pipelines]
     kill(replicas.pipelines[0], 1)
     stale = replicas.pipelines[0]
@@ -141,9 +137,7 @@ def test_only_what_died_is_started_again(replicas: ReplicaGroup) -> None:
         stale.call_all(ShardWorker.ready)  # an old handle never reaches the new worker, which knows nothing
 
 
-def test_work_is_done_again_on_a_mended_pipeline_with_the_same_outcome(
-    replicas: ReplicaGroup, tmp_path: Path
-) -> None:
+def test_work_is_repeated_after_a_repair_with_the_same_outcome(replicas: ReplicaGroup, tmp_path: Path) -> None:
     prepared = ready(tmp_path, shards=2)
     deaths = 0
 
@@ -172,9 +166,7 @@ def test_work_is_done_again_on_a_mended_pipeline_with_the_same_outcome(
     replicas.repair()
 
 
-def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(
-    replicas: ReplicaGroup, tmp_path: Path
-) -> None:
+def test_a_pass_fails_when_a_worker_dies_between_chunks(replicas: ReplicaGroup, tmp_path: Path) -> None:
     """The worker dies idle between two chunks: the pass must fail, not go on with a new worker's zeros."""
     prepared = ready(tmp_path, shards=2)
     pipeline = replicas.pipelines[1]
@@ -196,7 +188,7 @@ def test_a_half_pass_on_a_worker_that_died_is_never_taken_for_a_whole_one(
     replicas.repair()
 
 
-def test_no_more_trials_than_planned_enter_a_replica_and_none_a_broken_fleet(replicas: ReplicaGroup) -> None:
+def test_a_replica_has_as_many_slots_as_planned_and_a_broken_group_has_none(replicas: ReplicaGroup) -> None:
     first, second = replicas.pipelines
     room = first._slots
     entered = [first.acquire_slot(f"t{number}") for number in range(room + 1)]
