@@ -137,7 +137,7 @@ def test_what_a_build_or_a_distribution_adds_to_the_library_is_left_out(
 
 
 def mock_hub(monkeypatch: pytest.MonkeyPatch, columns: dict[str, list[Any]]) -> list[Any]:
-    """Data sets of the hub are all these columns; the list tells what was asked for."""
+    """Every dataset of the hub has these columns; the list records what was requested."""
     import datasets
 
     asked = []
@@ -201,7 +201,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("name", "content", "remedy"), [(name, *rest) for name, rest in BROKEN.items()])
-def test_broken_code_is_answered_in_one_line(name: str, content: bytes, remedy: str, tmp_path: Path) -> None:
+def test_broken_code_is_a_one_line_error(name: str, content: bytes, remedy: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What a corpus is: the same text from every form, and a broken one answered in one line."""
+"""Corpora: the same text from every form, and one-line errors for malformed ones."""
 
 import json
 import pickle
@@ -69,7 +69,7 @@ def test_every_form_gives_the_same_corpus_verbatim(write: Callable[[Path], str],
         open_corpus(where, ["en", "hi"])
 
 
-def test_only_the_languages_asked_for_are_read(tmp_path: Path) -> None:
+def test_only_the_requested_languages_are_read(tmp_path: Path) -> None:
     where = write_folder(tmp_path / "corpus")
     (tmp_path / "corpus" / "de.txt").write_bytes(b"\xff one line, and that not UTF-8")
     assert set(open_corpus(where, ["fr"]).lines) == {"fr"}
@@ -152,7 +152,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("name", "text", "remedy"), [(name, *rest) for name, rest in BROKEN.items()])
-def test_a_broken_corpus_is_answered_in_one_line(name: str, text: str, remedy: str, tmp_path: Path) -> None:
+def test_a_broken_corpus_is_a_one_line_error(name: str, text: str, remedy: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if path.parent != tmp_path:

@@ -56,9 +56,7 @@ def as_mapping(items: Sequence[Items]) -> dict[tuple[str, str], dict[str, float]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_tasks_come_to_what_hf_comes_to(
-    shards: int, hf: Any, model: ModelSource, own: Path, tmp_path: Path
-) -> None:
+def test_metrics_equal_those_of_hf(shards: int, hf: Any, model: ModelSource, own: Path, tmp_path: Path) -> None:
     names = ("sample_xwinograd_fr", "own_all")
     made = loaded(*names, path=own, items=DOCUMENTS)
     assert made.tasks == ("sample_xwinograd_fr", *ALL_OWN)
@@ -83,7 +81,7 @@ def test_tasks_come_to_what_hf_comes_to(
     assert {0.0, 1.0} <= {value for key in mine for value in mine[key].values() if key[0] == "own_text"}
 
 
-def test_items_tell_task_language_and_metric(own: Path) -> None:
+def test_items_have_task_language_and_metric(own: Path) -> None:
     class Zeros:
         """Knows nothing."""
 
@@ -132,7 +130,7 @@ def test_the_key_is_of_the_content(own: Path) -> None:
     assert len(set(keys)) == 5
 
 
-def test_it_goes_to_another_process_without_its_files(own: Path, model: ModelSource, tmp_path: Path) -> None:
+def test_a_pickled_harness_needs_no_files(own: Path, model: ModelSource, tmp_path: Path) -> None:
     made = loaded("own_all", "sample_xcopa_sw", path=own, items=5)
     assert not [name for name in sys.modules if name.startswith(str(own))], "another process cannot import it"
     pickled = cloudpickle.dumps(made)
@@ -179,7 +177,7 @@ def test_sample_documents(samples: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["sample_xwinograd_pt", "sample_xcopa_th"])
-def test_samples_ask_and_score_as_the_stock_tasks(name: str, samples: Mapping[str, Any]) -> None:
+def test_samples_have_the_requests_and_metrics_of_the_stock_tasks(name: str, samples: Mapping[str, Any]) -> None:
     stock = name.removeprefix("sample_")
     file = "default_th.yaml" if "xcopa" in name else f"{stock}.yaml"
     settings = load_yaml(Path(lm_eval.__file__).parent / "tasks" / stock[:-3] / file)
@@ -221,13 +219,13 @@ def refused(*names: str, path: Path | None = None, positions: int = POSITIONS) -
         ("own_code", "runs code"),
     ],
 )
-def test_a_task_that_cannot_be_taken(name: str, words: str, own: Path) -> None:
+def test_an_unsupported_task_is_refused(name: str, words: str, own: Path) -> None:
     error = refused("sample_xwinograd_fr", name, path=own)
     assert (error.key, error.value) == ("evaluation.tasks[1]", repr(name))
     assert words in error.remedy
 
 
-def test_a_task_that_nobody_knows_and_one_out_of_reach() -> None:
+def test_an_unknown_task_and_one_that_cannot_be_downloaded() -> None:
     """Both look through all that the harness has, which takes seconds."""
     with silence():
         manager = task_manager(["xwinograd_fr"], None)
@@ -242,7 +240,7 @@ def test_a_task_that_nobody_knows_and_one_out_of_reach() -> None:
     assert "\n" not in str(unreachable.value)
 
 
-def test_documents_that_do_not_fit(own: Path) -> None:
+def test_documents_that_do_not_match_their_task(own: Path) -> None:
     """A later document lacks what the first has, which is all that the harness looks at when it loads."""
     rows = [json.loads(line) for line in (own / "test.jsonl").read_text().splitlines()]
     rows[3]["choices"] = None

@@ -39,9 +39,7 @@ def beginning() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize(("shards", "words"), [(1, tokenizer), (2, tokenizer), (1, beginning)])
-def test_requests_are_answered_as_by_hf(
-    shards: int, words: Any, hf: Any, model: ModelSource, tmp_path: Path
-) -> None:
+def test_responses_equal_those_of_hf(shards: int, words: Any, hf: Any, model: ModelSource, tmp_path: Path) -> None:
     """Both look at the same masked weights; the numbers differ by the rounding of another batch at most."""
     documents = [(text,) for text in (*texts(8, 3), "<s>begun already")]
     until: Any = (["\n"], [" ", "e"], ["</s>"], ["the", "ना"], [], "a")
@@ -100,7 +98,7 @@ def test_text_ends_where_the_checkpoint_says(model: ModelSource, hf: Any, tmp_pa
     assert mine == theirs
 
 
-def test_text_is_written_no_further_than_it_is_read() -> None:
+def test_generation_ends_at_the_stop_string() -> None:
     (asked,) = Encoder(tokenizer(), 512).generate_until(requests("generate_until", [("x", {"until": ["\n\n"]})]))
     ids = tokenizer().encode("some\ntext\n\nand more")
     ends = [asked.has_ended(ids[:length]) for length in range(1, len(ids))]
@@ -130,7 +128,7 @@ def test_positions_are_those_of_hf(hf: Any, model: ModelSource) -> None:
         ("generate_until", ("", {"until": []}), "no tokens"),
     ],
 )
-def test_what_cannot_be_asked(kind: str, arguments: tuple[Any, ...], words: str) -> None:
+def test_unsupported_requests_are_refused(kind: str, arguments: tuple[Any, ...], words: str) -> None:
     positions = 512 if words == "no tokens" else POSITIONS
     with pytest.raises(ValueError, match=words):
         getattr(Encoder(tokenizer(), positions), kind)(requests(kind, [arguments]))

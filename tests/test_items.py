@@ -160,7 +160,7 @@ TEXTS = st.lists(st.text(), min_size=1, max_size=8)
 
 @settings(deadline=None)  # a loaded machine is no failure
 @given(FLOATS, TEXTS)
-def test_json_gives_back_every_bit(numbers: list[float], texts: list[str]) -> None:
+def test_json_keeps_floats_exactly(numbers: list[float], texts: list[str]) -> None:
     items = [
         likelihood("fr", numbers, [1] * len(numbers), [2] * len(numbers)),
         choice("", [numbers, numbers[:1]], [0, 0]),

@@ -1,4 +1,4 @@
-"""Questions: the same from every form, and data that are as they should not be, answered in one line."""
+"""Questions: the same from every form, and one-line errors for malformed data."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ def random_rows(random: Random, count: int = 25) -> tuple[list[list[int]], list[
 
 
 @pytest.mark.parametrize("pad_free", [False, True])
-def test_the_scored_mask_is_where_a_state_tells_a_scored_token(pad_free: bool) -> None:
+def test_the_scored_mask_is_where_a_state_predicts_a_scored_token(pad_free: bool) -> None:
     for seed in range(5):
         rows, starts = random_rows(Random(seed))
         made = build_row_set(rows, starts, pad=7, pad_free=pad_free)

@@ -1,4 +1,4 @@
-"""All tasks of a spec together: one pass for what is scored, and the answers of each as if it were alone."""
+"""All tasks of a spec together: one pass for all likelihoods, and the same items as each task alone."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def answers(items: list[Items]) -> list[tuple[str, str, Any]]:
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_each_task_is_answered_as_if_it_were_alone(shards: int, data: dict[str, str], tmp_path: Path) -> None:
+def test_each_task_has_the_same_items_as_alone(shards: int, data: dict[str, str], tmp_path: Path) -> None:
     job = prepared(tmp_path, data, shards)
     suite = suite_of(job)
     with opened(job) as pipeline:
@@ -70,7 +70,7 @@ def test_each_task_is_answered_as_if_it_were_alone(shards: int, data: dict[str, 
     ]
 
 
-def test_what_is_scored_goes_in_one_pass(
+def test_all_likelihoods_come_from_one_pass(
     data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = prepared(tmp_path, data)
@@ -104,14 +104,14 @@ def test_the_key_of_a_suite_stays_as_it_is(data: dict[str, str], tmp_path: Path)
     ],
     ids=str,
 )
-def test_another_question_is_another_trial(change: dict[str, Any], data: dict[str, str], tmp_path: Path) -> None:
+def test_a_changed_task_changes_the_keys(change: dict[str, Any], data: dict[str, str], tmp_path: Path) -> None:
     one, other = prepared(tmp_path, data), prepared(tmp_path, data, **change)
     assert suite_of(one).key == suite_of(prepared(tmp_path, data)).key
     assert suite_of(one).key != suite_of(other).key
     assert one.result_key(RANDOM) != other.result_key(RANDOM)
 
 
-def test_the_planner_is_told_of_all_tasks(data: dict[str, str], tmp_path: Path) -> None:
+def test_the_plan_includes_all_tasks(data: dict[str, str], tmp_path: Path) -> None:
     job = prepared(tmp_path, data)
     (translation,) = suite_of(job).pipeline_tasks
     assert translation.cached_tokens == 2 * translation.longest_row

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return an id of the vocabulary to pad with. Any id will do, where padding is ignored."""
+    """Return an id of the vocabulary to pad with. Where padding is ignored, every id will do."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in candidates if token is not None))
 

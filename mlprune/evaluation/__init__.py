@@ -1,1 +1,13 @@
-"""What is asked of a pipeline and a variant: likelihoods in, metrics out."""
+"""Evaluation tasks, the items that a run returns, and the metrics and comparisons computed from items.
+
+build: builds the suite of tasks from a spec
+suite: the two kinds of tasks, and all tasks of a sweep together
+perplexity: likelihood of held-out lines
+choices: XNLI and reviews, answered by the most likely filled template
+translation: few-shot translation
+harness: tasks of lm-evaluation-harness
+items: results item by item, and their metrics
+consistency: whether answers agree between languages
+significance: whether one run is better than another
+tasks/: the harness tasks that ship with mlprune
+"""
