@@ -102,7 +102,7 @@ def with_disk(machine: Machine, folder: Path) -> Machine:
 def visible_gpus(visible: str | None = None) -> list[tuple[str, int]]:
     """Return name and free bytes of each GPU, or of the `visible` ones (as in CUDA_VISIBLE_DEVICES).
 
-    nvidia-smi is asked, because torch would make a context on the GPU.
+    Runs nvidia-smi, because torch would create a context on the GPU.
     """
     if shutil.which("nvidia-smi") is None or visible == "":
         return []

@@ -213,10 +213,10 @@ class RayPipeline(Pipeline):
 
     def usage(self, seconds: float) -> list[ShardUsage | None]:
         """Return each shard's usage; None for a shard that is dead or does not answer within `seconds`."""
-        asked = [actor.usage.remote() for actor in self.actors]
-        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
+        references = [actor.usage.remote() for actor in self.actors]
+        answered, _ = ray.wait(references, num_returns=len(references), timeout=seconds)
         usages: list[ShardUsage | None] = []
-        for reference in asked:
+        for reference in references:
             usages.append(None)
             if reference in answered:
                 with contextlib.suppress(RayError):

@@ -7,6 +7,8 @@ session         opens the model: in this process or over Ray
 masks           gathers moments, makes masks
 trial           one trial, and the dense model
 tune_runner     runs trials under Ray Tune
+trial_outcome   how a trial ends, and Ray Tune's form of it
+trial_progress  which trials are active, finished or failed
 failure_policy  what happens to trials that lost a worker
 monitor         observes a running sweep
 status          the status of running sweeps, as files
