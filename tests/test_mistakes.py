@@ -249,7 +249,7 @@ MISTAKES = [
     setting("no Italian to read", SCORED, translation("it-en"), "calibration.corpus: 'sample': ", *HAS),
     setting("shots", SCORED, [*translation("fr-en"), "evaluation.translation.shots=40"], SHOTS, "takes 512"),
     setting(
-        "task", SCORED, "evaluation.tasks=[sample_xcopa_fr]", "evaluation.tasks[0]: ", "names like it: sample"
+        "task", SCORED, "evaluation.tasks=[sample_xcopa_fr]", "evaluation.tasks[0]: ", "similar names: sample"
     ),
     setting(
         "tasks' place", SCORED, [*TASK, "evaluation.task_path=PLACE/none"], "evaluation.task_path: ", "no such"
