@@ -69,3 +69,20 @@ def test_the_readmes_commands_are_understood(line: str) -> None:
     command = main.commands[name]
     assert isinstance(command, Command)
     command.make_parser(Context(command)).parse_args(words)
+
+
+def test_contributing_names_what_exists() -> None:
+    """Every test, file and all-caps constant in backticks, and every link."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    source = "\n".join(
+        file.read_text() for folder in ("tests", "mlprune") for file in (ROOT / folder).rglob("*.py")
+    )
+    names = re.findall(r"`(test_\w+|[A-Z_]{4,})`", text)
+    assert len(names) > 5
+    placeholders = {"NAME", "LAYOUT"}
+    missing = [name for name in names if not re.search(rf"^(def )?{name}\b", source, re.MULTILINE)]
+    assert [name for name in missing if name not in placeholders] == []
+    files = [file for file in re.findall(r"`((?:mlprune|tests|docs)/[\w/]+\.\w+)`", text) if "NAME" not in file]
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    links = [link for link in re.findall(r"\]\(([\w/.]+)\)", text) if not (ROOT / link).exists()]
+    assert links == []

@@ -12,6 +12,13 @@ from mlprune.spec.languages import language_name
 from mlprune.spec.section import Count, Section
 
 
+def checked_languages(values: tuple[str, ...], key: str) -> tuple[str, ...]:
+    """Return each language code once. Raises SpecError, naming `key` and the place, for what is not a language."""
+    for n, code in enumerate(values):
+        language_name(code, f"{key}[{n}]")
+    return tuple(dict.fromkeys(values))
+
+
 class PerplexitySpec(Section):
     """The likelihood of held-out lines."""
 
@@ -21,13 +28,7 @@ class PerplexitySpec(Section):
     @field_validator("languages")
     @classmethod
     def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return _checked_languages(values, "evaluation.perplexity.languages")
-
-
-def _checked_languages(values: tuple[str, ...], key: str) -> tuple[str, ...]:
-    for n, code in enumerate(values):
-        language_name(code, f"{key}[{n}]")
-    return tuple(dict.fromkeys(values))
+        return checked_languages(values, "evaluation.perplexity.languages")
 
 
 class XnliSpec(Section):
@@ -42,7 +43,7 @@ class XnliSpec(Section):
     @field_validator("languages")
     @classmethod
     def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return _checked_languages(values, "evaluation.xnli.languages")
+        return checked_languages(values, "evaluation.xnli.languages")
 
 
 class ReviewsSpec(Section):
@@ -57,7 +58,7 @@ class ReviewsSpec(Section):
     @field_validator("languages")
     @classmethod
     def _languages(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return _checked_languages(values, "evaluation.reviews.languages")
+        return checked_languages(values, "evaluation.reviews.languages")
 
 
 class TranslationSpec(Section):
