@@ -82,7 +82,7 @@ def test_contributing_names_what_exists() -> None:
     placeholders = {"NAME", "LAYOUT"}
     missing = [name for name in names if not re.search(rf"^(def )?{name}\b", source, re.MULTILINE)]
     assert [name for name in missing if name not in placeholders] == []
-    files = [file for file in re.findall(r"`((?:mlprune|tests|docs)/[\w/]+\.\w+)`", text) if "NAME" not in file]
-    assert [file for file in files if not (ROOT / file).exists()] == []
+    paths = [file for file in re.findall(r"`((?:mlprune|tests|docs)/[\w/]+\.\w+)`", text) if "NAME" not in file]
+    assert [file for file in paths if not (ROOT / file).exists()] == []
     links = [link for link in re.findall(r"\]\(([\w/.]+)\)", text) if not (ROOT / link).exists()]
     assert links == []
