@@ -360,4 +360,4 @@ def test_help_is_quick(words: str) -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 3
-    assert (mlprune.__version__ if words == "--version" else "ShardUsage: ") in done.stdout
+    assert (mlprune.__version__ if words == "--version" else "Usage: ") in done.stdout
