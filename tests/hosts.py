@@ -284,7 +284,7 @@ class Cluster:
         nodes = json.loads(page)["data"]["result"]["result"] if status == 200 else []
         return sorted(node["node_ip"] for node in nodes if node["state"] == "ALIVE")
 
-    def wait_for(self, nodes: int, seconds: float = 120) -> None:
+    def wait_for(self, nodes: int, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while len(alive := self.alive()) != nodes:
             assert time.monotonic() < deadline, f"alive are {alive}, not {nodes} nodes"

@@ -61,7 +61,7 @@ def done(folder: Path, *words: str, code: int = 0, **environment: str) -> Any:
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     process = start(folder, *words, "--json", str(out), **environment)
-    assert process.wait(300) == code, (folder / "log.txt").read_text()
+    assert process.wait(500) == code, (folder / "log.txt").read_text()
     return json.loads(out.read_text()) if out.exists() else None
 
 
@@ -138,7 +138,7 @@ def test_the_driver_dies_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> 
     for method, calls in {"save_moments": 1, "mask": 2, "likelihood": 9}.items():
         process = start(tmp_path, "sweep", str(spec(tmp_path)))
         faults.order(tmp_path / "faults", method, [*["live"] * (calls - 1), str(process.pid)])
-        assert process.wait(300) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+        assert process.wait(500) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
         found = {file.name: file.stat().st_mtime_ns for file in results.glob("*.json")}
         assert before.items() <= found.items(), "a finished trial ran again"
         before = found
@@ -162,7 +162,7 @@ def test_export_survives_a_worker_and_a_dead_driver_leaves_no_files(tmp_path: Pa
 
     process = start(tmp_path, *options, "--output", "killed")
     faults.order(tmp_path / "faults", "layer_weights", ["live", "live", str(process.pid)])
-    assert process.wait(300) == -signal.SIGKILL
+    assert process.wait(500) == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
 
     done(tmp_path, *options, "--set", "pipeline.shards=1", "--output", "killed")

@@ -151,7 +151,7 @@ def test_a_sweep_sent_from_a_laptop_gives_one_machines_numbers(made: Cluster, tm
 
 def held(orders: Path, call: int) -> int:
     """The number of the host whose worker stays where it is, once it does."""
-    file, deadline = orders / f"{call:03d}.held", time.monotonic() + 120
+    file, deadline = orders / f"{call:03d}.held", time.monotonic() + 300
     while not file.exists() or not file.read_text():
         assert time.monotonic() < deadline, sorted(orders.iterdir())
         time.sleep(0.1)

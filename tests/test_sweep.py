@@ -64,7 +64,7 @@ def _interruptible() -> None:
 def sweep(folder: Path, *args: str, **search: Any) -> dict[str, Any]:
     out = folder / "out.json"
     process = start(str(spec(folder, **search)), "--json", str(out), *args, cwd=folder)
-    assert process.wait(300) == 0, (folder / "log.txt").read_text()
+    assert process.wait(500) == 0, (folder / "log.txt").read_text()
     values: dict[str, Any] = json.loads(out.read_text())
     return values
 
@@ -226,7 +226,7 @@ def test_a_failed_trial_does_not_stop_others_and_has_a_cause(tmp_path: Path) -> 
     search = {"score": ["magnitude", "wanda"], "calibration": ["mono:en"], "propagation": ["dense"]}
     out = tmp_path / "out.json"
     args = ["--set", f"model.path={model}", "--json", str(out)]
-    assert start(str(spec(tmp_path, **search)), *args, cwd=tmp_path).wait(300) == 1
+    assert start(str(spec(tmp_path, **search)), *args, cwd=tmp_path).wait(500) == 1
     outcome = json.loads(out.read_text())
     assert [result["variant"]["score"] for result in outcome["ranking"]] == ["magnitude", "magnitude"]
     assert outcome["failed"].keys() == {"wanda 0.3 mono:en", "wanda 0.5 mono:en"}
@@ -246,7 +246,7 @@ def test_an_interrupted_sweep_is_not_reported_as_finished(tmp_path: Path) -> Non
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 1
+    assert process.wait(300) == 1
     log = (tmp_path / "log.txt").read_text()
     assert "Aborted!" in log
     assert "bits per byte of held-out lines" not in log
