@@ -58,7 +58,7 @@ def test_likelihoods() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
-def test_a_model_in_pieces_is_told_wherever_its_language_stands(order: tuple[int, ...]) -> None:
+def test_a_value_that_is_not_finite_is_reported_for_any_language(order: tuple[int, ...]) -> None:
     languages = [likelihood(code, [nll], [1], [1]) for code, nll in (("en", NAN), ("fr", 2.0), ("de", INF))]
     metrics = metrics_of([languages[place] for place in order])
     assert math.isnan(metrics["bits_per_byte.worst"])

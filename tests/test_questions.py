@@ -63,7 +63,7 @@ def test_items_are_the_first_ones(tmp_path: Path) -> None:
     assert opened(tmp_path, 3) == EXPECTED
 
 
-def test_a_dataset_of_the_hub_is_asked_for_a_language_of_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_is_loaded_by_language_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked = []

@@ -115,7 +115,7 @@ def test_intervals_are_those_of_scipy() -> None:
     assert abs(found.high - theirs.confidence_interval.high) < 0.06 * width
 
 
-def test_the_same_runs_are_told_the_same() -> None:
+def test_the_same_runs_give_the_same_result() -> None:
     nll_a, nll_b, size = lines(2, 40)
     a, b = likelihood(nll_a, size), likelihood(nll_b, size)
     first = only(a, b)

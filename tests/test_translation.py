@@ -206,7 +206,7 @@ def test_answers_are_what_the_whole_model_writes(tmp_path: Path) -> None:
 # What the planner and the store are told
 
 
-def test_the_planner_is_told_of_prompts_with_pads_and_room_for_the_answer() -> None:
+def test_the_plan_counts_padded_prompts_and_room_for_the_answer() -> None:
     spec = asked("fr-en", "en-sw", lines=5)
     lengths = [len(request.prompt) for request in made(spec).requests]
     assert len(set(lengths)) > 1
