@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlprune.console import size_text
 from mlprune.errors import SpecError
-from mlprune.spec.loading import apply_assignments, read_yaml, sweeps_folder, to_assignments
+from mlprune.spec.loading import apply_assignments, read_yaml, spec_file, to_assignments
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
 
 # Keys whose value may be a file or folder on this machine, which is then sent along; a built-in name never is.
@@ -87,10 +87,7 @@ def package_job(name: str, spec: SweepSpec, assignments: Iterable[str], dry_run:
 
     Raises SpecError if the local files that it names are too large to be sent.
     """
-    file = Path(name)
-    if "/" not in name and not file.is_file():
-        file = sweeps_folder() / f"{name.removesuffix('.yaml')}.yaml"
-    package = JobPackage(spec, file.read_text(encoding="utf-8"), tuple(assignments), dry_run)
+    package = JobPackage(spec, spec_file(name).read_text(encoding="utf-8"), tuple(assignments), dry_run)
     _check_size(package)
     return package
 

@@ -82,7 +82,7 @@ def _is_alive(actor: ActorHandle | None) -> bool:
     return True
 
 
-def worker_memory(plan: Plan, machine: Machine) -> int:
+def host_memory_per_worker(plan: Plan, machine: Machine) -> int:
     """Return the host memory of the largest worker, in bytes."""
     return max(need.host if machine.gpus else need.total for need in plan.memory)
 
@@ -97,7 +97,7 @@ class ReplicaGroup:
 
     def __init__(self, setup: Setup, plan: Plan, machine: Machine, wait_minutes: float | None) -> None:
         ranks = plan.residency.ranks
-        bundle = bundle_for(machine, worker_count(plan), ranks, worker_memory(plan, machine))
+        bundle = bundle_for(machine, worker_count(plan), ranks, host_memory_per_worker(plan, machine))
         self._plan, self._wait_minutes = plan, wait_minutes
         # all are requested at once, so that an autoscaler sees the whole demand
         placements = [Placement.request(len(plan.spans), bundle) for _ in range(plan.replicas)]

@@ -14,7 +14,7 @@ from typing import TypeVar
 from mlprune.console import step
 from mlprune.models.zero import Offload, compile_disk_access
 from mlprune.runtime.ray_cluster import cluster_is_running, ray_session
-from mlprune.runtime.replicas import ReplicaGroup, worker_count, worker_memory
+from mlprune.runtime.replicas import ReplicaGroup, host_memory_per_worker, worker_count
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import Setup, ShardWorker
 from mlprune.sweep.prepare import Prepared
@@ -43,7 +43,7 @@ def open_replicas(prepared: Prepared, replicas: int | None = None) -> Iterator[R
     plan = plan if replicas is None else replace(plan, replicas=replicas)
     with contextlib.ExitStack() as stack:
         with step("connecting to Ray"):
-            memory = worker_memory(plan, prepared.machine) * worker_count(plan)
+            memory = host_memory_per_worker(plan, prepared.machine) * worker_count(plan)
             stack.enter_context(ray_session(memory))
         group = ReplicaGroup(setup, plan, prepared.machine, prepared.spec.pipeline.wait_minutes)
         stack.callback(group.close)
