@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlprune.data.batches import MICRO_BATCH_TOKENS, Batch
+from mlprune.data.batches import MICRO_BATCH_TOKENS, Batch, RowSet
 from mlprune.errors import WorkerLostError
 from mlprune.evaluation.suite import Suite
 from mlprune.models.offload_folder import OffloadFolder
@@ -318,7 +318,9 @@ def one_micro_batch_results(prepared: Prepared, pipeline: Pipeline) -> list[Any]
     short = replace(calibration, batches=calibration.batches[:1])
     pipeline.gather([short])
     sequential = pipeline.prune_sequentially(prepared.recipe(SEQUENTIAL), [short])
-    likelihood = pipeline.likelihood(replace(evaluation, batches=evaluation.batches[:1]))
+    first = evaluation.batches[0]
+    first = replace(first, rows=tuple(range(len(first.rows))))
+    likelihood = pipeline.likelihood(RowSet(len(first.rows), (first,), "first"))
     return [pipeline.prune(prepared.recipe(WANDA)), sequential, likelihood]
 
 
