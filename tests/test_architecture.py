@@ -40,7 +40,7 @@ LIBRARIES = {
     "ray.tune": ("sweep.tune_runner",),
     "rich": ("console", "report"),
     "sacrebleu": ("evaluation",),
-    "scipy": ("evaluation.significance",),
+    "scipy": ("evaluation",),
     "transformers": (
         "data",
         "models",

@@ -56,6 +56,7 @@ class Corpus:
     name: str  # as the user wrote it
     lines: Mapping[str, Sequence[str]]  # language code -> its lines
     documents: tuple[str, ...]  # the document id of each line
+    documents_named: bool = True  # False: the corpus names no documents, so they are blocks of BLOCK_LINES lines
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -67,6 +68,10 @@ class Corpus:
                 key, repr(language), f"not in the corpus {self.name!r}; it has {_listed(self.lines)}"
             )
         return self.lines[language]
+
+    def named_documents(self, lines: Iterable[int]) -> tuple[str, ...]:
+        """Return the document id of each of these lines (from 0); nothing if the corpus names no documents."""
+        return tuple(self.documents[line] for line in lines) if self.documents_named else ()
 
 
 def open_corpus(where: str, languages: Iterable[str], key: str = KEY) -> Corpus:
@@ -89,8 +94,8 @@ def open_corpus(where: str, languages: Iterable[str], key: str = KEY) -> Corpus:
     _check_lengths({name: len(column) for name, column in values.items()}, fault)
     texts = {name: _texts(column, name, fault) for name, column in values.items()}
     blocks = (str(line // BLOCK_LINES) for line in range(len(texts[wanted[0]])))
-    documents = texts.pop(DOCUMENT, None) or tuple(blocks)
-    return Corpus(where, texts, documents)
+    named = texts.pop(DOCUMENT, None)
+    return Corpus(where, texts, named or tuple(blocks), documents_named=named is not None)
 
 
 def held_out(corpus: Corpus) -> tuple[int, ...]:

@@ -31,6 +31,12 @@ BLEU_TOKENIZERS = {
     **dict.fromkeys(("zh", "zho", "cmn", "yue"), "zh"),
     **dict.fromkeys(("ja", "jpn", "ko", "kor", "th", "tha", "lo", "lao", "km", "khm", "my", "mya"), "char"),
 }
+# The metrics of each kind; items of kind value name their own.
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "likelihood": ("bits_per_byte", "perplexity"),
+    "choice": ("accuracy",),
+    "translation": ("bleu", "chrf"),
+}
 # How each metric is summarised over the languages of a task. Perplexities of different texts have no mean.
 SUMMARIES = {
     "bits_per_byte": ("mean", "worst"),
@@ -51,6 +57,8 @@ class Items:
     value: value (one float per item: a harness task's own `metric`)
     translation: output, reference (texts)
 
+    Items of one document are not independent, so `resampling` draws whole documents.
+
     Raises ValueError for other columns, unequal lengths, no items, a repeated id, or a metric that is named for
     another kind than value or is missing for that kind.
     """
@@ -61,11 +69,13 @@ class Items:
     ids: tuple[str, ...]  # identical in every run and, where items are parallel, in every language
     columns: Mapping[str, tuple[Any, ...]]
     metric: str = ""  # kind value only: acc, exact_match, ...
+    documents: tuple[str, ...] = ()  # the document of each item; empty: the items are independent
 
     def __post_init__(self) -> None:
         if set(self.columns) != COLUMNS[self.kind]:
             raise ValueError(f"{self.name}: has columns {sorted(self.columns)}, not {sorted(COLUMNS[self.kind])}")
-        if not self.ids or {len(column) for column in self.columns.values()} != {len(self.ids)}:
+        lengths = {len(column) for column in (*self.columns.values(), self.documents or self.ids)}
+        if not self.ids or lengths != {len(self.ids)}:
             raise ValueError(f"{self.name}: columns are empty or of unequal length")
         if len(set(self.ids)) != len(self.ids):
             raise ValueError(f"{self.name}: an id is repeated")
@@ -77,11 +87,34 @@ class Items:
         """The name in messages, e.g. `perplexity fr` or `arc_easy acc`."""
         return " ".join(part for part in (self.task, self.language, self.metric) if part)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of its metrics, without task and language."""
+        return (self.metric,) if self.kind == "value" else METRICS[self.kind]
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The independent unit that each item belongs to: its document, else the item itself."""
+        return self.documents or self.ids
+
     def select(self, ids: Sequence[str]) -> "Items":
         """Return the items with these ids, in this order."""
         position = {name: index for index, name in enumerate(self.ids)}
         columns = {name: tuple(column[position[item]] for item in ids) for name, column in self.columns.items()}
-        return Items(self.task, self.language, self.kind, tuple(ids), columns, self.metric)
+        documents = tuple(self.documents[position[item]] for item in ids) if self.documents else ()
+        return Items(self.task, self.language, self.kind, tuple(ids), columns, self.metric, documents)
+
+
+def metric_stem(part: Items, metric: str) -> str:
+    """Return how the names of a metric begin: with the task for answers and values, else with the metric."""
+    return part.task if part.kind in ("choice", "value") else metric
+
+
+def metric_name(part: Items, metric: str) -> str:
+    """Return a metric's name among those of a run, as listed in `metrics_of`."""
+    last = metric if part.kind == "value" else part.language
+    stem = metric_stem(part, metric)
+    return f"{stem}.{last}" if last else stem
 
 
 def chosen_labels(items: Items) -> list[int]:
@@ -129,13 +162,11 @@ def metrics_of(items: Sequence[Items]) -> dict[str, float]:
     families: dict[tuple[str, str], list[float]] = {}
     for part in items:
         for metric, value in values_of(part).items():
-            stem = part.task if part.kind in ("choice", "value") else metric
-            last = metric if part.kind == "value" else part.language
-            name = f"{stem}.{last}" if last else stem
+            name = metric_name(part, metric)
             assert name not in metrics, name
             metrics[name] = value
             if part.kind != "value":
-                families.setdefault((stem, metric), []).append(value)
+                families.setdefault((metric_stem(part, metric), metric), []).append(value)
     for (stem, metric), values in families.items():
         summaries = {"mean": sum(values) / len(values), "worst": _worst(metric, values)}
         metrics |= {f"{stem}.{summary}": summaries[summary] for summary in SUMMARIES.get(metric, ())}

@@ -27,6 +27,7 @@ class Perplexity:
 
     rows: RowSet
     lines: tuple[Line, ...]  # the line of each row
+    documents: tuple[str, ...]  # the document of each row; empty if the corpus names none
 
     def items(self, nll: Sequence[float]) -> list[Items]:
         """Return the lines' likelihoods, one Items per language; the id of a line is its number in the corpus.
@@ -53,6 +54,7 @@ class Perplexity:
                     "tokens": tuple(tokens[row] for row in rows),
                     "bytes": tuple(lines[row].bytes for row in rows),
                 },
+                documents=tuple(self.documents[row] for row in rows) if self.documents else (),
             )
             for language, rows in rows_by_language.items()
         ]
@@ -73,4 +75,4 @@ def build_perplexity(
     rows, lines = build_heldout_rows(
         corpus, spec.languages, tokenizer, lines=spec.lines, max_positions=positions, pad_free=pad_free
     )
-    return Perplexity(rows, lines)
+    return Perplexity(rows, lines, corpus.named_documents(line.number - 1 for line in lines))

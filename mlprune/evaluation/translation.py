@@ -54,6 +54,7 @@ class Translation:
     """A pipeline task: lines to translate, each with its prompt."""
 
     requests: tuple[Request, ...]
+    documents: tuple[str, ...]  # the document of each request's line; empty if the corpus names none
     max_new: int  # the most tokens of an answer
     ends: tuple[str, ...]  # texts before which an answer ends
     tokenizer: PreTrainedTokenizerBase
@@ -85,21 +86,22 @@ class Translation:
         prompts = [request.prompt for request in self.requests]
         generated = pipeline.generate(prompts, self.max_new, self._has_ended, variant, progress)
         answers = [self._answer(request, tokens) for request, tokens in zip(self.requests, generated, strict=True)]
-        answers_by_pair: dict[str, list[tuple[Request, str]]] = {}
-        for request, answer in zip(self.requests, answers, strict=True):
-            answers_by_pair.setdefault(request.pair, []).append((request, answer))
+        by_pair: dict[str, list[int]] = {}
+        for index, request in enumerate(self.requests):
+            by_pair.setdefault(request.pair, []).append(index)
         return [
             Items(
                 "translation",
                 pair,
                 "translation",
-                ids=tuple(str(request.line) for request, _ in in_pair),
+                ids=tuple(str(self.requests[index].line) for index in indices),
                 columns={
-                    "output": tuple(answer for _, answer in in_pair),
-                    "reference": tuple(request.reference for request, _ in in_pair),
+                    "output": tuple(answers[index] for index in indices),
+                    "reference": tuple(self.requests[index].reference for index in indices),
                 },
+                documents=tuple(self.documents[index] for index in indices) if self.documents else (),
             )
-            for pair, in_pair in answers_by_pair.items()
+            for pair, indices in by_pair.items()
         ]
 
     def _has_ended(self, row: int, tokens: Sequence[int]) -> bool:
@@ -144,7 +146,8 @@ def build_translation(
         _check_fit(spec, requests, positions)
     ends = dict.fromkeys((tokenizer.eos_token, "\n", separator))
     # an empty separator, or one of spaces, cannot end an answer: there are spaces between its words
-    return Translation(requests, spec.max_new_tokens, tuple(filter(_is_end, ends)), tokenizer)
+    documents = corpus.named_documents(request.line - 1 for request in requests)
+    return Translation(requests, documents, spec.max_new_tokens, tuple(filter(_is_end, ends)), tokenizer)
 
 
 def _is_end(text: str | None) -> bool:
