@@ -156,6 +156,14 @@ def test_a_long_review_loses_its_beginning_and_keeps_its_label(
     assert rows_of(build_reviews(asked, tokenizer(), longest, False)) == whole
 
 
+def test_a_review_is_cut_after_its_words(sentiment: ReviewsSpec, tmp_path: Path) -> None:
+    texts = ["  one two\u3000three\n four five", "一つ、二つ、三つ、四つ", "one two"]
+    write(Path(sentiment.data), "ja", [{"review": text, "label": n % 2} for n, text in enumerate(texts)])
+    spec = sentiment.model_copy(update={"languages": ("ja",), "max_words": 3})
+    rows = [tokenizer().decode(row[1:]) for row in rows_of(build_reviews(spec, tokenizer(), None, False))]
+    assert rows[::2] == [f"{text} It is negative" for text in ("one two three", texts[1], "one two")]
+
+
 def test_what_is_too_long_otherwise_is_answered(inference: XnliSpec, sentiment: ReviewsSpec) -> None:
     rows = rows_of(build_xnli(inference, tokenizer(), None, False))
     longest = max(map(len, rows))

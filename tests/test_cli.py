@@ -196,8 +196,12 @@ search: {calibration: ["mono:no", "mix:mono:en=0.5,mono:fr=0.5"], score: [random
   pattern: ["2:4"], allocation: [owl], propagation: [sequential], samples: 2, searcher: optuna, objective: worst}
 evaluation:
   perplexity: {languages: ["no", "sw"], lines: 5}
-  xnli: {languages: ["no"], data: questions, items: 3, template: "{premise}{label}{hypothesis}", labels: [a, b, c]}
-  reviews: {languages: [sw], data: reviews, items: 4, template: "{review}{label}", labels: [a, b]}
+  xnli:
+    {languages: ["no"], data: questions, items: 3, shuffle_seed: 5, template: "{premise}{label}{hypothesis}",
+     labels: [a, b, c]}
+  reviews:
+    {languages: [sw], data: reviews, items: 4, shuffle_seed: 6, max_words: 7, template: "{review}{label}",
+     labels: [a, b]}
   translation: {pairs: [no-sw], shots: 2, lines: 6, max_new_tokens: 8}
   tasks: [xnli_fr]
   task_path: /tasks

@@ -241,6 +241,14 @@ MISTAKES = [
     setting("items", SCORED, xnli(items=3), f"{XNLI}.items: 3: ", "has 2 in en"),
     setting("no label", SCORED, xnli(template='"{premise}{hypothesis}"'), f"{XNLI}.template: ", "{label}"),
     setting("two labels", SCORED, xnli(labels="[a,b]"), f"{XNLI}.labels", "3"),
+    setting("shuffle", SCORED, xnli(shuffle_seed=-1), f"{XNLI}.shuffle_seed: -1: ", "greater than or equal to 0"),
+    setting(
+        "no words",
+        SCORED,
+        [*reviews("x"), "evaluation.reviews.max_words=0"],
+        "evaluation.reviews.max_words: 0: ",
+        "1",
+    ),
     setting(
         "no premise", SCORED, reviews("PLACE/questions"), "evaluation.reviews.data: 'PLACE/questions'", "review"
     ),

@@ -21,6 +21,7 @@ FAMILIES = {
     "paper-mgpt": ("gpt2", "ai-forever/mGPT"),
     "paper-bloom-3b": ("bloom", "bigscience/bloom-3b"),
 }
+REVIEWS = ("en", "de", "es", "fr", "ja", "zh")
 XNLI = ("en", "ar", "bg", "de", "el", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 
 
@@ -34,7 +35,7 @@ def write(folder: Path, languages: tuple[str, ...], rows: list[dict[str, Any]]) 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_papers_values(name: str) -> None:
     spec = load_spec(name)
-    assert spec.model.path == FAMILIES[name][1]
+    assert (spec.model.path, spec.model.dtype) == (FAMILIES[name][1], "float32")
     given = spec.calibration
     assert (given.shots, given.samples, given.max_tokens, given.separator) == (4, 100, 512, None)
     assert given.template == "{language}: {text}"
@@ -43,14 +44,19 @@ def test_the_papers_values(name: str) -> None:
     assert spec.search.propagation == ("sequential",)
     assert spec.search.pattern == (Pattern(),)
     for code in ("fr", "es", "zh", "hi", "sw"):
-        assert {f"mono:{code}", f"translation:en-{code}"} < set(map(str, spec.search.calibration))
-        contrast = f"contrastive:translation:en-{code}/code"
-        assert (Scoring.parse(contrast) in spec.search.score) == (name == "paper-bloom-3b")
-    xnli, translation = spec.evaluation.xnli, spec.evaluation.translation
+        directions = {f"translation:en-{code}", f"translation:{code}-en"}
+        assert {f"mono:{code}", *directions} < set(map(str, spec.search.calibration))
+        contrasts = {Scoring.parse(f"contrastive:{direction}/code") for direction in directions}
+        assert contrasts & set(spec.search.score) == (contrasts if name == "paper-bloom-3b" else set())
+    xnli, reviews, translation = spec.evaluation.xnli, spec.evaluation.reviews, spec.evaluation.translation
     assert xnli is not None
     assert xnli.languages == XNLI
-    assert xnli.template == "{premise} , right? {label} , {hypothesis}"
+    assert xnli.template == "{premise} , right?  {label} , {hypothesis}", "with two spaces, as the paper's code"
     assert xnli.labels == ("Yes", "Also", "No")
+    assert (xnli.items, xnli.shuffle_seed) == (1000, 0)
+    assert reviews is not None
+    assert reviews.languages == REVIEWS
+    assert (reviews.items, reviews.shuffle_seed, reviews.max_words) == (1000, 0, 128)
     assert translation is not None
     assert translation.shots == 4
     assert all(pair.endswith("-en") for pair in translation.pairs)
@@ -64,10 +70,14 @@ def test_a_dry_run_goes_through(name: str, tmp_path: Path) -> None:
     save(config(family, **long), tmp_path / "model")
     inference = [{"premise": "It rains", "hypothesis": "It is wet", "label": n} for n in range(3)]
     stars = [{"text": "Good", "label": n} for n in range(5)]
+    code = [{"content": f"print({n})"} for n in range(100)]
+    (tmp_path / "code.jsonl").write_text("\n".join(map(json.dumps, code)))
     settings = {
         "model.path": str(tmp_path / "model"),
         "evaluation.xnli.data": write(tmp_path / "xnli", XNLI, inference),
-        "evaluation.reviews.data": write(tmp_path / "reviews", ("en", "de", "es", "fr", "zh"), stars),
+        "evaluation.reviews.data": write(tmp_path / "reviews", REVIEWS, stars),
+        **{f"evaluation.{task}.items": "2" for task in ("xnli", "reviews")},
+        "calibration.code": str(tmp_path / "code.jsonl"),
         "storage": str(tmp_path / "store"),
     }
     words = [f"--set={key}={value}" for key, value in settings.items()]
@@ -75,8 +85,8 @@ def test_a_dry_run_goes_through(name: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     variants = [trial["variant"] for trial in plan["trials"]]
-    sparsities, calibrations = 2, 11
-    contrasts = 5 if family == "bloom" else 0
+    sparsities, calibrations = 2, 16
+    contrasts = 10 if family == "bloom" else 0
     # random and magnitude once a sparsity; wanda and its inverse for every calibration
     assert len(variants) == sparsities * (2 + 2 * calibrations + contrasts)
     assert {variant["propagation"] for variant in variants if variant["calibration"]} == {"sequential"}

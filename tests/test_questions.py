@@ -63,6 +63,24 @@ def test_items_are_the_first_ones(tmp_path: Path) -> None:
     assert opened(tmp_path, 3) == EXPECTED
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_shuffled_items_are_those_of_datasets(seed: int, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{**ROWS[n % 3], "premise": f"Phrase {n}"} for n in range(50)]
+    as_jsonl(rows, tmp_path / "fr.jsonl")
+    expected = datasets.Dataset.from_list(rows).shuffle(seed=seed).select(range(20))
+    chosen = open_questions(str(tmp_path), "fr", INFERENCE, 20, KEY, seed)
+    assert [question.texts["premise"] for question in chosen] == expected["premise"][:]
+    assert [question.answer for question in chosen] == expected["label"][:]
+    assert [question.id for question in chosen] == [str(int(text[7:]) + 1) for text in expected["premise"]]
+    stars = [{"text": f"Avis {n}", "stars": n % 5 + 1} for n in range(50)]
+    as_jsonl(stars, tmp_path / "fr.jsonl")
+    without = datasets.Dataset.from_list([row for row in stars if row["stars"] != 3]).shuffle(seed=seed)
+    chosen = open_questions(str(tmp_path), "fr", SENTIMENT, 20, "evaluation.reviews", seed)
+    assert [question.texts["review"] for question in chosen] == without["text"][:20], "3 stars are left out before"
+
+
 def test_a_hub_dataset_is_loaded_by_language_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -79,7 +97,12 @@ def test_a_hub_dataset_is_loaded_by_language_and_split(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert opened("facebook/xnli") == opened("facebook/xnli@validation") == EXPECTED
-    assert asked == [("facebook/xnli", "fr", "test"), ("facebook/xnli", "fr", "validation")]
+    assert opened("org/xnli_{language}") == EXPECTED, "one dataset per language"
+    assert asked == [
+        ("facebook/xnli", "fr", "test"),
+        ("facebook/xnli", "fr", "validation"),
+        ("org/xnli_fr", None, "test"),
+    ]
 
 
 def test_a_dataset_that_cannot_be_loaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

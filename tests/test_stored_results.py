@@ -95,7 +95,7 @@ def test_variants_keep_their_keys(values: Any, key: str) -> None:
     [
         ("quickstart", "134d2cf7a07c8b67"),
         ("paper-demo", "b5e88cecaa26627b"),
-        ("paper-bloom-3b", "3c4720364d288a03"),
+        ("paper-bloom-3b", "c7539cc02a3051ac"),
     ],
 )
 def test_specs_keep_their_keys(name: str, key: str) -> None:

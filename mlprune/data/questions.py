@@ -1,7 +1,8 @@
 """Questions with one right answer among a few labels, in several languages, opened from either of two forms.
 
     FOLDER          fr.jsonl or fr.tsv (with a header), ...: one file per language
-    ID[@SPLIT]      a Hugging Face dataset, one configuration per language, e.g. facebook/xnli; default split: test
+    ID[@SPLIT]      a Hugging Face dataset with one configuration per language, e.g. facebook/xnli, or one dataset
+                    per language, with {language} in its name: org/reviews_{language}; default split: test
 
 How a model answers them is not decided here: see `evaluation.choices`.
 
@@ -18,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mlprune.data.readers import PATH_STARTS, Fault, checked_text, jsonl_rows, read_dataset, tsv_columns
 from mlprune.errors import CorpusError
 
@@ -25,6 +28,7 @@ SPLIT = "test"
 SUFFIXES = (".jsonl", ".tsv")
 STARS = {"1": 0, "2": 0, "3": None, "4": 1, "5": 1}
 
+_LANGUAGE = "{language}"  # in a name, stands for the language's code
 _Row = Mapping[str, object]
 
 
@@ -55,9 +59,13 @@ class Question:
     answer: int  # the index of the right label
 
 
-def open_questions(where: str, language: str, form: Form, items: int | None, key: str) -> list[Question]:
+def open_questions(
+    where: str, language: str, form: Form, items: int | None, key: str, shuffle_seed: int | None = None
+) -> list[Question]:
     """Return the first `items` questions of `where` (see the top of the file) in `language`; None means all.
 
+    With `shuffle_seed`, the first ones of the order of `Dataset.shuffle(seed)` of the library datasets, in which
+    the paper's code (see `evaluation.choices`) takes its 1,000: equal for languages with equally many questions.
     Raises CorpusError, naming `key`.data or `key`.items, when the language, a column or a text is missing, there
     are too few questions, or a row is malformed. All rows are read, so that a wrong label is found in any of them.
     """
@@ -68,6 +76,9 @@ def open_questions(where: str, language: str, form: Form, items: int | None, key
     questions = _questions(_rows(where, language, form, fault), form, fault)
     if not questions:
         raise fault("has only reviews of 3 stars, which are left out; add others")
+    if shuffle_seed is not None:
+        order = np.random.default_rng(shuffle_seed).permutation(len(questions))
+        questions = [questions[number] for number in order]
     if items is None:
         return questions
     if items > len(questions):
@@ -77,7 +88,7 @@ def open_questions(where: str, language: str, form: Form, items: int | None, key
     if items > 1 and len(_answers(first)) == 1 < len(_answers(questions)):
         # datasets of reviews are often sorted by stars; an accuracy on one label would be meaningless
         remedy = f"the first {items} questions in {language} are all {form.labels[first[0].answer]}"
-        raise CorpusError(f"{key}.items", items, f"{remedy}; use more, or shuffle the rows of {where!r}")
+        raise CorpusError(f"{key}.items", items, f"{remedy}; use more, or set {key}.shuffle_seed")
     return first
 
 
@@ -96,7 +107,8 @@ def _rows(where: str, language: str, form: Form, fault: Fault) -> Sequence[_Row]
     if ":" in name:
         raise fault("the configuration is the language; write ID or ID@SPLIT")
     instead = f"a folder that has {language}.jsonl or {language}.tsv"
-    return read_dataset(f"{name}:{language}@{split or SPLIT}", list, fault, instead)
+    dataset = name.replace(_LANGUAGE, language) if _LANGUAGE in name else f"{name}:{language}"
+    return read_dataset(f"{dataset}@{split or SPLIT}", list, fault, instead)
 
 
 def _file(folder: Path, language: str, fault: Fault) -> Path:

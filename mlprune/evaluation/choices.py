@@ -3,7 +3,11 @@
 This is the method of Kim et al. (2024, arXiv 2409.16911), after XGLM (Lin et al. 2022, arXiv 2112.10668): a
 question's texts and each label in turn fill one template, and the label whose template has the highest mean
 log-probability per token is the answer. The mean is over all tokens of the filled template, the first one
-included: one token of context (the beginning-of-sequence token, else the end-of-sequence token) stands before it.
+included: one token of context (`data.special_tokens.context_id`) stands before it.
+
+Departures from the paper's code: it takes the context token only from tokenizers that add one (XGLM's does), so
+that with others (BLOOM, mGPT) the first token of a template is not scored; it divides by one token more than it
+scores; and where a batch is padded on the left (BLOOM), it scores the first token after padding tokens.
 
 A review that is longer than the model's positions loses whole tokens at its beginning, the same number for every
 label. The label therefore always remains, and all labels are scored on the same text.
@@ -90,6 +94,11 @@ def build_reviews(
 ) -> Choices:
     """Build the task of negative or positive reviews, long ones cut. Arguments and errors as in `build_xnli`."""
     questions = _open(spec, SENTIMENT, "evaluation.reviews")
+    if (words := spec.max_words) is not None:
+        questions = {
+            language: [_shortened(question, words) for question in in_language]
+            for language, in_language in questions.items()
+        }
     filled = _fill(spec, questions, tokenizer)
     if positions is not None:
         filled = _cut(spec, filled, tokenizer, positions - 1)
@@ -98,7 +107,18 @@ def build_reviews(
 
 def _open(spec: XnliSpec | ReviewsSpec, form: Form, key: str) -> _Questions:
     check_template(spec.template, f"{key}.template", (*form.columns, "label"))
-    return {language: open_questions(spec.data, language, form, spec.items, key) for language in spec.languages}
+    return {
+        language: open_questions(spec.data, language, form, spec.items, key, spec.shuffle_seed)
+        for language in spec.languages
+    }
+
+
+def _shortened(question: Question, words: int) -> Question:
+    """Return a review cut after `words` words, as in the paper's code. White space separates words.
+
+    Japanese and Chinese reviews mostly have none, so they stay whole.
+    """
+    return replace(question, texts={"review": " ".join(question.texts["review"].split()[:words])})
 
 
 def _fill(

@@ -11,6 +11,8 @@ from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
 from mlprune.spec.section import Count, Section
 
+Seed = Annotated[int, Field(ge=0, strict=True)]
+
 
 def checked_languages(values: tuple[str, ...], key: str) -> tuple[str, ...]:
     """Return each language code once. Raises SpecError, naming `key` and the place, for what is not a language."""
@@ -37,6 +39,7 @@ class XnliSpec(Section):
     languages: Annotated[tuple[str, ...], Field(min_length=1)]
     data: str = "facebook/xnli"
     items: Count | None = None
+    shuffle_seed: Seed | None = None
     template: str = "{premise} , right? {label} , {hypothesis}"
     labels: Annotated[tuple[str, ...], Field(min_length=3, max_length=3)] = ("Yes", "Also", "No")
 
@@ -52,6 +55,8 @@ class ReviewsSpec(Section):
     languages: Annotated[tuple[str, ...], Field(min_length=1)]
     data: str
     items: Count | None = None
+    shuffle_seed: Seed | None = None
+    max_words: Count | None = None
     template: str = "{review} It is {label}"
     labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=2)] = ("negative", "positive")
 

@@ -25,7 +25,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mlprune.data.special_tokens import context_id
+from mlprune.data.special_tokens import begin_id
 from mlprune.evaluation.harness.requests import GenerationRequest, LikelihoodRequest, Row
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Encoder(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = positions or resolve_max_length(None, tokenizer)
-        self._prefix = context_id(tokenizer)
+        self._prefix = begin_id(tokenizer)
         self._prefix_text = tokenizer.decode(self._prefix)
         self._ends = frozenset(_end_tokens(tokenizer))
 
