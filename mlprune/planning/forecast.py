@@ -45,7 +45,7 @@ def forecast(model: ModelSize, work: Work, plan: Plan, machine: Machine) -> list
     """Return the phases of a sweep in order."""
     estimator = _Estimator(model, work, plan, machine)
     phases = [Phase("loading the model", model.total / machine.nodes / DISK_BYTES_PER_SECOND, "disk")]
-    if work.calibration and work.variants > work.sequential:
+    if work.calibration:
         phases.append(estimator.passes("calibration", sum(work.calibration), 1, masked=False))
     if work.sequential:
         phases.append(estimator.sequential())

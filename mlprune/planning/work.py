@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from mlprune.data.batches import MICRO_BATCH_TOKENS
@@ -14,7 +14,7 @@ from mlprune.spec.variants import Variant
 class Work:
     """The work of a job. Token counts include padding."""
 
-    calibration: tuple[int, ...]  # tokens of each calibration set
+    calibration: tuple[int, ...]  # tokens of each calibration set that passes the dense model
     evaluation: int  # tokens of all evaluation tasks
     longest: int  # tokens of the longest row
     variants: int  # trials in all
@@ -30,12 +30,17 @@ class Work:
 
 
 def build_work(
-    variants: Sequence[Variant], tokens: Mapping[str, int], evaluation: int, longest: int, written: int = 0
+    variants: Sequence[Variant],
+    tokens: Mapping[str, int],
+    dense: Set[str],
+    evaluation: int,
+    longest: int,
+    written: int = 0,
 ) -> Work:
     """Count the work of the variants.
 
-    `tokens` maps each demonstration that they read, as text, to the tokens of its calibration set. `evaluation`,
-    `longest` and `written` are the fields of Work.
+    `tokens` maps each demonstration, as text, to the tokens of its calibration set. `dense` names those that pass
+    the dense model. `evaluation`, `longest` and `written` are the fields of Work.
     """
     sequential = [
         sum(tokens[str(part)] for part in variant.demonstrations)
@@ -43,7 +48,7 @@ def build_work(
         if variant.propagation == "sequential"
     ]
     return Work(
-        calibration=tuple(tokens.values()),
+        calibration=tuple(count for name, count in tokens.items() if name in dense),
         evaluation=evaluation,
         longest=longest,
         variants=len(variants),

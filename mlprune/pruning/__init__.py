@@ -4,5 +4,6 @@ moments      sums over a calibration set at the input of a matrix
 scores       the rules that rank weights, and the registry SCORES
 sparsegpt    SparseGPT, which also updates the weights that it keeps
 allocation   how sparse each layer becomes
+energy       the share of energy that a mask drops, which forecasts its damage
 masks        selection of the weights to keep, and packed masks
 """

@@ -45,7 +45,7 @@ def shared_drops(
 
     The rules of the recipes must drop weights without changing others.
     """
-    results = [masks_of_layer(index, layer, recipe, gathered) for recipe in recipes]
+    results = [masks_of_layer(index, layer, recipe, gathered, {}) for recipe in recipes]
     counts: dict[str, Tensor] = {}
     for name in matrices(layer):
         packed = []

@@ -1,13 +1,14 @@
-"""Makes a variant's masks, or changed weights, of one layer from the layer's moments and weights.
+"""Makes a variant's masks, or changed weights, of one layer from its moments and weights, and forecasts damage.
 
-The arithmetic of rules and masks is in `mlprune.pruning`.
+The arithmetic of rules, masks and forecasts is in `mlprune.pruning`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from mlprune.errors import ModelError
 from mlprune.models.matrices import Matrix, matrices
 from mlprune.pruning.allocation import outlier_share
+from mlprune.pruning.energy import dropped_energy
 from mlprune.pruning.masks import LayerMasks, PackedMask, PackedWeights, keep_mask
 from mlprune.pruning.moments import Moments, mix
 from mlprune.pruning.scores import SCORES, Score, Solver, find_score
@@ -30,12 +32,17 @@ Gathered = Mapping[str, Mapping[str, Moments]]  # of one layer: calibration set 
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """All that determines masks besides moments: the variant, the seed, and the shares of calibration sets."""
+    """All that determines masks besides moments: the variant, the seed, and the shares of calibration sets.
+
+    `forecasts` does not change the masks: each language with the key of the calibration set of its monolingual
+    text, on whose dense moments the masks' damage is forecast.
+    """
 
     variant: Variant
     seed: int
     sides: tuple[Side, ...] = ()
     ratios: tuple[float, ...] = ()  # the sparsity of each layer of the model; empty: the same everywhere
+    forecasts: tuple[tuple[str, str], ...] = ()  # (language, key)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -61,12 +68,16 @@ class MaskRecipe:
 
 @dataclass(frozen=True)
 class MaskSummary:
-    """Totals of a layer's masks: weights dropped, all weights, a digest of the bits, and unobserved matrices."""
+    """Totals of a layer's masks: weights dropped, all weights, a digest of the bits, and unobserved matrices.
+
+    `energy` holds for each language the share of energy dropped of each matrix that its text reaches.
+    """
 
     dropped: int
     weights: int
     digest: str
     unseen: tuple[str, ...] = ()  # expert matrices that no calibration token reached
+    energy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def outliers_of_layer(layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered) -> float:
@@ -77,19 +88,25 @@ def outliers_of_layer(layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gath
 
 
 def masks_of_layer(
-    index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered
+    index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered, dense: Gathered
 ) -> tuple[LayerMasks, MaskSummary]:
     """Return the masks (or changed weights) of the borrowed dense layer `index`, and their summary.
+
+    `gathered` holds the moments that the rule reads, `dense` those of the recipe's forecasts.
 
     Raises ModelError when a score is not finite, or a Hessian is singular.
     """
     masks, unseen = {}, []
+    energy: dict[str, list[float]] = {language: [] for language, _ in recipe.forecasts}
     for name, matrix in matrices(layer).items():
         sides = recipe.moments(gathered, name)[: recipe.rule.sides]
         if not all(side.tokens for side in sides):
             unseen.append(f"{index}.{name}")
-        masks[name] = _mask(index, name, _weight(layer, matrix), recipe, sides)
-    return masks, _summary(masks, unseen)
+        weight_OI = _weight(layer, matrix)
+        keep_OI, masks[name] = _mask(index, name, weight_OI, recipe, sides)
+        for language, share in _forecast(index, name, weight_OI, keep_OI, recipe, dense).items():
+            energy[language].append(share)
+    return masks, _summary(masks, unseen, energy)
 
 
 def _weight(layer: torch.nn.Module, matrix: Matrix) -> Tensor:
@@ -98,7 +115,8 @@ def _weight(layer: torch.nn.Module, matrix: Matrix) -> Tensor:
 
 def _mask(
     index: int, name: str, weight_OI: Tensor, recipe: MaskRecipe, sides: Sequence[Moments]
-) -> PackedMask | PackedWeights:
+) -> tuple[Tensor, PackedMask | PackedWeights]:
+    """Return which weights are kept, as a boolean matrix and packed."""
     rule, pattern, sparsity = recipe.rule, recipe.variant.pattern, recipe.sparsity(index)
     where = f"layer {index}, {name}"
     for side in sides:
@@ -111,11 +129,25 @@ def _mask(
             raise ModelError("search.score", f"{recipe.variant.score.name} at {where}", remedy) from None
         changed_OI = changed_OI.to(weight_OI.dtype)
         _check_finite(changed_OI, "the changed weights", where)
-        return PackedWeights.pack(keep_OI, changed_OI)
+        return keep_OI, PackedWeights.pack(keep_OI, changed_OI)
     score = rule if isinstance(rule, Score) else UNSEEN
     score_OI = score.function(weight_OI, sides, _seed(recipe.seed, index, name))
     _check_finite(score_OI, "the scores", where)
-    return PackedMask.pack(keep_mask(score_OI, sparsity, pattern, score.within))
+    keep_OI = keep_mask(score_OI, sparsity, pattern, score.within)
+    return keep_OI, PackedMask.pack(keep_OI)
+
+
+def _forecast(
+    index: int, name: str, weight_OI: Tensor, keep_OI: Tensor, recipe: MaskRecipe, dense: Gathered
+) -> Mapping[str, float]:
+    """Return the share of energy dropped on each language's text, if that text reaches the matrix."""
+    if not recipe.forecasts:
+        return {}
+    sumsq_LI = torch.stack([dense[key][name].sumsq_I for _, key in recipe.forecasts])
+    _check_finite(sumsq_LI, "the sums of its inputs", f"layer {index}, {name}")
+    shares = dropped_energy(weight_OI, keep_OI, sumsq_LI).tolist()
+    languages = [language for language, _ in recipe.forecasts]
+    return {code: share for code, share in zip(languages, shares, strict=True) if not math.isnan(share)}
 
 
 def _check_finite(values: Tensor, what: str, where: str) -> None:
@@ -124,12 +156,13 @@ def _check_finite(values: Tensor, what: str, where: str) -> None:
         raise ModelError("model.dtype", where, remedy)
 
 
-def _summary(masks: LayerMasks, unseen: Sequence[str]) -> MaskSummary:
+def _summary(masks: LayerMasks, unseen: Sequence[str], energy: Mapping[str, Sequence[float]]) -> MaskSummary:
     return MaskSummary(
         dropped=sum(mask.dropped for mask in masks.values()),
         weights=sum(mask.shape[0] * mask.shape[1] for mask in masks.values()),
         digest=hashlib.sha256("".join(mask.digest() for mask in masks.values()).encode()).hexdigest(),
         unseen=tuple(unseen),
+        energy={language: tuple(shares) for language, shares in energy.items()},
     )
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import fmean
 from typing import Concatenate, Generic, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
@@ -50,6 +51,7 @@ class MaskOutcome:
     digest: str  # over the bits of every mask; the same for any number of shards
     unseen: tuple[str, ...]  # expert matrices that no calibration token reached: scored by |W| alone
     layers: tuple[float, ...]  # the sparsity of each layer
+    forecast: Mapping[str, float]  # language -> mean over matrices of the share of energy dropped on its text
 
     @property
     def sparsity(self) -> float:
@@ -346,6 +348,10 @@ def _mask_outcome(parts: Sequence[Sequence[MaskSummary]]) -> MaskOutcome:
         digest=hashlib.sha256("".join(layer.digest for layer in layers).encode()).hexdigest()[:32],
         unseen=tuple(name for layer in layers for name in layer.unseen),
         layers=tuple(layer.dropped / layer.weights for layer in layers),
+        forecast={
+            language: fmean(share for layer in layers for share in layer.energy[language])
+            for language in layers[0].energy
+        },
     )
 
 

@@ -289,7 +289,8 @@ class ShardWorker:
     def _make_masks(
         self, index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered
     ) -> LayerMasks:
-        masks, summary = masks_of_layer(index, layer, recipe, gathered)
+        dense = {key: self._moments[key][index] for _, key in recipe.forecasts}
+        masks, summary = masks_of_layer(index, layer, recipe, gathered, dense)
         self._masks.setdefault(recipe.variant.key, {})[index] = masks
         self._summaries.setdefault(recipe.variant.key, []).append(summary)
         return masks

@@ -13,7 +13,6 @@ from mlprune.console import step
 from mlprune.pruning.allocation import owl
 from mlprune.shards.pipeline import MaskOutcome, Pipeline, Progress
 from mlprune.spec.variants import Variant
-from mlprune.sweep.grid import needs_dense_moments
 from mlprune.sweep.prepare import Prepared
 
 logger = logging.getLogger(__name__)
@@ -21,14 +20,13 @@ logger = logging.getLogger(__name__)
 
 def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
     """Load the dense moments that the variants need from the store; gather missing ones, all in one pass."""
-    names = {str(part) for variant in variants if needs_dense_moments(variant) for part in variant.demonstrations}
     missing = {}
-    for name in prepared.sets.keys() & names:
-        complete, corrupt = pipeline.restore(prepared.sets[name].key)
+    for name, calibration in prepared.dense_sets(variants).items():
+        complete, corrupt = pipeline.restore(calibration.key)
         for file in corrupt:
             logger.warning("%s is corrupt; its moments are gathered again", file)
         if not complete:
-            missing[name] = prepared.sets[name]
+            missing[name] = calibration
     if missing:
         with step(f"calibrating on {', '.join(sorted(missing))}", "batches") as progress:
             pipeline.gather([missing[name] for name in sorted(missing)], progress)

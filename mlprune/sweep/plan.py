@@ -12,7 +12,7 @@ from mlprune.spec.schema import SweepSpec
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
-from mlprune.sweep.grid import needs_dense_moments, variants_of
+from mlprune.sweep.grid import variants_of
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.tracking.mlflow_client import check_tracking
 
@@ -47,10 +47,8 @@ class SweepPlan:
         """
         unfinished = self.unfinished
         store, layers = self.prepared.moment_store(), range(len(self.prepared.model_size.layers))
-        needed = {str(part) for v in unfinished if needs_dense_moments(v) for part in v.demonstrations}
-        missing = [
-            name for name in needed if not all(store.has(self.prepared.sets[name].key, layer) for layer in layers)
-        ]
+        needed = self.prepared.dense_sets(unfinished).values()
+        missing = [one for one in needed if not all(store.has(one.key, layer) for layer in layers)]
         sequential = [variant for variant in unfinished if variant.propagation == "sequential"]
         no_baseline = self.prepared.result_store().load(self.prepared.result_key(None)) is None
         return {

@@ -35,6 +35,7 @@ from mlprune.spec.variants import Demonstration, Variant
 from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
+from mlprune.sweep.grid import needs_dense_moments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,12 +101,19 @@ class Prepared:
         sides = tuple(
             tuple((self.sets[str(part)].key, weight) for part, weight in side.parts) for side in variant.sides
         )
-        return MaskRecipe(variant, self.spec.calibration.seed, sides)
+        texts = forecast_texts(self.spec) if self.evaluation else ()
+        forecasts = tuple((text.languages[0], self.sets[str(text)].key) for text in texts)
+        return MaskRecipe(variant, self.spec.calibration.seed, sides, forecasts=forecasts)
 
     def sets_of(self, variant: Variant) -> list[CalibrationSet]:
         """Return the calibration sets that the variant reads, in the order of its recipe's keys."""
         by_key = {calibration.key: calibration for calibration in self.sets.values()}
         return [by_key[key] for key in self.recipe(variant).keys]
+
+    def dense_sets(self, variants: Iterable[Variant]) -> dict[str, CalibrationSet]:
+        """Return the sets that must pass the dense model for the variants' masks and forecasts, in one order."""
+        names = dense_demonstrations(variants, forecast_texts(self.spec) if self.evaluation else ())
+        return {name: self.sets[name] for name in sorted(map(str, names))}
 
     def result_key(self, variant: Variant | None) -> str:
         """Return the content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
@@ -116,6 +124,18 @@ class Prepared:
             content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
             content += [str(recipe.seed)] if variant.score.name == "random" else []
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
+
+
+def forecast_texts(spec: SweepSpec) -> tuple[Demonstration, ...]:
+    """Return the monolingual text of each language of the evaluation, on which damage is forecast."""
+    return tuple(Demonstration("mono", (code,)) for code in spec.evaluation.perplexity.languages)
+
+
+def dense_demonstrations(variants: Iterable[Variant], texts: Sequence[Demonstration]) -> set[Demonstration]:
+    """Return the demonstrations that pass the dense model: those that masks are made from, and `texts`."""
+    variants = list(variants)
+    read = {part for variant in variants if needs_dense_moments(variant) for part in variant.demonstrations}
+    return read.union(texts) if variants else read
 
 
 def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
@@ -138,7 +158,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         check_pattern(model_size, pattern, "search.pattern")
     sets, suite = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
-    plan = make_plan(model_size, _work(variants, sets, suite), machine, spec.pipeline, source.name)
+    plan = make_plan(model_size, _work(spec, variants, sets, suite), machine, spec.pipeline, source.name)
     if plan.reason:
         logger.info("  residency: %s", plan.reason)
     if plan.residency.offload == "nvme" and not cluster_is_running():
@@ -152,6 +172,8 @@ def _tokenise(
 ) -> tuple[dict[str, CalibrationSet], Suite | None]:
     """Return the calibration sets that the variants need, by demonstration, and the evaluation's tasks."""
     demonstrations = dict.fromkeys(part for variant in variants for part in variant.demonstrations)
+    if variants and evaluate:
+        demonstrations |= dict.fromkeys(forecast_texts(spec))
     languages = [code for part in demonstrations for code in part.languages]
     languages += required_languages(spec.evaluation) if evaluate else ()
     if not demonstrations and not evaluate:
@@ -214,7 +236,9 @@ def _check_positions(spec: SweepSpec, model_size: ModelSize) -> None:
         raise SpecError("calibration.max_tokens", requested, remedy)
 
 
-def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None) -> Work:
+def _work(
+    spec: SweepSpec, variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None
+) -> Work:
     """Count the work from the real token counts of the calibration sets and the evaluation."""
     tasks, rows = (suite.pipeline_tasks, suite.rows.batches) if suite else ((), ())
     lengths = [batch.input_ids.shape[1] for calibration in sets.values() for batch in calibration.batches]
@@ -222,6 +246,7 @@ def _work(variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite
     return build_work(
         variants,
         {name: _tokens(calibration.batches) for name, calibration in sets.items()},
+        set(map(str, dense_demonstrations(variants, forecast_texts(spec) if suite else ()))),
         evaluation=_tokens(rows) + sum(task.tokens for task in tasks),
         longest=max(lengths, default=0),
         written=max((task.cached_tokens for task in tasks), default=0),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from mlprune.errors import ModelError
 from mlprune.evaluation.consistency import consistency
@@ -33,7 +34,11 @@ def run_trial(
     started = time.monotonic()
     try:
         outcome = make_masks(prepared, pipeline, variant)
-        metrics = {"sparsity.actual": outcome.sparsity, "seconds.mask": time.monotonic() - started}
+        metrics = {
+            "sparsity.actual": outcome.sparsity,
+            **forecast_metrics(outcome.forecast),
+            "seconds.mask": time.monotonic() - started,
+        }
         report(metrics)
         masked = time.monotonic()
         items = prepared.evaluation.run(pipeline, variant.key)
@@ -52,6 +57,13 @@ def trial_metrics(items: Sequence[Items]) -> dict[str, float]:
     """
     metrics = metrics_of(items)
     return {"bits_per_byte": metrics["bits_per_byte.mean"], **metrics, **consistency(items)}
+
+
+def forecast_metrics(by_language: Mapping[str, float]) -> dict[str, float]:
+    """Return the forecast of each language, their mean and the largest: the worst."""
+    values = by_language.values()
+    named = {f"forecast.{language}": value for language, value in by_language.items()}
+    return {**named, "forecast.mean": fmean(values), "forecast.worst": max(values)}
 
 
 def unseen_warning(unseen: tuple[str, ...]) -> str:
