@@ -61,7 +61,7 @@ def test_a_forecast_is_the_mean_over_matrices_on_dense_moments(variant: Variant,
     prepared = ready(tmp_path)
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [variant])
-        outcome = make_masks(prepared, pipeline, variant)
+        outcome = make_masks(prepared, pipeline, variant, forecast=True)
         masked = masks_of(prepared, pipeline, variant)
     dense = load_file(prepared.source.folder / "model.safetensors")
     for language, text in TEXTS.items():
@@ -82,7 +82,7 @@ def test_an_expert_that_no_token_of_a_language_reaches_is_left_out_of_its_mean(t
     prepared = ready(tmp_path, source("qwen3_moe"), calibration=few)
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [RANDOM])
-        outcome = make_masks(prepared, pipeline, RANDOM)
+        outcome = make_masks(prepared, pipeline, RANDOM, forecast=True)
     reached = {
         text: sum(
             seen.tokens > 0
@@ -108,7 +108,9 @@ def test_texts_are_calibration_sets_only_where_something_is_evaluated(tmp_path: 
     evaluated = prepare(spec, [WANDA])
     with opened(evaluated) as pipeline:
         gather_moments(evaluated, pipeline, [WANDA])
-        assert make_masks(evaluated, pipeline, WANDA).digest == outcome.digest
+        forecast = make_masks(evaluated, pipeline, WANDA, forecast=True)
+    assert forecast.forecast.keys() == TEXTS.keys()
+    assert forecast.digest == outcome.digest
 
 
 def test_forecasts_are_metrics_of_a_trial() -> None:

@@ -41,7 +41,7 @@ def outcome(prepared: Prepared, pipeline: Pipeline) -> Outcome:
     gather_moments(prepared, pipeline, VARIANTS)
     masks, likelihoods = {}, {"dense": pipeline.likelihood(prepared.evaluation.rows)}
     for variant in VARIANTS:
-        masks[variant.label] = make_masks(prepared, pipeline, variant)
+        masks[variant.label] = make_masks(prepared, pipeline, variant, forecast=True)
         likelihoods[variant.label] = pipeline.likelihood(prepared.evaluation.rows, variant.key)
         pipeline.release(variant.key)
     return Outcome(stored_moments(prepared), masks, likelihoods)
@@ -138,8 +138,9 @@ def test_sequential_pruning_may_stop_after_any_layer(
     prepared = ready(tmp_path)
     steps: list[tuple[int, int]] = []
     with opened(prepared) as pipeline:
+        gather_moments(prepared, pipeline, [variant])  # for forecasts
         for _ in range(2):  # the second run must not depend on the first
-            made = make_masks(prepared, pipeline, variant, lambda done, total: steps.append((done, total)))
+            made = make_masks(prepared, pipeline, variant, lambda *done: steps.append(done), forecast=True)
             assert made == expected.masks[variant.label]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
 
@@ -151,7 +152,7 @@ def test_another_number_of_shards_reads_stored_moments(expected: Outcome, tmp_pa
     second = ready(tmp_path, shards=3)
     with opened(second) as pipeline:
         assert all(pipeline.restore(made.key) == (True, ()) for made in second.sets.values())
-        assert make_masks(second, pipeline, WANDA) == expected.masks[WANDA.label]
+        assert make_masks(second, pipeline, WANDA, forecast=True) == expected.masks[WANDA.label]
 
 
 def test_moments_of_a_corrupt_file_are_gathered_again_with_a_warning(
@@ -166,7 +167,7 @@ def test_moments_of_a_corrupt_file_are_gathered_again_with_a_warning(
     file.write_bytes(content)
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [WANDA])
-        assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
+        assert make_masks(prepared, pipeline, WANDA, forecast=True) == expected.masks[WANDA.label]
     assert any(file.name in record.message for record in caplog.records if record.levelname == "WARNING")
     with opened(prepared) as pipeline:
         assert pipeline.restore(prepared.sets[str(WANDA.calibration)].key) == (True, ())
@@ -179,7 +180,7 @@ def test_an_incomplete_pass_is_not_used(expected: Outcome, tmp_path: Path) -> No
         pipeline.call_with_hidden(0, ShardWorker.forward, None, calibration.batches[:1], gather=[calibration.key])
         assert pipeline.restore(calibration.key) == (False, ())
         gather_moments(prepared, pipeline, [WANDA])
-        assert make_masks(prepared, pipeline, WANDA) == expected.masks[WANDA.label]
+        assert make_masks(prepared, pipeline, WANDA, forecast=True) == expected.masks[WANDA.label]
 
 
 # invariant 2: every weight moves once

@@ -72,8 +72,8 @@ def test_the_worked_example_adds_up() -> None:
     assert scale.model_size.layers[60] == 2 * (matrices + small)
     assert need.weights == 2 * words * width  # head and embedding are one, and both ends of the model have it
     assert need.working == 2 * scale.model_size.packed * 2 + 14 * 4 * width**2  # two layers; scores of the largest
-    assert need.hidden == 4 * 8192 * width * 2  # four sets of 8192 tokens at once
-    assert need.moments == (4 * 17 + 1) * (width + width + width + 4 * width) * 8
+    assert need.hidden == 5 * 8192 * width * 2  # five sets of 8192 tokens at once
+    assert need.moments == (5 * 17 + 1) * (width + width + width + 4 * width) * 8
     assert need.masks == 2 * 17 * matrices // 8
     assert need.logits == 512 * words * (2 + 8)
     process = (400 + 90 + 64) * 2**20
@@ -86,7 +86,7 @@ def test_time_by_hand() -> None:
     assert scale.plan is not None
     phases = {phase.name: phase for phase in scale.phases}
     flops = 362e12 * EFFICIENCY["gpu"]
-    tokens, shards, layers = 4 * 8192, 32, 3
+    tokens, shards, layers = 5 * 8192, 32, 3
     chunk = tokens / (4 * shards)
     turn = 2 * chunk * (scale.model_size.active + 2 * 256 * 8192 * 80) * layers / 80 / flops
     assert phases["calibration"].seconds == pytest.approx((4 * shards + shards - 1) * turn)

@@ -52,7 +52,8 @@ def _text(variant: object) -> str:
 
 def test_moments_are_read_and_intact(plan: SweepPlan) -> None:
     store = plan.prepared.moment_store()
-    keys = [calibration.key for calibration in plan.prepared.sets.values()]
+    read = {str(part) for variant in plan.variants for part in variant.demonstrations}
+    keys = [plan.prepared.sets[name].key for name in read]
     layers = [store.load(key, layer) for key in keys for layer in range(2)]
     assert len(layers) == 4
     assert all(layer and {"mlp.down_proj", "self_attn.q_proj"} < layer.keys() for layer in layers)

@@ -33,10 +33,19 @@ def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Va
 
 
 def make_masks(
-    prepared: Prepared, pipeline: Pipeline, variant: Variant, progress: Progress | None = None
+    prepared: Prepared,
+    pipeline: Pipeline,
+    variant: Variant,
+    progress: Progress | None = None,
+    forecast: bool = False,
 ) -> MaskOutcome:
-    """Make the variant's masks; they stay in the workers. Dense moments must have been gathered before."""
+    """Make the variant's masks; they stay in the workers. Dense moments must have been gathered before.
+
+    `forecast`: also forecast the damage to each language of the evaluation, in `MaskOutcome.forecast`.
+    """
     recipe = prepared.recipe(variant)
+    if forecast:
+        recipe = replace(recipe, forecasts=prepared.forecasts)
     if variant.allocation == "owl":
         shares = pipeline.outlier_shares(recipe)
         recipe = replace(recipe, ratios=owl(shares, prepared.model_size.pruned, variant.sparsity))

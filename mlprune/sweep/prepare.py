@@ -101,9 +101,12 @@ class Prepared:
         sides = tuple(
             tuple((self.sets[str(part)].key, weight) for part, weight in side.parts) for side in variant.sides
         )
-        texts = forecast_texts(self.spec) if self.evaluation else ()
-        forecasts = tuple((text.languages[0], self.sets[str(text)].key) for text in texts)
-        return MaskRecipe(variant, self.spec.calibration.seed, sides, forecasts=forecasts)
+        return MaskRecipe(variant, self.spec.calibration.seed, sides)
+
+    @property
+    def forecasts(self) -> tuple[tuple[str, str], ...]:
+        """Return each evaluated language with the key of its monolingual text, for `MaskRecipe`."""
+        return tuple((text.languages[0], self.sets[str(text)].key) for text in forecast_texts(self.spec))
 
     def sets_of(self, variant: Variant) -> list[CalibrationSet]:
         """Return the calibration sets that the variant reads, in the order of its recipe's keys."""

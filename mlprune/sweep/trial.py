@@ -33,7 +33,7 @@ def run_trial(
     assert prepared.evaluation is not None
     started = time.monotonic()
     try:
-        outcome = make_masks(prepared, pipeline, variant)
+        outcome = make_masks(prepared, pipeline, variant, forecast=True)
         metrics = {
             "sparsity.actual": outcome.sparsity,
             **forecast_metrics(outcome.forecast),
