@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,6 +193,8 @@ def changed(**keys: object) -> str:
         (changed(ids=["1", "1"]), "repeated"),
         (changed(ids=[1, 2]), "ids.0"),
         (changed(ids=["1"]), "length"),
+        (changed(documents=["a"]), "length"),
+        (changed(documents=["a", 1]), "documents.1"),
         (changed(ids=[], columns={"nll": [], "tokens": [], "bytes": []}), "empty"),
         (changed(columns={"nll": [1.0, 2.0], "tokens": [1, 2]}), "columns"),
         (changed(columns={"nll": [1.0, "2.0"], "tokens": [1, 2], "bytes": [3, 4]}), "valid number"),
@@ -209,7 +212,19 @@ def test_from_json_takes_what_a_change_leaves_whole() -> None:
     assert from_json(changed(language="de"))[0].language == "de"
 
 
+def test_documents_survive_json_and_are_missing_in_old_files() -> None:
+    items = replace(likelihood("fr", [1.0, 2.0, 3.0], [1, 2, 3], [4, 5, 6]), documents=("a", "a", "b"))
+    assert items.units == ("a", "a", "b")
+    assert from_json(to_json([items]))[0].documents == ("a", "a", "b")
+    file = json.loads(to_json([items]))
+    del file["items"][0]["documents"]
+    old = from_json(json.dumps(file))[0]
+    assert (old.documents, old.units) == ((), ("0", "1", "2"))
+
+
 def test_items_are_picked_by_name() -> None:
-    items = likelihood("fr", [1.0, 2.0, 3.0], [1, 2, 3], [4, 5, 6]).select(["2", "0"])
+    whole = replace(likelihood("fr", [1.0, 2.0, 3.0], [1, 2, 3], [4, 5, 6]), documents=("a", "a", "b"))
+    items = whole.select(["2", "0"])
+    assert items.documents == ("b", "a")
     assert items.ids == ("2", "0")
     assert items.columns == {"nll": (3.0, 1.0), "tokens": (3, 1), "bytes": (6, 4)}

@@ -171,9 +171,13 @@ def test_every_pair_gets_the_answers_to_its_lines_in_one_call() -> None:
     for items, pair, output in ((english, "fr-en", ("one", "two")), (french, "en-fr", ("un", "deux"))):
         assert (items.task, items.language, items.kind) == ("translation", pair, "translation")
         assert items.ids == tuple(str(line + 1) for line in lines)
+        assert items.documents == tuple(CORPUS.documents[line] for line in lines)
         reference = tuple(CORPUS.lines[pair[3:]][line] for line in lines)
         assert items.columns == {"output": output, "reference": reference}
     assert {"bleu.fr-en", "chrf.en-fr", "bleu.mean"} <= set(metrics_of([english, french]))
+    writer = Writer(" a</s>")
+    unnamed = made(asked(lines=1), replace(CORPUS, documents_named=False)).run(writer, "a variant")
+    assert unnamed[0].documents == ()
 
 
 @torch.inference_mode()

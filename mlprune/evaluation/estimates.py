@@ -82,5 +82,9 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
     """
     from scipy.stats import kendalltau
 
-    result = kendalltau(a, b, nan_policy="omit")
+    pairs = np.array([a, b]).T
+    pairs = pairs[~np.isnan(pairs).any(1)]
+    if len(pairs) < 2:
+        return math.nan, math.nan
+    result = kendalltau(pairs[:, 0], pairs[:, 1])
     return float(result.statistic), float(result.pvalue)

@@ -28,9 +28,9 @@ def show_comparison(comparison: Comparison) -> None:
         table.add_row(task, row.language, *values, verdict, style=style)
     out.print(table)
     out.print(
-        "* the language with the largest loss or smallest gain. 95% CI: paired bootstrap over items.\n"
-        "p: from the bootstrap, or exact McNemar where answers are right or wrong; Holm-corrected over the\n"
-        "languages of a task.",
+        "* the language with the largest loss or smallest gain. 95% CI: Student's t, standard error from a\n"
+        "paired bootstrap over documents, or over items without documents. p: likewise, or exact McNemar for\n"
+        "right or wrong answers without documents; Holm-corrected over the languages of a task.",
         style="dim",
         soft_wrap=True,
     )
