@@ -16,9 +16,11 @@ from PIL import Image
 
 from mlprune.analysis import trade_off
 from mlprune.analysis.figures import short_names
+from mlprune.analysis.forecast_picture import draw_forecasts, forecast_correlation, with_forecasts
 from mlprune.analysis.heat_map import colour_limits, draw_heat_map, percent_text, relative_changes
 from mlprune.analysis.sweep_pictures import draw_pictures
 from mlprune.analysis.trade_off import draw_trade_off, pareto_front, spread
+from mlprune.evaluation.loss import loss_metrics
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import ranking_cells
 from mlprune.spec.loading import parse_spec
@@ -200,6 +202,63 @@ def test_pictures_that_say_nothing_are_not_drawn(tmp_path: Path) -> None:
     assert names(["en", "fr"], ["mono:en"], [0.3, 0.5]) == ["s.png", "s-languages.png"]
     assert names(["en", "fr"], ["mono:en"], [0.3]) == ["s.png"]
     assert names(["en"], ["mono:en", "mono:fr"], [0.3]) == ["s.png"]
+
+
+def forecast_trials(
+    languages: Sequence[str], sparsities: Sequence[float] = (0.3, 0.5)
+) -> tuple[Result, list[Result]]:
+    """Trials of three scores and two texts whose forecast of each language is its loss to the power 1.5."""
+    dense, results = trials(languages, ["mono:en", "mono:fr"], sparsities)
+    texts = [(one, score) for one in results for score in ("wanda", "ria", "sparsegpt")]
+    made = []
+    for one, score in texts:
+        assert one.variant is not None
+        variant = parse_variant(str(one.variant.calibration), score, one.variant.sparsity, "unstructured", "dense")
+        bits = {code: one.metrics[f"bits_per_byte.{code}"] * random.uniform(1, 1.2) for code in languages}
+        changed = result(variant, bits)
+        loss = loss_metrics(changed.metrics, dense.metrics)
+        forecasts = {name.replace("loss", "forecast"): value**1.5 for name, value in loss.items()}
+        made.append(replace(changed, metrics={**changed.metrics, **forecasts}))
+    return dense, made
+
+
+def test_forecasts_that_order_trials_rightly_have_a_correlation_of_one() -> None:
+    dense, results = forecast_trials(["en", "fr"])
+    for name in ("en", "fr", "mean", "worst"):
+        assert forecast_correlation(dense, results, name) == pytest.approx(1)
+        inverse = [replace(one, metrics={**one.metrics, f"forecast.{name}": -i}) for i, one in enumerate(results)]
+        ranks = sorted(results, key=lambda one: loss_metrics(one.metrics, dense.metrics)[f"loss.{name}"])
+        squares = sum((len(results) - 1 - i - ranks.index(one)) ** 2 for i, one in enumerate(results))
+        by_hand = 1 - 6 * squares / (len(results) * (len(results) ** 2 - 1))
+        assert forecast_correlation(dense, inverse, name) == pytest.approx(by_hand)
+    assert math.isnan(forecast_correlation(dense, results[:2], "en"))
+    assert math.isnan(forecast_correlation(dense, [results[0]] * 5, "en"))
+    gone = [broken(results[0], math.nan), broken(results[1], math.inf), *results[2:]]
+    assert forecast_correlation(dense, gone, "en") == pytest.approx(1)
+
+
+def test_forecasts_are_drawn_for_four_trials_or_more(tmp_path: Path) -> None:
+    dense, results = forecast_trials(["en", "fr"])
+    plain = [
+        replace(one, metrics={k: v for k, v in one.metrics.items() if "forecast" not in k}) for one in results
+    ]
+    unmeasured = [
+        replace(one, metrics={k: v for k, v in one.metrics.items() if "forecast" in k or "sparsity" in k})
+        for one in results
+    ]
+    assert with_forecasts([*plain, *results[:2], *unmeasured]) == results[:2]
+    for count in (0, 3, 4):
+        files = draw_pictures(dense, [*results[:count], *plain[count:]], ["en", "fr"], "t", tmp_path, "s")
+        assert ("s-forecasts.png" in [file.name for file in files]) == (count >= 4)
+
+
+def test_the_picture_of_forecasts_has_a_panel_per_language(tmp_path: Path) -> None:
+    dense, results = forecast_trials(CODES[:5], [0.3, 0.4, 0.5, 0.6, 0.7])
+    gone = [broken(results[0], math.nan), broken(results[1], 1e6), *results[2:]]
+    draw_forecasts(dense, gone, CODES[:5], "forecasts", tmp_path / "s.png")
+    width, height = size(tmp_path / "s.png")
+    assert width == round(3 * 4.2 * 150)
+    assert height == round((2 * 3.5 + 1.4) * 150)
 
 
 def test_models_pruned_to_pieces_have_pictures_too(tmp_path: Path) -> None:

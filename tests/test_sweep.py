@@ -101,12 +101,14 @@ def test_every_result_is_in_mlflow_under_plain_names(undisturbed: dict[str, Any]
         assert change[""] == pytest.approx(ratio - 1)
         assert run.data.metrics == pytest.approx(result["metrics"], abs=0)
         assert {"bits_per_byte.fr", "perplexity.en", "sparsity.actual", "seconds.mask"} < run.data.metrics.keys()
+        assert {"forecast.en", "forecast.fr", "forecast.mean", "forecast.worst"} < run.data.metrics.keys()
     assert {"live.tokens_per_second", "live.shards_busy", "live.trials_finished"} <= parent.data.metrics.keys()
     assert 0 < parent.data.metrics["occupancy.shard_0"] <= 1
     assert undisturbed["ranking"][0]["run"] in parent.data.tags["mlflow.note.content"]
     client = MlflowClient(undisturbed["tracking_uri"])
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    assert artifacts == {"spec.yaml", "environment.txt", "tiny.png", "tiny-calibrations.png", "tiny-languages.png"}
+    pictures = {f"tiny{kind}.png" for kind in ("", "-calibrations", "-languages", "-forecasts")}
+    assert artifacts == {"spec.yaml", "environment.txt", *pictures}
     assert parent.info.status == "FINISHED"
 
 

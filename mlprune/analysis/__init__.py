@@ -6,5 +6,6 @@ sweep_pictures: decides which pictures of a sweep are worth drawing, and draws t
 lines: bits per byte against sparsity, per language
 heat_map: the change of each language by each calibration
 trade_off: the worst language against the mean
+forecast_picture: forecasts against measured losses, per language
 figures: what all pictures share
 """

@@ -1,8 +1,12 @@
-"""Decides which pictures of a sweep are worth drawing. They are drawn in `lines`, `heat_map` and `trade_off`."""
+"""Decides which pictures of a sweep are worth drawing.
+
+They are drawn in `lines`, `heat_map`, `trade_off` and `forecast_picture`.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mlprune.analysis.forecast_picture import MIN_TRIALS, draw_forecasts, with_forecasts
 from mlprune.analysis.heat_map import draw_heat_map, several_calibrations
 from mlprune.analysis.lines import draw_lines
 from mlprune.analysis.trade_off import draw_trade_off, has_likelihood
@@ -32,4 +36,8 @@ def draw_pictures(
     if len(languages) > 1 and sum(map(has_likelihood, results)) > 1:
         draw_trade_off(dense, results, title, trade_off, changes)
         files.append(trade_off)
+    forecast = with_forecasts(results)
+    if len(forecast) >= MIN_TRIALS:
+        files.append(folder / f"{stem}-forecasts.png")
+        draw_forecasts(dense, forecast, languages, title, files[-1])
     return files
