@@ -16,10 +16,11 @@ from PIL import Image
 
 from mlprune.analysis import trade_off
 from mlprune.analysis.figures import short_names
-from mlprune.analysis.forecast_picture import draw_forecasts, forecast_correlation, with_forecasts
+from mlprune.analysis.forecast_picture import draw_forecasts
 from mlprune.analysis.heat_map import colour_limits, draw_heat_map, percent_text, relative_changes
 from mlprune.analysis.sweep_pictures import draw_pictures
 from mlprune.analysis.trade_off import draw_trade_off, pareto_front, spread
+from mlprune.evaluation.forecasts import forecast_correlation, with_forecasts
 from mlprune.evaluation.loss import loss_metrics
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import ranking_cells

@@ -1,9 +1,8 @@
 """A picture of a sweep: forecasts of damage against the measured loss, a panel per language.
 
-How forecasts are computed is in `mlprune.pruning.energy`.
+Forecasts are computed in `mlprune.pruning.energy`, correlations in `mlprune.evaluation.forecasts`.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,38 +10,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from scipy.stats import spearmanr
 
 from mlprune.analysis.figures import AXIS_LIMIT, COLUMNS, MARKERS, by_sparsity, panel_grid, sparsity_of, write_png
-from mlprune.evaluation.loss import loss_metrics
+from mlprune.evaluation.forecasts import MIN_RANKED, forecast_and_loss, forecast_correlation
 from mlprune.spec.languages import language_name
 from mlprune.storage.results import Result
 
 MIN_TRIALS = 4  # a picture of fewer says nothing
-MIN_RANKED = 3  # two trials always have a rank correlation of 1 or -1
-
-
-def with_forecasts(results: Sequence[Result]) -> list[Result]:
-    """Return the trials that were both forecast and evaluated; earlier versions made no forecasts."""
-    return [one for one in results if {"forecast.mean", "bits_per_byte.mean"} <= one.metrics.keys()]
-
-
-def forecast_correlation(dense: Result, results: Sequence[Result], language: str) -> float:
-    """Return Spearman's rho of the forecast of a language, or of `mean` or `worst`, and its measured loss.
-
-    NaN for fewer than three trials with a finite loss, or if all of them are equal.
-    """
-    points = [_point(dense, result, language) for result in results]
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(finite) < MIN_RANKED or min(len(set(values)) for values in zip(*finite, strict=True)) == 1:
-        return math.nan
-    return float(spearmanr(finite).statistic)
-
-
-def _point(dense: Result, result: Result, language: str) -> tuple[float, float]:
-    """Return the forecast of a trial, and its loss in percent."""
-    loss = loss_metrics(result.metrics, dense.metrics)
-    return result.metrics[f"forecast.{language}"], 100 * loss[f"loss.{language}"]
 
 
 def draw_forecasts(
@@ -63,7 +37,7 @@ def draw_forecasts(
     for panel, language in zip(panels, languages, strict=True):
         for result in results:
             color, marker = colors[sparsity_of(result)], markers[_score(result)]
-            _draw_trial(panel, _point(dense, result, language), color, marker)
+            _draw_trial(panel, forecast_and_loss(dense, result, language), color, marker)
         panel.set_title(_panel_title(dense, results, language), fontsize="medium")
         panel.set_xlabel("forecast: share of energy dropped")
         panel.grid(alpha=0.3)
@@ -87,7 +61,7 @@ def _entry(label: str, color: str, marker: str) -> Line2D:
 
 
 def _draw_trial(panel: Axes, point: tuple[float, float], color: str, marker: str) -> None:
-    (x, y), end = point, 100 * (AXIS_LIMIT - 1)
+    x, y, end = point[0], 100 * point[1], 100 * (AXIS_LIMIT - 1)
     face = color if y <= end else "none"
     panel.plot(x, min(y, end), marker, color=color, markerfacecolor=face, markersize=6)
 

@@ -6,10 +6,11 @@ They are drawn in `lines`, `heat_map`, `trade_off` and `forecast_picture`.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlprune.analysis.forecast_picture import MIN_TRIALS, draw_forecasts, with_forecasts
+from mlprune.analysis.forecast_picture import MIN_TRIALS, draw_forecasts
 from mlprune.analysis.heat_map import draw_heat_map, several_calibrations
 from mlprune.analysis.lines import draw_lines
 from mlprune.analysis.trade_off import draw_trade_off, has_likelihood
+from mlprune.evaluation.forecasts import with_forecasts
 from mlprune.evaluation.significance import Interval
 from mlprune.storage.results import Result
 

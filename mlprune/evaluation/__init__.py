@@ -10,6 +10,7 @@ items: results item by item, and their metrics
 consistency: whether answers agree between languages
 resampling: bootstrap samples of a run's metrics
 loss: relative change of bits per byte against the dense model
+forecasts: forecasts of damage against measured losses
 estimates: intervals and tests from samples, over lines and seeds
 significance: whether one run is better than another
 tasks/: the harness tasks that ship with mlprune
