@@ -335,8 +335,12 @@ def evaluate(
 @click.option(
     "--languages", required=True, metavar="LIST", help="ISO 639 codes of languages in the corpus, e.g. en,fr,hi."
 )
-@click.option("--pivot", default="en", show_default=True, help="The language that translations start from.")
-@click.option("--layer", type=int, help="Layer whose single channels are drawn.  [default: the middle layer]")
+@click.option(
+    "--pivot", default="en", show_default=True, help="The language of all translations, source or target."
+)
+@click.option(
+    "--layer", type=int, help="Layer whose single channels are drawn, 0: the embedding.  [default: the middle one]"
+)
 @click.option("--ratio", default=0.3, show_default=True, help="Share of channels counted as top, and as bottom.")
 @click.option("--sparsity", default=0.5, show_default=True, help="Sparsity of the compared masks.")
 @_new_folder
@@ -356,8 +360,8 @@ def analyze(
     """Analyze which hidden channels each calibration uses.
 
     MODEL is a folder, a Hugging Face model id, or demo. Compares monolingual text of each language with
-    translations from the pivot: how large each channel is, how top and bottom channels overlap, and how much
-    of Wanda's mask two calibrations share.
+    translations from and to the pivot: how large each channel is, how top and bottom channels overlap, and
+    how much of Wanda's mask two calibrations share.
     """
     checked = _load_spec(spec, assignments, {"model.path": model, "calibration.corpus": corpus})
     from mlprune.commands.analyze import AnalysisRequest

@@ -30,7 +30,10 @@ search: {score: [magnitude], sparsity: [0.3]}
 """
 TABLES = ("features.csv", "overlap.csv", "masks.csv", "top.csv")
 PICTURES = ("top.png", "overlap.png", "masks.png", "masks_pairs.png")
-CONDITIONS = ["mono:en", "mono:fr", "mono:hi", "translation:en-fr", "translation:en-hi"]
+CONDITIONS = [
+    *("mono:en", "mono:fr", "mono:hi", "translation:en-fr", "translation:en-hi"),
+    *("translation:fr-en", "translation:hi-en"),
+]
 Analysis = tuple[Any, Result, Path]
 
 
@@ -64,7 +67,7 @@ def rows(place: Path, name: str) -> list[dict[str, str]]:
 def magnitudes(place: Path) -> torch.Tensor:
     table = rows(place, "features.csv")
     values = torch.tensor([float(row["magnitude"]) for row in table], dtype=torch.float64)
-    return values.reshape(len(CONDITIONS), 4, 32)
+    return values.reshape(len(CONDITIONS), 1 + 4, 32)
 
 
 def test_every_condition_is_measured(analysis: Analysis, model: str) -> None:
@@ -77,7 +80,8 @@ def test_every_condition_is_measured(analysis: Analysis, model: str) -> None:
     with open_local(prepared) as pipeline:
         sums = pipeline.gather_features([prepared.sets[name] for name in CONDITIONS], 32)
     assert torch.equal(magnitudes(place), torch.stack(sums) / 5), "the mean of five prompts"
-    assert len({tuple(row.tolist()) for row in magnitudes(place)[:, 0]}) == len(CONDITIONS)
+    for layer in (1, 4):
+        assert len({tuple(row.tolist()) for row in magnitudes(place)[:, layer]}) == len(CONDITIONS)
 
 
 def test_tables_and_values_agree(analysis: Analysis) -> None:
@@ -86,8 +90,8 @@ def test_tables_and_values_agree(analysis: Analysis) -> None:
         expected = overlaps(magnitudes(place), 0.2, end)
         table = [float(row["overlap"]) for row in rows(place, "overlap.csv") if row["other_end"] == end]
         assert table == expected.flatten().tolist()
-        assert values["overlap"][end] == expected.mean(2).tolist()
-    top = magnitudes(place)[[1, 3], 2].max(0).values
+        assert values["overlap"][end] == expected[..., 1:].mean(2).tolist(), "without the embedding"
+    top = magnitudes(place)[[1, 3, 5], 2].max(0).values
     displayed = {int(row["channel"]) for row in rows(place, "top.csv") if row["language"] == "fr"}
     assert displayed == set(is_at(top, 20 / 32, "top").nonzero()[:, 0].tolist())
     assert {row["layer"] for row in rows(place, "top.csv")} == {"2"}, "the middle of four"
@@ -108,12 +112,12 @@ def test_masks_are_those_of_a_trial(analysis: Analysis, model: str) -> None:
     settings = [f"model.path={model}", f"storage={place / 'store'}"]
     request = AnalysisRequest(("en", "fr", "hi"), sparsity=0.4)
     prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), request.variants, False)
-    chosen = [request.variants[n] for n in request.indices("fr")]
+    chosen = [request.variants[n] for n in request.indices("fr")[:2]]
     with open_local(prepared) as pipeline:
         gather_moments(prepared, pipeline, chosen)
         pruned = [pipeline.prune(prepared.recipe(variant)) for variant in chosen]
         worker = pipeline._workers[0]
-        masks = [worker._masks[variant.key][2]["mlp.up_proj"] for variant in chosen]
+        masks = [worker._masks[variant.key][1]["mlp.up_proj"] for variant in chosen]  # of the second layer
     first, second = (~mask.unpack() for mask in masks if isinstance(mask, PackedMask))
     assert len({made.digest for made in pruned}) == 2
     pair = next(
@@ -145,11 +149,14 @@ def test_output_shows_figures_and_locations(analysis: Analysis) -> None:
     displayed, places = result.stdout.split("\nfiles ")
     lines = displayed.splitlines()
     assert max(map(len, lines)) <= 100
-    for code, name in (("fr", "French (fr)"), ("hi", "Hindi (hi)")):
-        a, b = CONDITIONS.index(f"mono:{code}"), CONDITIONS.index(f"translation:en-{code}")
+    for code, name, pair in [
+        *(("fr", "French (fr)", "en-fr"), ("fr", "French (fr)", "fr-en")),
+        *(("hi", "Hindi (hi)", "en-hi"), ("hi", "Hindi (hi)", "hi-en")),
+    ]:
+        a, b = CONDITIONS.index(f"mono:{code}"), CONDITIONS.index(f"translation:{pair}")
         top, bottom = values["overlap"]["top"], values["overlap"]["bottom"]
         figures = [top[a][b], bottom[b][a], bottom[a][b], values["masks"][a][b]]
-        (line,) = [line for line in lines if name in line]
+        (line,) = [line for line in lines if name in line and pair in line]
         assert line.split()[-4:] == [f"{figure:.3f}" for figure in figures]
     assert f"{place / 'out'}: features.csv, " in places
     assert f"ui --backend-store-uri {values['tracking_uri']}" in places
@@ -160,13 +167,14 @@ def test_output_shows_figures_and_locations(analysis: Analysis) -> None:
 def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
     """An empty folder is accepted; a named experiment is used."""
     (tmp_path / "out").mkdir()
-    words = ("--languages", "fr,en", "--pivot", "hi", "--layer", "3", "--json", "-")
+    words = ("--languages", "fr,en", "--pivot", "hi", "--layer", "0", "--json", "-")
     settings = ("--set", "tracking.experiment=mine", "--set", "calibration.samples=2")
     result = CliRunner().invoke(main, command_line(model, tmp_path, *words, *settings))
     assert result.exception is None, result.stderr
     values = json.loads(result.stdout)
-    assert values["conditions"] == ["mono:fr", "mono:en", "translation:hi-fr", "translation:hi-en"]
-    assert values["layer"] == 3
+    from_pivot, to_pivot = ["translation:hi-fr", "translation:hi-en"], ["translation:fr-hi", "translation:en-hi"]
+    assert values["conditions"] == ["mono:fr", "mono:en", *from_pivot, *to_pivot]
+    assert values["layer"] == 0
     assert MlflowClient(values["tracking_uri"]).get_experiment_by_name("mine") is not None
 
 
@@ -187,8 +195,8 @@ def test_any_pivot_and_layer(model: str, tmp_path: Path) -> None:
         ("--ratio nan", "--ratio: nan: ", "(0, 0.5]"),
         ("--ratio 0.02", "--ratio: 0.02: ", "32 channels"),
         ("--sparsity 1", "--sparsity: 1.0: ", "(0, 1)"),
-        ("--layer 4", "--layer: 4: ", "the model has 4 layers; write 0 to 3"),
-        ("--layer -1", "--layer: -1: ", "write 0 to 3"),
+        ("--layer 5", "--layer: 5: ", "the model has 4 layers; write 0 (the embedding) to 4"),
+        ("--layer -1", "--layer: -1: ", "write 0 (the embedding) to 4"),
         ("--output PLACE/full", "--output: 'PLACE/full': ", "is not empty"),
         ("--output PLACE/tiny.yaml", "--output: 'PLACE/tiny.yaml': ", "not a folder"),
         ("--output PLACE/tiny.yaml/out", "--output: 'PLACE/tiny.yaml/out': ", "not a folder"),

@@ -22,6 +22,7 @@ from mlprune.analysis.features import (
     features_csv,
     is_at,
     masks_csv,
+    mean_overlaps,
     overlap_csv,
     overlaps,
     shares,
@@ -44,7 +45,10 @@ from tests.tiny_models import source
 from tests.work import WANDA, opened, ready
 
 SETS = ("translation:en-fr", "mono:hi")
-LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "mixtral": "model.layers"}
+LAYERS = {
+    **dict.fromkeys(("llama", "mixtral", "xglm"), "model.layers"),
+    **dict.fromkeys(("gpt2", "bloom"), "transformer.h"),
+}
 
 
 def features(prepared: Prepared, pipeline: Pipeline) -> list[Tensor]:
@@ -52,19 +56,20 @@ def features(prepared: Prepared, pipeline: Pipeline) -> list[Tensor]:
 
 
 def plain_features(folder: Path, family: str, made: CalibrationSet) -> Tensor:
-    """By transformers alone: every prompt by itself, so there is no pad; [layers, H] summed over the prompts."""
+    """By transformers alone: every prompt by itself, so there is no pad; [1 + layers, H] summed over prompts."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     left: dict[int, Tensor] = {}
     for index, layer in enumerate(model.get_submodule(LAYERS[family])):
         layer.register_forward_hook(lambda _m, _i, out, n=index: left.update({n: _first(out)}))
-    sums = torch.zeros(4, 32, dtype=torch.float64)
+    sums = torch.zeros(5, 32, dtype=torch.float64)
     for prompt in made.prompts:
         with torch.inference_mode():
             hidden_states = model(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
         assert all(torch.equal(left[n], hidden_states[n + 1]) for n in range(3)), (
             "of the last, hidden_states has its norm"
         )
-        sums += torch.stack([left[n][0].double().square().sum(0).sqrt() for n in range(4)])
+        states = [hidden_states[0], *(left[n] for n in range(4))]
+        sums += torch.stack([state[0].double().square().sum(0).sqrt() for state in states])
     return sums
 
 
@@ -76,7 +81,7 @@ def _first(out: Any) -> Tensor:
 # the workers' sums
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom", "xglm"])
 def test_magnitudes_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     prepared = ready(tmp_path, source(family))
     batches = prepared.sets[SETS[0]].batches
@@ -233,11 +238,20 @@ def test_of_equal_channels_the_lower_is_higher() -> None:
     assert not overlaps(equal, 0.5, "bottom").any()
 
 
+def test_the_mean_overlap_leaves_out_the_embedding() -> None:
+    magnitudes = torch.rand(2, 4, 10, dtype=torch.float64)
+    expected = sum(overlaps(magnitudes, 0.3, "bottom")[..., n] for n in (1, 2, 3)) / 3
+    torch.testing.assert_close(mean_overlaps(magnitudes, 0.3, "bottom"), expected)
+
+
 def test_top_channels_are_those_of_either() -> None:
     mono, translation = torch.arange(40.0), torch.zeros(40)
     translation[3], translation[7] = 100, 39
-    assert top_channels(mono, translation)[:4] == [3, 7, 39, 38]
-    assert len(top_channels(mono, translation)) == 20
+    assert top_channels([mono, translation])[:4] == [3, 7, 39, 38]
+    third = torch.zeros(40)
+    third[5] = 50
+    assert top_channels([mono, translation, third])[:4] == [3, 5, 7, 39]
+    assert len(top_channels([mono, translation])) == 20
 
 
 def test_share_of_dropped_weights() -> None:
@@ -275,31 +289,35 @@ def test_tables_hold_the_same_numbers() -> None:
     both = torch.tensor([[4, 2, 1], [2, 5, 3], [1, 3, 6]])
     table = rows(masks_csv(conditions, [{"q": both}, {"q": 2 * both, "k": both}]))
     assert len(table) == 3 * 3
-    last = {"condition": "mono:fr", "other": "translation:en-fr", "layer": "1", "matrix": "k"}
+    last = {"condition": "mono:fr", "other": "translation:en-fr", "layer": "2", "matrix": "k"}
     assert table[-1] == last | {"both": "3", "either": "8", "share": "0.375"}
-    pairs = {"fr": (magnitudes[1, 0], magnitudes[2, 0])}
-    table = rows(top_csv(pairs, 0))
-    assert [int(row["channel"]) for row in table] == top_channels(*pairs["fr"])
+    compared = {"fr": {"mono:x": magnitudes[1, 0], "translation:en-x": magnitudes[2, 0]}}
+    table = rows(top_csv(compared, 0))
+    assert [int(row["channel"]) for row in table] == top_channels(compared["fr"].values())
     for row in table:
-        assert float(row["translation"]) == float(pairs["fr"][1][int(row["channel"])])
+        assert float(row["translation:en-x"]) == float(magnitudes[2, 0][int(row["channel"])])
 
 
 @pytest.mark.parametrize("languages", [("fr",), ("fr", "es", "zh", "hi", "swh", "deu", "it", "ru", "ja")])
 def test_pictures_are_drawn(languages: tuple[str, ...]) -> None:
     """Any number of languages, a kind of matrix that some layers lack, a channel that dwarfs the others."""
-    conditions = [f"mono:{code}" for code in languages] + [f"translation:en-{code}" for code in languages]
+    forms = ("mono:x", "translation:en-x", "translation:x-en")
+    conditions = [form.replace("x", code) for form in forms for code in languages]
     count = len(conditions)
     magnitudes = torch.rand(count, 3, 30, dtype=torch.float64)
     magnitudes[:, :, 4] *= 1000
-    places = {code: (n, n + len(languages)) for n, code in enumerate(languages)}
-    pairs = {code: (magnitudes[a, 1], magnitudes[b, 1]) for code, (a, b) in places.items()}
+    places = {code: range(n, count, len(languages)) for n, code in enumerate(languages)}
+    compared = {
+        code: {form: magnitudes[index, 1] for form, index in zip(forms, indices, strict=True)}
+        for code, indices in places.items()
+    }
     both = torch.full((count, count), 3) + torch.eye(count, dtype=torch.int64)
     shared = [{"q": both, "k": both}, {"q": both}]
-    bottom, top = (overlaps(magnitudes, 0.3, end).mean(2) for end in ENDS)
+    bottom, top = (mean_overlaps(magnitudes, 0.3, end) for end in ENDS)
     drawn = [
-        draw_top(pairs, 1, "en", "a$model$"),
+        draw_top(compared, 1, "a$model$"),
         draw_overlap(conditions, bottom, top, 0.3, "a$model$"),
-        draw_masks(places, shared, 0.5, "en", "a$model$"),
+        draw_masks(places, forms, shared, 0.5, "a$model$"),
         draw_mask_pairs(conditions, shared, 0.5, "a$model$"),
     ]
     for picture in drawn:

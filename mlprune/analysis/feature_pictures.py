@@ -16,44 +16,54 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from mlprune.analysis.features import TOP_CHANNELS, SharedCounts, by_chance, kinds_of, shares, top_channels, total
+from mlprune.analysis.features import (
+    TOP_CHANNELS,
+    Compared,
+    SharedCounts,
+    by_chance,
+    kinds_of,
+    shares,
+    top_channels,
+    total,
+)
 from mlprune.analysis.figures import COLUMNS, MARKERS, panel_grid, to_png
 from mlprune.spec.languages import language_name
 
-MONO, TRANSLATION = "#4477aa", "#ee7733"  # distinguishable for readers who do not see red and green
+COLORS = ("#4477aa", "#ee7733", "#bbbbbb")  # distinguishable for readers who do not see red and green
+LINES = ("-", "--")
 UNIT = "weights dropped by both / by either"
 STEP = 0.05  # colours span at least this, so that similar values look similar
 MAX_ANNOTATED = 16  # with more conditions the cells have no numbers
 LOG_RATIO = 20.0  # a panel whose largest bar is this many times its smallest has a logarithmic axis
 
 
-def draw_top(pairs: Mapping[str, tuple[Tensor, Tensor]], layer: int, pivot: str, model: str) -> bytes:
-    """Draw the paper's Figure 1: the largest channels of `layer`, a panel per language with both conditions.
-
-    `pairs`: language -> magnitudes [H] of mono:x and of translation:pivot-x.
-    """
-    columns = min(2, len(pairs))
-    figure, panels = panel_grid(len(pairs), columns, (5.2, 3.0), 1.0)
-    for panel, (language, magnitudes) in zip(panels, pairs.items(), strict=True):
-        bars = _draw_bars(panel, *magnitudes)
+def draw_top(compared: Compared, layer: int, model: str) -> bytes:
+    """Draw the paper's Figure 2: the largest channels of `layer`, a panel per language with its conditions."""
+    columns = min(2, len(compared))
+    figure, panels = panel_grid(len(compared), columns, (5.2, 3.0), 1.0)
+    for panel, (language, magnitudes) in zip(panels, compared.items(), strict=True):
+        bars = _draw_bars(panel, list(magnitudes.values()))
         panel.set(title=language_name(language), xlabel="channel")
-    figure.legend(bars, ["mono:x", f"translation:{pivot}-x"], loc="outside lower center", ncols=2, frameon=False)
+    labels = list(next(iter(compared.values())))
+    figure.legend(bars, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     for panel in panels[::columns]:
         panel.set_ylabel("mean L2 norm")
-    title = f"{model}\n{TOP_CHANNELS} largest channels of layer {layer}: L2 norm over a prompt's tokens"
+    where = f"layer {layer}" if layer else "the embedding"
+    title = f"{model}\n{TOP_CHANNELS} largest channels of {where}: L2 norm over a prompt's tokens"
     return to_png(figure, title)
 
 
-def _draw_bars(panel: Axes, mono_H: Tensor, translation_H: Tensor) -> list[Any]:
-    """Draw and return, for a legend, the bars of mono:x and those of the translation."""
-    channels = top_channels(mono_H, translation_H)
-    both = mono_H[channels].numpy(), translation_H[channels].numpy()
-    position = np.arange(len(channels))
+def _draw_bars(panel: Axes, magnitudes: Sequence[Tensor]) -> list[Any]:
+    """Draw and return, for a legend, the bars of each condition."""
+    channels = top_channels(magnitudes)
+    heights = [magnitude_H[channels].numpy() for magnitude_H in magnitudes]
+    position, width = np.arange(len(channels)), 0.8 / len(heights)
+    shifts = [(number - (len(heights) - 1) / 2) * width for number in range(len(heights))]
     bars = [
-        panel.bar(position + shift, values, 0.4, color=color)
-        for values, shift, color in zip(both, (-0.2, 0.2), (MONO, TRANSLATION), strict=True)
+        panel.bar(position + shift, values, width, color=color)
+        for values, shift, color in zip(heights, shifts, COLORS, strict=True)
     ]
-    if np.max(both) > LOG_RATIO * np.min(both) > 0:
+    if np.max(heights) > LOG_RATIO * np.min(heights) > 0:
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
@@ -65,7 +75,7 @@ def _draw_bars(panel: Axes, mono_H: Tensor, translation_H: Tensor) -> list[Any]:
 
 
 def draw_overlap(conditions: Sequence[str], bottom_CC: Tensor, top_CC: Tensor, ratio: float, model: str) -> bytes:
-    """Draw the paper's Figures 2 and 3: the share of each row's top channels in each column's bottom, and top."""
+    """Draw the paper's Figures 1 and 3: the share of each row's top channels in each column's bottom, and top."""
     width, height = _size(conditions)
     figure, panels = panel_grid(2, 2, (width, height), 0.4)
     for panel, overlap_CC, end in zip(panels, (bottom_CC, top_CC), ("bottom", "top"), strict=True):
@@ -82,23 +92,24 @@ def draw_mask_pairs(conditions: Sequence[str], shared: SharedCounts, sparsity: f
 
 
 def draw_masks(
-    places: Mapping[str, tuple[int, int]], shared: SharedCounts, sparsity: float, pivot: str, model: str
+    places: Mapping[str, Sequence[int]], forms: Sequence[str], shared: SharedCounts, sparsity: float, model: str
 ) -> bytes:
-    """Draw the share of the mask that mono:x and translation:pivot-x have in common, a panel per kind of matrix.
+    """Draw the share of the mask that mono:x has in common with each translation, a panel per kind of matrix.
 
-    The x axis is the layer. `places`: language -> indices of its two conditions.
+    The x axis is the layer, from 1. `places`: language -> indices of its conditions, mono:x first. `forms`: their
+    names with x for the language.
     """
     kinds = kinds_of(shared)
     columns = min(COLUMNS, len(kinds))
     figure, panels = panel_grid(len(kinds), columns, (4.2, 2.8), 1.0, sharey=True)
     for panel, kind in zip(panels, kinds, strict=True):
-        by_layer = {n: shares(layer[kind]) for n, layer in enumerate(shared) if kind in layer}
-        for number, (language, (mono, translation)) in enumerate(places.items()):
-            values = [float(share_CC[mono, translation]) for share_CC in by_layer.values()]
-            color, marker = f"C{number % 10}", MARKERS[number % 8]
-            panel.plot(
-                list(by_layer), values, color=color, marker=marker, markersize=4, label=language_name(language)
-            )
+        by_layer = {n: shares(layer[kind]) for n, layer in enumerate(shared, start=1) if kind in layer}
+        for number, (language, (mono, *translations)) in enumerate(places.items()):
+            look: dict[str, Any] = {"color": f"C{number % 10}", "marker": MARKERS[number % 8], "markersize": 4}
+            for translation, line in zip(translations, LINES, strict=True):
+                values = [float(share_CC[mono, translation]) for share_CC in by_layer.values()]
+                label = language_name(language) if line == LINES[0] else None
+                panel.plot(list(by_layer), values, linestyle=line, label=label, **look)
         panel.set(title=kind, xlabel="layer")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
@@ -106,7 +117,8 @@ def draw_masks(
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     for panel in panels[::columns]:
         panel.set_ylabel("both / either")
-    title = f"{model}: {UNIT}\nof mono:x and translation:{pivot}-x, {_about_masks(sparsity)}"
+    mono, one, other = forms
+    title = f"{model}: {UNIT}\nof {mono} and {one} (solid), {other} (dashed), {_about_masks(sparsity)}"
     return to_png(figure, title)
 
 

@@ -3,10 +3,11 @@
 Here are the arithmetic and the CSV tables; hidden states and masks are measured in `shards`. The features are
 those of Figures 1 to 3 of Kim et al. (2024, arXiv 2409.16911): the L2 norm of a channel of the hidden states over
 a prompt's tokens, averaged over the prompts. Departures from the paper's code: padding tokens are ignored; the
-requested share of channels is used (there it is always 0.4). Layer 0 is the output of the first decoder layer;
-the last layer is taken before the model's final norm.
+requested share of channels is used (there it is always 0.4); the last layer is taken before the model's final
+norm. As there, layer 0 is the embedding's output, and layer n the output of the n-th decoder layer.
 
-C: conditions, which are calibrations. L: layers. H: hidden width, its channels. K: channels in a top or bottom.
+C: conditions, which are calibrations. L: layers, and the embedding before them. H: hidden width, its channels.
+K: channels in a top or bottom.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ ENDS: tuple[End, ...] = ("bottom", "top")
 TOP_CHANNELS = 20
 # For each layer: kind of matrix -> the number of weights that each two conditions both drop, int64 [C, C].
 SharedCounts = Sequence[Mapping[str, Tensor]]
+# Magnitudes of one layer to compare: language -> condition with x for the language, e.g. mono:x -> [H].
+Compared = Mapping[str, Mapping[str, Tensor]]
 
 
 def channels_in(width: int, ratio: float) -> int:
@@ -54,9 +57,14 @@ def overlaps(magnitude_CLH: Tensor, ratio: float, end: End) -> Tensor:
     return (both_LCC / channels_in(magnitude_CLH.shape[-1], ratio)).permute(1, 2, 0)
 
 
-def top_channels(a_H: Tensor, b_H: Tensor) -> list[int]:
-    """Return the TOP_CHANNELS largest channels by the larger of two magnitudes, largest first."""
-    order_H = torch.argsort(torch.maximum(a_H, b_H), descending=True, stable=True)
+def mean_overlaps(magnitude_CLH: Tensor, ratio: float, end: End) -> Tensor:
+    """Return the mean of `overlaps` over the decoder layers, so without the embedding: float64 [C, C]."""
+    return overlaps(magnitude_CLH[:, 1:], ratio, end).mean(2)
+
+
+def top_channels(magnitudes: Iterable[Tensor]) -> list[int]:
+    """Return the TOP_CHANNELS largest channels by the largest of several magnitudes [H], largest first."""
+    order_H = torch.argsort(torch.stack(list(magnitudes)).amax(0), descending=True, stable=True)
     return [int(channel) for channel in order_H[:TOP_CHANNELS]]
 
 
@@ -117,10 +125,13 @@ def overlap_csv(conditions: Sequence[str], magnitude_CLH: Tensor, ratio: float) 
 
 
 def masks_csv(conditions: Sequence[str], shared: SharedCounts) -> bytes:
-    """Return `both`, `either`: weights that both conditions, or at least one, drop; and `share`, their ratio."""
+    """Return `both`, `either`: weights that both conditions, or at least one, drop; and `share`, their ratio.
+
+    Layers are counted from 1, since 0 is the embedding.
+    """
     tables = (
         (layer, kind, both_CC.tolist(), union_of(both_CC).tolist(), shares(both_CC).tolist())
-        for layer, kinds in enumerate(shared)
+        for layer, kinds in enumerate(shared, start=1)
         for kind, both_CC in kinds.items()
     )
     rows = (
@@ -131,17 +142,14 @@ def masks_csv(conditions: Sequence[str], shared: SharedCounts) -> bytes:
     return _csv(("condition", "other", "layer", "matrix", "both", "either", "share"), rows)
 
 
-def top_csv(pairs: Mapping[str, tuple[Tensor, Tensor]], layer: int) -> bytes:
-    """Return the largest channels of `layer`.
-
-    `pairs`: language -> magnitudes [H] of its monolingual and its translation condition.
-    """
+def top_csv(compared: Compared, layer: int) -> bytes:
+    """Return the largest channels of `layer`, of each language in all its conditions."""
     rows = (
-        (language, layer, rank, channel, float(mono_H[channel]), float(translation_H[channel]))
-        for language, (mono_H, translation_H) in pairs.items()
-        for rank, channel in enumerate(top_channels(mono_H, translation_H), start=1)
+        (language, layer, rank, channel, *(float(magnitude_H[channel]) for magnitude_H in conditions.values()))
+        for language, conditions in compared.items()
+        for rank, channel in enumerate(top_channels(conditions.values()), start=1)
     )
-    return _csv(("language", "layer", "rank", "channel", "mono", "translation"), rows)
+    return _csv(("language", "layer", "rank", "channel", *next(iter(compared.values()))), rows)
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:

@@ -1,7 +1,8 @@
 """`mlprune analyze`: which hidden features several calibrations use, and how much of a mask two of them share.
 
-The conditions are mono:x for each language, and translation:pivot-x for each but the pivot. Nothing is evaluated;
-the tables and pictures are made in `analysis`. C: conditions. L: layers. H: channels of the hidden states.
+The conditions are mono:x for each language, and translations between the pivot and each other language, in both
+directions (the paper's figures: to English). Nothing is evaluated; the tables and pictures are made in `analysis`.
+C: conditions. L: layers, and the embedding before them. H: channels of the hidden states.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from mlprune.analysis.features import (
     channels_in,
     features_csv,
     masks_csv,
+    mean_overlaps,
     overlap_csv,
-    overlaps,
     top_csv,
 )
 from mlprune.commands.checkpoint import check_output
@@ -50,7 +51,7 @@ class AnalysisRequest:
 
     languages: tuple[str, ...]  # each once
     pivot: str = "en"
-    layer: int | None = None  # whose single channels are drawn; None: the middle layer
+    layer: int | None = None  # whose single channels are drawn, 0: the embedding; None: the middle layer
     ratio: float = 0.3  # share of the channels that count as top, and as bottom
     sparsity: float = 0.5  # of the compared masks
 
@@ -67,28 +68,37 @@ class AnalysisRequest:
 
     @property
     def translated(self) -> tuple[str, ...]:
-        """Return the languages with two conditions to compare: all but the pivot."""
+        """Return the languages with three conditions to compare: all but the pivot."""
         return tuple(code for code in self.languages if code != self.pivot)
 
-    def indices(self, code: str) -> tuple[int, int]:
-        """Return where mono:x and translation:pivot-x of a translated language are among the conditions."""
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Return the names of a language's three conditions, with x for its code: mono:x first."""
+        return ("mono:x", f"translation:{self.pivot}-x", f"translation:x-{self.pivot}")
+
+    def indices(self, code: str) -> tuple[int, ...]:
+        """Return where the three conditions of a translated language are among all, in the order of `forms`."""
         conditions = self._demonstrations
-        return conditions.index(self._mono(code)), conditions.index(self._translation(code))
+        return tuple(map(conditions.index, (self._mono(code), self._from_pivot(code), self._to_pivot(code))))
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """Return the conditions as text: mono:x of all languages, then translation:pivot-x."""
+        """Return the conditions as text: mono:x of all languages, translation:pivot-x, translation:x-pivot."""
         return tuple(map(str, self._demonstrations))
 
     @property
     def _demonstrations(self) -> tuple[Demonstration, ...]:
-        return (*map(self._mono, self.languages), *map(self._translation, self.translated))
+        translations = (*map(self._from_pivot, self.translated), *map(self._to_pivot, self.translated))
+        return (*map(self._mono, self.languages), *translations)
 
     def _mono(self, code: str) -> Demonstration:
         return Demonstration("mono", (code,))
 
-    def _translation(self, code: str) -> Demonstration:
+    def _from_pivot(self, code: str) -> Demonstration:
         return Demonstration("translation", (self.pivot, code))
+
+    def _to_pivot(self, code: str) -> Demonstration:
+        return Demonstration("translation", (code, self.pivot))
 
     @property
     def variants(self) -> list[Variant]:
@@ -157,8 +167,8 @@ def _layer(request: AnalysisRequest, prepared: Prepared) -> int:
     """Return the layer whose single channels are drawn. Raises SpecError for what the model's sizes rule out."""
     count, width = len(prepared.model_size.layers), prepared.model_size.hidden
     layer = count // 2 if request.layer is None else request.layer
-    if not 0 <= layer < count:
-        raise SpecError("--layer", layer, f"the model has {count} layers; write 0 to {count - 1}")
+    if not 0 <= layer <= count:
+        raise SpecError("--layer", layer, f"the model has {count} layers; write 0 (the embedding) to {count}")
     if not channels_in(width, request.ratio):
         raise SpecError("--ratio", request.ratio, f"selects none of the {width} channels; use a larger share")
     return layer
@@ -193,18 +203,21 @@ def _shared(prepared: Prepared, pipeline: Pipeline, request: AnalysisRequest) ->
 def _files(
     request: AnalysisRequest, layer: int, magnitude_CLH: Tensor, shared: SharedCounts, model: str
 ) -> Mapping[str, bytes]:
-    conditions, ratio, sparsity, pivot = request.conditions, request.ratio, request.sparsity, request.pivot
-    indices = {code: request.indices(code) for code in request.translated}
-    pairs = {code: (magnitude_CLH[a, layer], magnitude_CLH[b, layer]) for code, (a, b) in indices.items()}
-    bottom_CC, top_CC = (overlaps(magnitude_CLH, ratio, end).mean(2) for end in ("bottom", "top"))
+    conditions, ratio, sparsity = request.conditions, request.ratio, request.sparsity
+    places = {code: request.indices(code) for code in request.translated}
+    compared = {
+        code: {form: magnitude_CLH[index, layer] for form, index in zip(request.forms, indices, strict=True)}
+        for code, indices in places.items()
+    }
+    bottom_CC, top_CC = (mean_overlaps(magnitude_CLH, ratio, end) for end in ("bottom", "top"))
     return {
         "features.csv": features_csv(conditions, magnitude_CLH),
         "overlap.csv": overlap_csv(conditions, magnitude_CLH, ratio),
         "masks.csv": masks_csv(conditions, shared),
-        "top.csv": top_csv(pairs, layer),
-        "top.png": pictures.draw_top(pairs, layer, pivot, model),
+        "top.csv": top_csv(compared, layer),
+        "top.png": pictures.draw_top(compared, layer, model),
         "overlap.png": pictures.draw_overlap(conditions, bottom_CC, top_CC, ratio, model),
-        "masks.png": pictures.draw_masks(indices, shared, sparsity, pivot, model),
+        "masks.png": pictures.draw_masks(places, request.forms, shared, sparsity, model),
         "masks_pairs.png": pictures.draw_mask_pairs(conditions, shared, sparsity, model),
     }
 

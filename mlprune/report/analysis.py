@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlprune.analysis.features import ENDS, overlaps, shares, total
+from mlprune.analysis.features import ENDS, mean_overlaps, shares, total
 from mlprune.commands.analyze import AnalysisResult
 from mlprune.console import results as out
 from mlprune.report.tables import new_table, show_tracking
@@ -11,23 +11,26 @@ from mlprune.spec.urls import redact
 
 
 def show_analysis(result: AnalysisResult) -> None:
-    """Print one row per language, its monolingual against its translation text, and the written files."""
+    """Print a row per language and direction, monolingual against translation text, and the written files."""
     request = result.request
     overlap, masks = _mean_overlaps(result), _mask_shares(result)
     table = new_table(
-        f"{result.spec.model.path}: mono:x against translation:{request.pivot}-x",
+        f"{result.spec.model.path}: monolingual text against translations",
         "language",
+        "translation",
         "top in both",
         "top in translation, bottom in mono",
         "top in mono, bottom in translation",
         "masks in common",
     )
     for code in request.translated:
-        mono, translation = request.indices(code)
+        mono, *translations = request.indices(code)
         top, bottom = overlap["top"], overlap["bottom"]
-        values = (top[mono][translation], bottom[translation][mono], bottom[mono][translation])
-        cells = [f"{share:.3f}" for share in (*values, masks[mono][translation])]
-        table.add_row(f"{language_name(code)} ({code})", *cells)
+        for translation in translations:
+            values = (top[mono][translation], bottom[translation][mono], bottom[mono][translation])
+            cells = [f"{share:.3f}" for share in (*values, masks[mono][translation])]
+            direction = request.conditions[translation].removeprefix("translation:")
+            table.add_row(f"{language_name(code)} ({code})", direction, *cells)
     out.print(table)
     out.print(
         f"Top, bottom: the {request.ratio:g} of channels with the largest, smallest magnitude; mean over layers.\n"
@@ -58,7 +61,7 @@ def analysis_values(result: AnalysisResult) -> dict[str, object]:
 def _mean_overlaps(result: AnalysisResult) -> dict[str, list[list[float]]]:
     """The overlap of top channels with each end's channels, for each pair of conditions, mean over layers."""
     ratio = result.request.ratio
-    return {end: overlaps(result.magnitude_CLH, ratio, end).mean(2).tolist() for end in ENDS}
+    return {end: mean_overlaps(result.magnitude_CLH, ratio, end).tolist() for end in ENDS}
 
 
 def _mask_shares(result: AnalysisResult) -> list[list[float]]:

@@ -152,10 +152,10 @@ class Pipeline(ABC):
     def gather_features(
         self, sets: Sequence[CalibrationSet], width: int, progress: Progress | None = None
     ) -> list[Tensor]:
-        """Gather moments and, in the same pass, measure each layer's output channels; `width` is the hidden width.
+        """Gather moments and, in the same pass, measure the hidden states' channels; `width` is the hidden width.
 
         Returns for each set the L2 norm of every channel over a prompt's tokens, summed over the prompts: float64
-        [layers, H].
+        [1 + layers, H], first of the embedding's output, then of each layer's.
         """
         by_key = {calibration.key: calibration for calibration in sets}
         self.call_all(ShardWorker.start_features, list(by_key), width)

@@ -67,7 +67,7 @@ class ShardWorker:
         self._gathering: dict[tuple[str, str], dict[int, Mapping[str, Moments]]] = {}
         # complete passes: calibration set -> layer -> moments
         self._moments: dict[str, dict[int, Mapping[str, Moments]]] = {}
-        self._features: dict[str, Tensor] = {}  # calibration set -> float64 [layers of the shard, H]
+        self._features: dict[str, Tensor] = {}  # calibration set -> float64 [rows, H], see take_features
         self._masks: dict[str, dict[int, LayerMasks]] = {}  # variant -> layer
         self._summaries: dict[str, list[MaskSummary]] = {}
         self._sessions: dict[str, Session] = {}
@@ -114,6 +114,9 @@ class ShardWorker:
         calls, states = self._enter(batches, hidden, skip_last_token=not gather)
         keys = gather[self.ranks.rank :: self.ranks.size]
         sets = {key: [n for n, own in enumerate(keys) if own == key] for key in dict.fromkeys(gather)}
+        if self.span.is_first:
+            for number, key in enumerate(keys):
+                self._add_features(key, 0, batches[number], states[number])
         for index in self.span.layers:
             masks = self._masks[variant][index] if variant else None
             with self._residency.borrow(index, self._next(index)) as layer, masked_by(layer, masks):
@@ -125,7 +128,7 @@ class ShardWorker:
                         for number in members:
                             observer.keep = real_tokens(batches[number], self._model.device)
                             states[number] = self._model.run(layer, states[number], calls[number][index])
-                            self._add_features(key, index, batches[number], states[number])
+                            self._add_features(key, index + 1, batches[number], states[number])
                     by_layer[index] = observer.gathered()
         return [] if gather and self.span.is_last else states
 
@@ -321,18 +324,22 @@ class ShardWorker:
     # for analysis
 
     def start_features(self, keys: Sequence[str], width: int) -> None:
-        """Measure the output of each layer in the next pass that gathers these sets; `width` is H."""
-        zeros_LH = torch.zeros(len(self.span.layers), width, dtype=torch.float64, device=self._model.device)
+        """Measure the hidden states in the next pass that gathers these sets; `width` is H."""
+        rows = len(self.span.layers) + self.span.is_first
+        zeros_LH = torch.zeros(rows, width, dtype=torch.float64, device=self._model.device)
         self._features = {key: zeros_LH.clone() for key in keys}
 
-    def _add_features(self, key: str, index: int, batch: Batch, state_BTH: Tensor) -> None:
+    def _add_features(self, key: str, depth: int, batch: Batch, state_BTH: Tensor) -> None:
+        """Add hidden states after `depth` layers of the model."""
         if key in self._features:
-            self._features[key][index - self.span.first] += prompt_norms(state_BTH, batch.attention_mask)
+            row = depth - self.span.first - (not self.span.is_first)
+            self._features[key][row] += prompt_norms(state_BTH, batch.attention_mask)
 
     def take_features(self) -> dict[str, Tensor]:
         """Return after the pass, for each set, each channel's norm summed over the prompts.
 
-        float64 [layers of this shard, H].
+        float64 [rows, H]: a row for the output of each layer of this shard; before them, in the first shard, one
+        for what enters the first layer.
         """
         taken, self._features = self._features, {}
         return {key: self._residency.sum_over_ranks(sum_LH).cpu() for key, sum_LH in taken.items()}
