@@ -1,6 +1,6 @@
 """Forecasts of damage against the measured loss of the same trials: their points and their rank correlation.
 
-How forecasts are computed is in `mlprune.pruning.energy`, how they are drawn in `mlprune.analysis.forecast_picture`.
+Forecasts are computed in `mlprune.pruning.energy` and drawn in `mlprune.analysis.forecast_picture`.
 """
 
 import math
