@@ -13,5 +13,6 @@ loss: relative change of bits per byte against the dense model
 forecasts: forecasts of damage against measured losses
 estimates: intervals and tests from samples, over lines and seeds
 significance: whether one run is better than another
+knowledge: whether a model knows a language, by a compressor
 tasks/: the harness tasks that ship with mlprune
 """
