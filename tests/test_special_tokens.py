@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     GemmaTokenizer,
     GPT2Tokenizer,
     LlamaTokenizer,
@@ -41,11 +43,13 @@ def llama() -> Any:
     return LlamaTokenizer(vocab=LETTERS, merges=[("▁", "a")], add_bos_token=True)
 
 
-def test_a_text_of_xglm_begins_with_its_end_of_sequence_token() -> None:
+def test_a_text_of_xglm_begins_with_its_end_of_sequence_token(tmp_path: Path) -> None:
     """Its tokenizer puts </s> first, as fairseq's language models are trained, although its bos is <s>."""
     assert xglm()("b").input_ids == [2, 5]
     assert (xglm().bos_token_id, xglm().eos_token_id) == (0, 2)
     assert context_id(xglm()) == 2
+    xglm().save_pretrained(tmp_path)
+    assert context_id(AutoTokenizer.from_pretrained(tmp_path)) == 2
 
 
 BOS_FIRST: list[Callable[[], Any]] = [
