@@ -161,9 +161,28 @@ def trial_names(part: Items) -> set[str]:
     return {f"{part.task}.{part.language or part.metric}", *(f"{name}.{part.language}" for name in part.metrics)}
 
 
+@pytest.mark.parametrize(
+    ("lengths", "effective"),
+    [
+        ([7], 1),
+        ([8] * 6, 6),
+        ([1] * 9, 9),
+        ([21, 5, 22], 2),
+        ([24, 3], 1),
+        ([9, 8, 8, 8, 8, 7], 6),
+        ([60, *[5] * 9], 3),
+    ],
+)
+def test_documents_of_unequal_length_count_less(lengths: list[int], effective: int) -> None:
+    documents = np.repeat(np.arange(len(lengths)), lengths)
+    run = likelihood(np.ones(len(documents)), [1] * len(documents), documents=documents)
+    assert clusters([run], ["bits_per_byte.fr"]) == effective
+
+
 def test_clusters_are_those_of_the_smallest_part_that_is_read() -> None:
     items = a_whole_run(0)
-    documents = len(set(items[0].documents))
+    documents = clusters(items[:1], ["bits_per_byte.en"])
+    assert 1 < documents < 8
     assert clusters(items, ["bits_per_byte.mean"]) == clusters(items, ["loss.worst"]) == documents
     assert clusters(items, ["xnli.en"]) == clusters(items, ["rankc.xnli.en-sw"]) == 11
     assert clusters(items, ["xnli.mean"]) == 8
