@@ -3,11 +3,15 @@
 `llmcompressor_wanda.py` is not here: it needs an environment of its own.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
 
 from tests.tiny_models import source
 
@@ -16,7 +20,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 def table(script: str, *options: str, **environment: str) -> dict[str, str]:
     """Run the benchmark; return the lines that it prints, by their first column."""
-    command = [sys.executable, str(FOLDER / script), "--model", str(source().folder), "--rounds", "1", *options]
+    command = [sys.executable, str(FOLDER / script), "--model", str(source().folder), *options]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, cwd=FOLDER.parent
     )
@@ -25,12 +29,30 @@ def table(script: str, *options: str, **environment: str) -> dict[str, str]:
 
 
 def test_sweep_cost_prints_each_part_and_its_ratio_to_the_lower_bound() -> None:
-    lines = table("sweep_cost.py", "--prompts", "4", "--tokens", "64")
+    lines = table("sweep_cost.py", "--rounds", "1", "--prompts", "4", "--tokens", "64")
     assert list(lines) == ["(a)", "(b forwards)", "(b masks)", "(c)", "(a) / (b)"]
 
 
 def test_residency_prints_a_line_for_each_and_skips_nvme_where_it_cannot_be_compiled() -> None:
-    lines = table("residency.py", "--tokens", "1024", CC="/bin/false")
+    lines = table("residency.py", "--rounds", "1", "--tokens", "1024", CC="/bin/false")
     assert list(lines) == ["resident", "zero/cpu", "zero/nvme"]
     assert all("pass" in lines[name] and "masks" in lines[name] for name in ("resident", "zero/cpu"))
     assert lines["zero/nvme"].startswith("skipped: pipeline.offload: nvme: needs libaio's headers")
+
+
+def test_forecast_prints_correlations_of_its_stored_trials_and_resumes(tmp_path: Path) -> None:
+    sizes = ("--languages", "en,hi", "--seeds", "1", "--samples", "2", "--tokens", "64", "--lines", "2")
+    lines = table("forecast.py", "--work", str(tmp_path), *sizes)
+    files = sorted(tmp_path.glob("0-*.json"))
+    trials = [json.loads(file.read_text()) for file in files]
+    assert lines["trials"] == "44, of which Wanda 15"
+    group = [trial for trial in trials if trial["variant"]["sparsity"] == 0.7]
+    forecasts = [np.mean(trial["measures"]["share"]["hi"]) for trial in group]
+    rho = spearmanr(forecasts, [trial["loss"]["hi"] for trial in group]).statistic
+    assert lines[f"all at 0.7, {len(group)} trials"].endswith(f"hi {rho:.2f}")
+    assert {"plain", "by energy", "error", "token error log"} < lines.keys()
+    written = {file: file.stat().st_mtime_ns for file in files[1:]}
+    files[0].unlink()
+    assert table("forecast.py", "--work", str(tmp_path), *sizes) == lines
+    assert {file: file.stat().st_mtime_ns for file in files[1:]} == written
+    assert files[0].exists()
