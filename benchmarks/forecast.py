@@ -71,7 +71,14 @@ def variants_of(seed: int) -> list[Variant]:
         trials += [parse_variant(None, "magnitude", ratio, plain, "dense") for ratio in SPARSITIES]
         trials += [parse_variant(None, "magnitude", 0.5, "2:4", "dense")]
     trials += [parse_variant(text, "wanda", 0.5, plain, "sequential") for text in TEXTS]
-    return trials + [parse_variant(text, "sparsegpt", 0.5, plain, "sequential") for text in TEXTS[::3]]
+    trials += [parse_variant(text, "sparsegpt", 0.5, plain, "sequential") for text in TEXTS[::3]]
+    return [_with_seed(variant, seed) for variant in trials]
+
+
+def _with_seed(variant: Variant, seed: int) -> Variant:
+    values = variant.to_dict()
+    values["seed"] = seed
+    return parse_variant(**values)
 
 
 class Measures:
@@ -95,7 +102,7 @@ class Measures:
     @torch.inference_mode()
     def _inputs_of(self, model: PreTrainedModel, prepared: Prepared, language: str) -> dict[str, Tensor]:
         """Return inputs of every matrix, [T, I], at tokens evenly spaced in the language's text."""
-        calibration = prepared.sets[f"mono:{language}"]
+        calibration = prepared.set_of(f"mono:{language}")
         chosen = np.linspace(0, calibration.tokens - 1, TOKENS).astype(int)
         parts: dict[str, list[Tensor]] = {name: [] for name in self._dense}
         passed, rows = 0, torch.empty(0)
@@ -159,10 +166,9 @@ def run_trial(
     prepared: Prepared, pipeline: Pipeline, measures: Measures, variant: Variant, dense: Mapping[str, float]
 ) -> Trial:
     """Make the variant's masks, measure them, and evaluate them."""
-    assert prepared.evaluation is not None
     outcome = make_masks(prepared, pipeline, variant, forecast=True)
     masked = {name: data for piece in pipeline.weights(variant.key) for name, data in piece.items()}
-    metrics = metrics_of(prepared.evaluation.run(pipeline, variant.key))
+    metrics = metrics_of(prepared.suite.run(pipeline, variant.key))
     pipeline.release(variant.key)
     seen = measures.of(masked)
     for language, forecast in outcome.forecast.items():
@@ -173,13 +179,12 @@ def run_trial(
 
 def run_seed(prepared: Prepared, variants: Sequence[Variant], folder: Path) -> list[Trial]:
     """Run the trials of a seed that are not in the folder yet; return all of them."""
-    assert prepared.evaluation is not None
     files = {folder / f"{prepared.spec.calibration.seed}-{variant.key}.json": variant for variant in variants}
     if not all(file.exists() for file in files):
         with open_local(prepared) as pipeline:
             gather_moments(prepared, pipeline, variants)
             measures = Measures(prepared)
-            dense = metrics_of(prepared.evaluation.run(pipeline))
+            dense = metrics_of(prepared.suite.run(pipeline))
             for file, variant in files.items():
                 if not file.exists():
                     trial = run_trial(prepared, pipeline, measures, variant, dense)

@@ -98,9 +98,9 @@ def measure(
     """Return the seconds of each part in each round; of (d) only if `python`, its interpreter, is named."""
     sizes = [f"calibration.samples={prompts}", f"calibration.max_tokens={tokens}"]
     spec = load_spec("quickstart", [*SETTINGS, *sizes, f"model.path={model_path}", f"storage={storage}"])
-    variants = variants_of(spec.search)
+    variants = variants_of(spec.search, spec.calibration.seed)
     prepared = prepare(spec, [*variants, SEQUENTIAL], evaluate=False)
-    ids = torch.tensor([prompt.ids for prompt in prepared.sets["translation:en-fr"].prompts])
+    ids = torch.tensor([prompt.ids for prompt in prepared.set_of("translation:en-fr").prompts])
     assert ids.shape == (prompts, tokens)
     save_file({"input_ids": ids}, storage / "ids.safetensors")
     model = AutoModelForCausalLM.from_pretrained(prepared.source.folder).eval()

@@ -27,9 +27,9 @@ def plain_numbers(spec: Path) -> Numbers:
     variants = variants_of(plain.search)
     prepared = prepare(plain, variants)
     with open_local(prepared) as pipeline:
-        results = [run_dense(prepared, pipeline)[0]]
+        results = [run_dense(prepared, pipeline, prepared.suite)[0]]
         gather_moments(prepared, pipeline, variants)
-        results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
+        results += [run_trial(prepared, pipeline, variant, prepared.suite)[0] for variant in variants]
     return {
         json.dumps(result.variant.to_dict() if result.variant else None): (result.digest, _lasting(result.metrics))
         for result in results

@@ -75,10 +75,10 @@ def test_every_condition_is_measured(analysis: Analysis, model: str) -> None:
     assert values["conditions"] == CONDITIONS
     settings = [f"model.path={model}", f"storage={place / 'again'}"]
     prepared = prepare(
-        load_spec(str(place / "tiny.yaml"), settings), AnalysisRequest(("en", "fr", "hi")).variants, False
+        load_spec(str(place / "tiny.yaml"), settings), AnalysisRequest(("en", "fr", "hi")).variants(5), False
     )
     with open_local(prepared) as pipeline:
-        sums = pipeline.gather_features([prepared.sets[name] for name in CONDITIONS], 32)
+        sums = pipeline.gather_features([prepared.set_of(name) for name in CONDITIONS], 32)
     assert torch.equal(magnitudes(place), torch.stack(sums) / 5), "the mean of five prompts"
     for layer in (1, 4):
         assert len({tuple(row.tolist()) for row in magnitudes(place)[:, layer]}) == len(CONDITIONS)
@@ -111,8 +111,8 @@ def test_masks_are_those_of_a_trial(analysis: Analysis, model: str) -> None:
             assert 0.25 < both / either < 1
     settings = [f"model.path={model}", f"storage={place / 'store'}"]
     request = AnalysisRequest(("en", "fr", "hi"), sparsity=0.4)
-    prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), request.variants, False)
-    chosen = [request.variants[n] for n in request.indices("fr")[:2]]
+    prepared = prepare(load_spec(str(place / "tiny.yaml"), settings), request.variants(5), False)
+    chosen = [request.variants(5)[n] for n in request.indices("fr")[:2]]
     with open_local(prepared) as pipeline:
         gather_moments(prepared, pipeline, chosen)
         pruned = [pipeline.prune(prepared.recipe(variant)) for variant in chosen]

@@ -81,7 +81,7 @@ def test_the_sample_has_fourteen_aligned_languages_with_documents() -> None:
     codes = sorted(path.stem for path in SAMPLE.glob("*.txt"))
     corpus = open_corpus("sample", codes)
     assert codes == ["ar", "de", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "th", "tr", "vi", "zh"]
-    assert {len(lines) for lines in corpus.lines.values()} == {600}
+    assert {len(lines) for lines in corpus.lines.values()} == {1200}
     assert corpus.documents[0] == "bbc.381790"
     assert not any("\r" in line or "\n" in line for lines in corpus.lines.values() for line in lines)
 

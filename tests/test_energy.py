@@ -67,7 +67,7 @@ def test_a_forecast_is_the_mean_over_matrices_on_dense_moments(variant: Variant,
     for language, text in TEXTS.items():
         shares = []
         for layer in range(4):
-            moments = prepared.moment_store().load(prepared.sets[text].key, layer)
+            moments = prepared.moment_store().load(prepared.set_of(text).key, layer)
             assert moments is not None
             for matrix, seen in moments.items():
                 name = f"model.layers.{layer}.{matrix}.weight"
@@ -78,7 +78,7 @@ def test_a_forecast_is_the_mean_over_matrices_on_dense_moments(variant: Variant,
 
 
 def test_an_expert_that_no_token_of_a_language_reaches_is_left_out_of_its_mean(tmp_path: Path) -> None:
-    few = {"samples": 1, "shots": 1, "max_tokens": 3, "seed": 3}
+    few = {"samples": 1, "shots": 1, "max_tokens": 3, "seed": 0}
     prepared = ready(tmp_path, source("qwen3_moe"), calibration=few)
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [RANDOM])
@@ -87,7 +87,7 @@ def test_an_expert_that_no_token_of_a_language_reaches_is_left_out_of_its_mean(t
         text: sum(
             seen.tokens > 0
             for layer in range(4)
-            for seen in (prepared.moment_store().load(prepared.sets[text].key, layer) or {}).values()
+            for seen in (prepared.moment_store().load(prepared.set_of(text).key, layer) or {}).values()
         )
         for text in TEXTS.values()
     }
@@ -97,10 +97,10 @@ def test_an_expert_that_no_token_of_a_language_reaches_is_left_out_of_its_mean(t
 
 def test_texts_are_calibration_sets_only_where_something_is_evaluated(tmp_path: Path) -> None:
     spec = ready(tmp_path).spec
-    assert prepare(spec, [RANDOM]).sets.keys() == set(TEXTS.values())
+    assert prepare(spec, [RANDOM]).sets.keys() == {(text, 0) for text in TEXTS.values()}
     assert prepare(spec, []).sets == {}  # mlprune evaluate
     alone = prepare(spec, [WANDA], evaluate=False)  # mlprune prune
-    assert alone.sets.keys() == {str(WANDA.calibration)}
+    assert alone.sets.keys() == {(str(WANDA.calibration), 0)}
     with opened(alone) as pipeline:
         gather_moments(alone, pipeline, [WANDA])
         outcome = make_masks(alone, pipeline, WANDA)

@@ -52,7 +52,7 @@ LAYERS = {
 
 
 def features(prepared: Prepared, pipeline: Pipeline) -> list[Tensor]:
-    return pipeline.gather_features([prepared.sets[name] for name in SETS], prepared.model_size.hidden)
+    return pipeline.gather_features([prepared.set_of(name) for name in SETS], prepared.model_size.hidden)
 
 
 def plain_features(folder: Path, family: str, made: CalibrationSet) -> Tensor:
@@ -84,13 +84,13 @@ def _first(out: Any) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom", "xglm"])
 def test_magnitudes_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
     prepared = ready(tmp_path, source(family))
-    batches = prepared.sets[SETS[0]].batches
+    batches = prepared.set_of(SETS[0]).batches
     if family != "mixtral":
         assert any(batch.tokens < batch.input_ids.numel() for batch in batches), "nothing is padded"
     with opened(prepared) as pipeline:
         found = features(prepared, pipeline)
     for name, sums in zip(SETS, found, strict=True):
-        expected = plain_features(prepared.source.folder, family, prepared.sets[name])
+        expected = plain_features(prepared.source.folder, family, prepared.set_of(name))
         torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_results_do_not_depend_on_shards(tmp_path: Path) -> None:
 
 def test_padding_content_does_not_change_results(tmp_path: Path) -> None:
     prepared = ready(tmp_path)
-    batches = prepared.sets[SETS[0]].batches
+    batches = prepared.set_of(SETS[0]).batches
 
     def measured(worker: ShardWorker, pad: int) -> Tensor:
         padded = [
@@ -130,7 +130,7 @@ def test_padding_content_does_not_change_results(tmp_path: Path) -> None:
 def test_ranks_share_the_sums(tmp_path: Path) -> None:
     """Of three ranks and two micro-batches one has nothing to do."""
     prepared = ready(tmp_path)
-    batches = prepared.sets[SETS[0]].batches[:2]
+    batches = prepared.set_of(SETS[0]).batches[:2]
     sums = []
     for ranks in [Ranks(), *(Ranks(rank, 3) for rank in range(3))]:
         worker = ShardWorker(worker_setup(prepared), prepared.spans[0], ranks)

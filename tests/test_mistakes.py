@@ -34,6 +34,7 @@ evaluation: {perplexity: {languages: [en, fr], lines: 2}}
 OUTPUT = ("--output", "PLACE/out")
 BARE_PRUNE = ("prune", "PLACE/model", "--spec", "PLACE/tiny.yaml", *OUTPUT)
 LANGUAGES, LINES = "evaluation.perplexity.languages", "evaluation.perplexity.lines"
+CONFIRMATION = "evaluation.perplexity.confirmation_lines"
 COMMANDS = {
     "sweep": ("sweep", "PLACE/tiny.yaml"),
     "dry run": ("sweep", "PLACE/tiny.yaml", "--dry-run"),
@@ -185,8 +186,11 @@ MISTAKES = [
     setting("shared state", ALL, "model.path=PLACE/sharing", "model.path: ", "share state (num_kv_sh"),
     setting("tokens without rows", ALL, "model.path=PLACE/wordy", "model.path: "),
     setting("dtype", ALL, "model.dtype=int8", "model.dtype: 'int8': ", "'bfloat16'"),
-    setting("samples", PRUNES, "calibration.samples=4000", "calibration.samples: 4000: ", "445 lines", "222"),
-    setting("lines", SCORED, f"{LINES}=999", f"{LINES}: 999: ", "600 lines holds out 155"),
+    setting("samples", PRUNES, "calibration.samples=4000", "calibration.samples: 4000: ", "883 lines", "441"),
+    setting("lines", SCORED, f"{LINES}=999", f"{LINES}: 999: ", "has 168 for selection", "all 317 held-out lines"),
+    setting(
+        "confirmation", SCORED, f"{CONFIRMATION}=999", f"{CONFIRMATION}: 999: ", "149 for confirmation", "or 0"
+    ),
     setting("positions", PRUNES, "calibration.max_tokens=513", "calibration.max_tokens: 513: ", "takes 512"),
     setting("shards", ALL, "pipeline.shards=5", "pipeline.shards: 5: ", "has 4 layers", "1 to 4"),
     setting("storage no folder", SWEEPS, "storage=PLACE/file.txt", "storage: "),

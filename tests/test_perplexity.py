@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from mlprune.data.corpora import BLOCK_LINES, Corpus, held_out, open_corpus
+from mlprune.data.corpora import BLOCK_LINES, Corpus, open_corpus, split_held_out
 from mlprune.evaluation.items import Items
 from mlprune.evaluation.perplexity import Perplexity, build_perplexity
 from mlprune.spec.evaluation import PerplexitySpec
@@ -11,8 +11,9 @@ from tests.tiny import sample, tokenizer
 
 
 def built(corpus: Corpus) -> Perplexity:
-    spec = PerplexitySpec(languages=("en", "fr"), lines=40)
-    return build_perplexity(spec, corpus, tokenizer(), None, pad_free=False)
+    lines = split_held_out(corpus, confirm=True).selection[:40]
+    spec = PerplexitySpec(languages=("en", "fr"))
+    return build_perplexity(spec, corpus, lines, tokenizer(), None, pad_free=False)
 
 
 def items(corpus: Corpus) -> list[Items]:
@@ -22,7 +23,7 @@ def items(corpus: Corpus) -> list[Items]:
 
 def test_lines_have_the_documents_that_the_corpus_names() -> None:
     corpus = sample()
-    documents = tuple(corpus.documents[line] for line in held_out(corpus)[:40])
+    documents = tuple(corpus.documents[line] for line in split_held_out(corpus, confirm=True).selection[:40])
     assert 2 < len(set(documents)) < 20
     assert [part.documents for part in items(corpus)] == [documents, documents]
 

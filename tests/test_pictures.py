@@ -17,29 +17,31 @@ from PIL import Image
 from mlprune.analysis import trade_off
 from mlprune.analysis.figures import short_names
 from mlprune.analysis.forecast_picture import draw_forecasts
-from mlprune.analysis.heat_map import colour_limits, draw_heat_map, percent_text, relative_changes
+from mlprune.analysis.heat_map import colour_limits, draw_heat_map, losses, percent_text
 from mlprune.analysis.sweep_pictures import draw_pictures
 from mlprune.analysis.trade_off import draw_trade_off, pareto_front, spread
+from mlprune.evaluation.estimates import Estimate
 from mlprune.evaluation.forecasts import forecast_correlation, with_forecasts
 from mlprune.evaluation.loss import loss_metrics
 from mlprune.report.page import description, escaped
-from mlprune.report.ranking import ranking_cells
+from mlprune.report.ranking import language_cells, ranking_cells
 from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Propagation, Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import parse_variant
-from mlprune.sweep.ranking import SweepOutcome
+from mlprune.sweep.ranking import RankedVariant, Standing, SweepOutcome
 from mlprune.tracking.tracker import TAG_LENGTH
 
 CODES = ("en", "fr", "de", "es", "hi", "sw", "zh", "ar", "ru", "tr", "vi", "th", "el", "ur")
 MIX = "mix:mono:hi=0.5,translation:en-sw=0.5"
 
 
-def result(variant: Variant | None, bits: dict[str, float]) -> Result:
+def result(variant: Variant | None, bits: dict[str, float], dense: Result | None = None) -> Result:
     metrics = {f"bits_per_byte.{code}": value for code, value in bits.items()}
-    told = {"bits_per_byte.mean": sum(bits.values()) / len(bits), "bits_per_byte.worst": max(bits.values())}
+    metrics |= {"bits_per_byte.mean": sum(bits.values()) / len(bits), "bits_per_byte.worst": max(bits.values())}
+    metrics |= loss_metrics(metrics, dense.metrics) if dense else {}
     sparsity = {"sparsity.actual": variant.sparsity if variant else 0.0}
-    return Result(variant.key if variant else "dense", variant, metrics | told | sparsity)
+    return Result(variant.key if variant else "dense", variant, metrics | sparsity)
 
 
 def wanda(
@@ -56,15 +58,16 @@ def trials(
     dense = result(None, {code: random.uniform(0.7, 1.5) for code in languages})
     base = {code: dense.metrics[f"bits_per_byte.{code}"] for code in languages}
     made = [
-        result(wanda(text, sparsity), {c: base[c] * (1 + sparsity * random.random()) for c in languages})
+        result(wanda(text, sparsity), {c: base[c] * (1 + sparsity * random.random()) for c in languages}, dense)
         for text in calibrations
         for sparsity in sparsities
     ]
-    return dense, sorted(made, key=lambda one: one.metrics["bits_per_byte.mean"])
+    return dense, sorted(made, key=lambda one: one.metrics["loss.mean"])
 
 
 def broken(found: Result, value: float) -> Result:
-    return replace(found, metrics={k: value if k.startswith("bits") else v for k, v in found.metrics.items()})
+    metrics = {k: value if k.startswith(("bits", "loss")) else v for k, v in found.metrics.items()}
+    return replace(found, metrics=metrics)
 
 
 def size(file: Path) -> tuple[int, int]:
@@ -78,7 +81,7 @@ def size(file: Path) -> tuple[int, int]:
 
 
 def at(mean: float, worst: float, number: int) -> Result:
-    return Result(str(number), None, {"bits_per_byte.mean": mean, "bits_per_byte.worst": worst})
+    return Result(str(number), None, {"loss.mean": mean, "loss.worst": worst})
 
 
 def test_pareto_front_is_what_nothing_beats() -> None:
@@ -93,8 +96,7 @@ def test_pareto_front_is_what_nothing_beats() -> None:
 
         expected = sorted(point for point in finite if not beaten(point))
         front = pareto_front([at(x, y, n) for n, (x, y) in enumerate(points)])
-        found = [(one.metrics["bits_per_byte.mean"], one.metrics["bits_per_byte.worst"]) for one in front]
-        assert found == expected
+        assert [(one.metrics["loss.mean"], one.metrics["loss.worst"]) for one in front] == expected
         assert len({one.key for one in front}) == len(front)
 
 
@@ -103,13 +105,12 @@ def test_pareto_front_is_what_nothing_beats() -> None:
 
 def test_heat_map_holds_changes_in_percent_the_best_mean_first() -> None:
     dense = result(None, {"en": 1.0, "fr": 2.0})
-    worse = result(wanda("mono:en"), {"en": 1.1, "fr": 3.0})
-    better = result(wanda("mono:fr"), {"en": 1.5, "fr": 1.9})
-    gone = broken(result(wanda("code"), {"en": 1.0, "fr": 1.0}), math.nan)
-    keys, change_NC = relative_changes(dense, [gone, worse, better], ("en", "fr"))
+    worse = result(wanda("mono:en"), {"en": 1.1, "fr": 3.0}, dense)
+    better = result(wanda("mono:fr"), {"en": 1.5, "fr": 1.9}, dense)
+    gone = broken(result(wanda("code"), {"en": 1.0, "fr": 1.0}, dense), math.nan)
+    keys, loss_NC = losses([gone, worse, better], ("en", "fr"))
     assert keys == [better.key, worse.key, gone.key]
-    expected = [[(3.4 / 3 - 1) * 100, 50, -5], [(4.1 / 3 - 1) * 100, 10, 50], [math.nan] * 3]
-    np.testing.assert_allclose(change_NC, expected, rtol=1e-12)
+    np.testing.assert_allclose(loss_NC, [[22.5, 50.0, -5.0], [30.0, 10.0, 50.0], 3 * [math.nan]], rtol=1e-12)
 
 
 def test_one_huge_value_leaves_the_colours_of_the_others() -> None:
@@ -180,15 +181,14 @@ def test_pictures_of_a_large_sweep(tmp_path: Path) -> None:
     calibrations = (
         [f"mono:{code}" for code in CODES[:9]] + [f"translation:en-{code}" for code in CODES[1:11]] + [MIX]
     )
-    dense, results = trials(CODES, calibrations, [0.5])
+    _, results = trials(CODES, calibrations, [0.5])
     heat, trade = tmp_path / "new" / "heat.png", tmp_path / "trade.png"
-    draw_heat_map(dense, results, CODES, "large", heat)
+    draw_heat_map(results, CODES, "large", heat)
     width, height = size(heat)
     assert 1200 < width < 2000, "15 columns of figures, not shrunk when it is looked at"
     assert 800 < height < 1200
     broke = [broken(results[0], math.nan), broken(results[1], 1e6), *results[2:]]
-    changes = {one.key: (0.2, 0.1, 0.3) for one in broke}
-    draw_trade_off(dense, broke, "large", trade, changes)
+    draw_trade_off(broke, "large", trade, {one.key: Estimate(0.2, 0.1, 0.3, 0.0) for one in broke})
     assert size(trade) == (1650, 1050)
 
 
@@ -216,7 +216,7 @@ def forecast_trials(
         assert one.variant is not None
         variant = parse_variant(str(one.variant.calibration), score, one.variant.sparsity, "unstructured", "dense")
         bits = {code: one.metrics[f"bits_per_byte.{code}"] * random.uniform(1, 1.2) for code in languages}
-        changed = result(variant, bits)
+        changed = result(variant, bits, dense)
         loss = loss_metrics(changed.metrics, dense.metrics)
         forecasts = {name.replace("loss", "forecast"): value**1.5 for name, value in loss.items()}
         made.append(replace(changed, metrics={**changed.metrics, **forecasts}))
@@ -272,6 +272,22 @@ def test_models_pruned_to_pieces_have_pictures_too(tmp_path: Path) -> None:
 # the description in MLflow
 
 
+def ranked(results: Sequence[Result]) -> tuple[RankedVariant, ...]:
+    """The best of each sparsity is confirmed, and the second trial is not significantly different from it."""
+    entries, best = [], set[float]()
+    for number, one in enumerate(results):
+        assert one.variant
+        first = one.variant.sparsity not in best
+        best.add(one.variant.sparsity)
+        estimates = {
+            "loss": Estimate(0.1, 0.05, 0.15, 0.0),
+            "to_best": None if first else Estimate(0.02, 0.01, 0.03, 0.001),
+            "confirmed": Estimate(0.12, 0.06, 0.18, 0.0) if first else None,
+        }
+        entries.append(RankedVariant(one, (one,), Standing.EVALUATED, 48, tied=number == 1, **estimates))
+    return tuple(entries)
+
+
 def outcome(
     languages: Sequence[str],
     calibrations: Sequence[str],
@@ -290,9 +306,9 @@ def outcome(
     made = SweepOutcome(
         spec=spec,
         dense=dense,
-        ranking=tuple(results),
-        changes={one.key: (0.1, 0.05, 0.15) for one in results},
-        tied=frozenset({results[1].key}),
+        ranking=ranked(results),
+        agreements=(),
+        unknown_languages={},
         runs={one.key: f"run{one.key}" for one in results},
         parent_run="parent",
         pictures=(),
@@ -315,18 +331,19 @@ def test_description_answers_first_and_shows_the_ranking() -> None:
     best = made.best_by_sparsity()
     first = text.split("\n\n")[0]
     assert r"4 trials on **a\_model&#124;\*x\***" in first
-    assert all(f"**{one.variant.label}** (+10%)" in first for one in best if one.variant)
+    assert all(f"**{one.variant.label}** (loss +12.0% [6.0, 18.0], confirmed)" in first for one in best)
     assert "English and French" in first
     runs = [f"run{one.key}" for one in made.ranking]
     page = re.search(r"\(#/compare-runs\?runs=(.*)&experiments=(.*)\)", first)
     assert page
     assert [json.loads(unquote(part)) for part in page.groups()] == [runs, ["7"]]
     of_best, ranking = tables(text)
-    assert [row[0] for row in ranking] == ["", r"1\*", r"2\~", *(row[0] for row in ranking[3:])]
+    assert [row[0] for row in ranking] == [r"1\*", r"2\~", *(row[0] for row in ranking[2:])]
     assert sum(r"\*" in row[0] for row in ranking) == 2
-    assert of_best == [row for row in ranking if row[0] == "" or row[0].endswith("*")]
-    assert ranking[1][4] == f"{made.ranking[0].metrics['bits_per_byte.en']:.3f}"
-    assert re.search(r"\(\+10%, 5 to 15\)", ranking[1][6])
+    assert of_best == [row for row in ranking if row[0].endswith("*")]
+    cells = [cell.removesuffix("&emsp;&emsp;") for cell in ranking[0][4:]]
+    assert cells == [f"{100 * made.ranking[0].metrics['loss.mean']:+.1f}%", "", r"+12.0% \[6.0, 18.0\]"]
+    assert ranking[1][5].startswith(r"+2.0 \[1.0, 3.0\]")
     for one in best:
         assert re.search(rf"mlprune prune \\\n  --run run{one.key} \\\n  --output small-", text)
 
@@ -336,15 +353,15 @@ def test_description_has_as_many_rows_as_there_is_room_for() -> None:
     made = outcome(["en", "fr"], calibrations)
     text = description(made)
     (_, ranking) = tables(text)
-    assert len(ranking) == 31
+    assert len(ranking) == 30
     assert "... and 24 more" in text
     rest = "mono:sw=0.1,mono:th=0.1,translation:en-hi=0.1,translation:en-sw=0.1,translation:en-th=0.1"
     mixes = [f"mix:code=0.{n},mono:hi=0.{500 - n},{rest}" for n in range(100, 150)]
     made = outcome(CODES[:5], mixes)
     text = description(made)
     (_, ranking) = tables(text)
-    assert 10 < len(ranking) < 31
-    assert f"... and {101 - len(ranking)} more" in text
+    assert 10 < len(ranking) < 30
+    assert f"... and {100 - len(ranking)} more" in text
     assert len(text) <= TAG_LENGTH
     assert text.split("&experiments")[0].count("%22run") == 50, "a link to all would leave no room"
 
@@ -361,13 +378,26 @@ def test_description_tells_what_failed() -> None:
     assert "failed" not in description(outcome(["en", "fr"], ["mono:en", "mono:fr"]))
 
 
-def test_many_languages_are_shown_by_mean_and_worst() -> None:
+def test_the_worst_language_is_named_where_it_ranks() -> None:
     made = outcome(CODES, ["mono:en", "mono:fr"])
-    headers, rows = ranking_cells(made)
-    assert headers == ["", "score", "sparsity", "calibration", "mean", "worst"]
-    code, value = rows[1][-1].split()
-    assert made.ranking[0].metrics[f"bits_per_byte.{code}"] == made.ranking[0].metrics["bits_per_byte.worst"]
-    assert float(value) == pytest.approx(made.ranking[0].metrics["bits_per_byte.worst"], abs=5e-4)
+    search = made.spec.search.model_copy(update={"objective": "worst"})
+    headers, rows = ranking_cells(replace(made, spec=made.spec.model_copy(update={"search": search})))
+    assert headers == ["", "score", "sparsity", "calibration", "loss", "worst", "to the best", "confirmed"]
+    code, value = rows[0][5].split()
+    metrics = made.ranking[0].metrics
+    assert metrics[f"loss.{code}"] == metrics["loss.worst"]
+    assert value == f"{100 * metrics['loss.worst']:+.1f}%"
+
+
+def test_bits_per_byte_stay_beside_the_losses_of_few_languages() -> None:
+    headers, rows = language_cells(outcome(["en", "fr"], ["mono:en", "mono:fr"]))
+    assert headers == ["", "en", "fr"]
+    assert [row[0] for row in rows[:3]] == ["dense model", "1*", "2~"]
+    made = outcome(["en", "fr"], ["mono:en", "mono:fr"])
+    metrics = made.ranking[0].metrics
+    assert rows[1][1] == f"{metrics['bits_per_byte.en']:.3f} {100 * metrics['loss.en']:+.1f}%"
+    assert language_cells(outcome(CODES, ["mono:en"]))[1][1][1].endswith("%")
+    assert " " not in language_cells(outcome(CODES, ["mono:en"]))[1][1][1]
 
 
 def test_what_markdown_would_take_for_its_own_is_escaped() -> None:

@@ -37,12 +37,11 @@ class Outcome:
 
 
 def outcome(prepared: Prepared, pipeline: Pipeline) -> Outcome:
-    assert prepared.evaluation is not None
     gather_moments(prepared, pipeline, VARIANTS)
-    masks, likelihoods = {}, {"dense": pipeline.likelihood(prepared.evaluation.rows)}
+    masks, likelihoods = {}, {"dense": pipeline.likelihood(prepared.suite.rows)}
     for variant in VARIANTS:
         masks[variant.label] = make_masks(prepared, pipeline, variant, forecast=True)
-        likelihoods[variant.label] = pipeline.likelihood(prepared.evaluation.rows, variant.key)
+        likelihoods[variant.label] = pipeline.likelihood(prepared.suite.rows, variant.key)
         pipeline.release(variant.key)
     return Outcome(stored_moments(prepared), masks, likelihoods)
 
@@ -104,10 +103,9 @@ def test_model_with_few_positions_is_scored(tmp_path: Path) -> None:
         (model.folder / "config.json").write_text(text)
         only_english = {"perplexity": {"languages": ["en"], "lines": 20}}
         prepared = ready(tmp_path / str(positions), model, evaluation=only_english)
-        assert prepared.evaluation is not None
-        assert sum(batch.tokens for batch in prepared.evaluation.rows.batches) > 2 * 400
+        assert sum(batch.tokens for batch in prepared.suite.rows.batches) > 2 * 400
         with opened(prepared) as pipeline:
-            likelihoods.append(pipeline.likelihood(prepared.evaluation.rows))
+            likelihoods.append(pipeline.likelihood(prepared.suite.rows))
     assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-6)
 
 
@@ -161,7 +159,7 @@ def test_moments_of_a_corrupt_file_are_gathered_again_with_a_warning(
     prepared = ready(tmp_path)
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [WANDA])
-    file = tmp_path / prepared.moment_store().name(prepared.sets[str(WANDA.calibration)].key, 2)
+    file = tmp_path / prepared.moment_store().name(prepared.set_of(str(WANDA.calibration)).key, 2)
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -170,12 +168,12 @@ def test_moments_of_a_corrupt_file_are_gathered_again_with_a_warning(
         assert make_masks(prepared, pipeline, WANDA, forecast=True) == expected.masks[WANDA.label]
     assert any(file.name in record.message for record in caplog.records if record.levelname == "WARNING")
     with opened(prepared) as pipeline:
-        assert pipeline.restore(prepared.sets[str(WANDA.calibration)].key) == (True, ())
+        assert pipeline.restore(prepared.set_of(str(WANDA.calibration)).key) == (True, ())
 
 
 def test_an_incomplete_pass_is_not_used(expected: Outcome, tmp_path: Path) -> None:
     prepared = ready(tmp_path)
-    calibration = prepared.sets[str(WANDA.calibration)]
+    calibration = prepared.set_of(str(WANDA.calibration))
     with opened(prepared) as pipeline:
         pipeline.call_with_hidden(0, ShardWorker.forward, None, calibration.batches[:1], gather=[calibration.key])
         assert pipeline.restore(calibration.key) == (False, ())
@@ -196,7 +194,7 @@ def test_a_chunk_borrows_each_layer_once(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Resident, "borrow", counting)
     prepared = ready(tmp_path)
-    calibration = prepared.sets["translation:en-fr"]
+    calibration = prepared.set_of("translation:en-fr")
     with opened(prepared) as pipeline:
         pipeline.call_with_hidden(0, ShardWorker.forward, None, calibration.batches)
         assert borrowed == [0, 1, 2, 3], "all micro-batches pass a layer before the next is borrowed"
@@ -270,10 +268,9 @@ def test_logits_are_computed_for_few_tokens_at_a_time(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(ReplayModel, "logits", counting)
     prepared = ready(tmp_path)
-    assert prepared.evaluation is not None
     with opened(prepared) as pipeline:
-        pipeline.likelihood(prepared.evaluation.rows)
-    tokens = [sum(length - 1 for length in batch.lengths) for batch in prepared.evaluation.rows.batches]
+        pipeline.likelihood(prepared.suite.rows)
+    tokens = [sum(length - 1 for length in batch.lengths) for batch in prepared.suite.rows.batches]
     assert max(tokens) > LOGIT_TOKENS >= max(made), "each micro-batch at once, or none that is large"
     assert sum(made) == sum(tokens), "no pad, and no token twice"
 
@@ -284,7 +281,7 @@ def test_a_trial_leaves_no_mask_behind(tmp_path: Path) -> None:
         gather_moments(prepared, pipeline, [WANDA])
         worker: ShardWorker = pipeline._workers[0]  # type: ignore[attr-defined]
         for variant in (WANDA, SEQUENTIAL):
-            run_trial(prepared, pipeline, variant, lambda _: seen.append(len(worker._masks)))
+            run_trial(prepared, pipeline, variant, prepared.suite, lambda _: seen.append(len(worker._masks)))
             assert (worker._masks, worker._summaries) == ({}, {})
     assert seen == [1, 1]
 
@@ -294,8 +291,7 @@ def test_a_trial_leaves_no_mask_behind(tmp_path: Path) -> None:
 
 def test_padding_content_does_not_change_results(tmp_path: Path) -> None:
     prepared = ready(tmp_path)
-    calibration, suite = prepared.sets["translation:en-fr"], prepared.evaluation
-    assert suite is not None
+    calibration, suite = prepared.set_of("translation:en-fr"), prepared.suite
     assert any(batch.tokens < batch.input_ids.numel() for batch in calibration.batches), "nothing is padded"
 
     def results(worker: ShardWorker, pad: int) -> tuple[Any, Any]:

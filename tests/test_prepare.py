@@ -12,7 +12,7 @@ from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import parse_variant, variants_of
 from mlprune.sweep.prepare import Prepared, prepare
 from tests.tiny_models import config, save, source
-from tests.work import MIXED, RANDOM, WANDA, ready
+from tests.work import MIXED, RANDOM, WANDA, ready, seeded
 
 
 def test_variants_with_the_same_masks_are_one_trial() -> None:
@@ -33,10 +33,11 @@ def test_variants_with_the_same_masks_are_one_trial() -> None:
 
 
 def key(storage: Path, variant: Variant | None, model: ModelSource | None = None, **changes: Any) -> str:
-    return ready(storage, model, **changes).result_key(variant)
+    prepared = ready(storage, model, **changes)
+    return prepared.result_key(variant and seeded(variant, prepared.spec.calibration.seed))
 
 
-CALIBRATION = {"samples": 24, "shots": 1, "max_tokens": 300, "seed": 3}
+CALIBRATION = {"samples": 24, "shots": 1, "max_tokens": 300, "seed": 0}
 CHANGES: dict[str, dict[str, Any]] = {
     "lines": {"evaluation": {"perplexity": {"languages": ["en", "hi"], "lines": 19}}},
     "languages": {"evaluation": {"perplexity": {"languages": ["hi", "en"], "lines": 20}}},

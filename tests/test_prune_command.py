@@ -22,11 +22,10 @@ from tests.work import CONTRASTIVE, MIXED, OWL, RANDOM, SEQUENTIAL, SPARSE_2_4, 
 
 def evaluated(storage: Path, model: Any, variant: Variant) -> dict[str, float]:
     prepared = ready(storage, model)
-    assert prepared.evaluation is not None
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [variant])
         make_masks(prepared, pipeline, variant)
-        return trial_metrics(prepared.evaluation.run(pipeline, variant.key))
+        return trial_metrics(prepared.suite.run(pipeline, variant.key))
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def run(prepared: Prepared) -> tuple[list[Result], list[int]]:
     variants = variants_of(prepared.spec.search)
     with open_replicas(prepared) as replicas:
         (pipeline,) = replicas.pipelines
-        results = [run_dense(prepared, pipeline)[0]]
+        results = [run_dense(prepared, pipeline, prepared.suite)[0]]
         gather_moments(prepared, pipeline, variants)
-        results += [run_trial(prepared, pipeline, variant)[0] for variant in variants]
+        results += [run_trial(prepared, pipeline, variant, prepared.suite)[0] for variant in variants]
         return results, pipeline.peak_bytes()
 
 
@@ -134,8 +134,11 @@ def test_eighty_layers_in_eight_shards(tmp_path: Path) -> None:
     variants = variants_of(one.spec.search)
     with opened(one) as pipeline:
         gather_moments(one, pipeline, variants)
-        alone = [run_dense(one, pipeline)[0], *(run_trial(one, pipeline, variant)[0] for variant in variants)]
-    assert numbers([outcome.dense, *outcome.ranking]) == numbers(alone)
+        alone = [
+            run_dense(one, pipeline, one.suite)[0],
+            *(run_trial(one, pipeline, variant, one.suite)[0] for variant in variants),
+        ]
+    assert numbers([outcome.dense, *(seed for entry in outcome.ranking for seed in entry.seeds)]) == numbers(alone)
 
 
 # too big for a worker

@@ -179,7 +179,7 @@ def test_a_pass_fails_when_a_worker_dies_between_chunks(replicas: ReplicaGroup, 
             kill(pipeline, 0)
             time.sleep(0.5)
 
-    made = prepared.sets["mono:hi"]
+    made = prepared.set_of("mono:hi")
     with pytest.raises(WorkerLostError):
         pipeline.gather([made], strike)
     assert not any(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mlprune.data.batches import build_row_set
+from mlprune.data.corpora import held_out
 from mlprune.data.heldout import build_heldout_rows
 from tests.tiny import sample, tokenizer
 
@@ -39,7 +40,9 @@ def test_the_scored_mask_is_where_a_state_predicts_a_scored_token(pad_free: bool
 
 
 def test_without_starts_every_token_but_the_first_is_scored() -> None:
-    made, _ = build_heldout_rows(sample(), ["en", "fr"], tokenizer(), lines=30, max_positions=None)
+    made, _ = build_heldout_rows(
+        sample(), ["en", "fr"], tokenizer(), lines=held_out(sample())[:30], max_positions=None
+    )
     for batch in made.batches:
         assert batch.starts == ()
         from_first = replace(batch, starts=(1,) * len(batch.rows))
@@ -74,7 +77,7 @@ def test_the_key_of_rows_follows_ids_starts_and_layout() -> None:
 def test_keys_stay_as_they_are(pad_free: bool, lines_key: str, rows_key: str) -> None:
     """Stored results are found by these keys, so a change here makes every store worthless."""
     lines, _ = build_heldout_rows(
-        sample(), ["en", "fr"], tokenizer(), lines=30, max_positions=None, pad_free=pad_free
+        sample(), ["en", "fr"], tokenizer(), lines=held_out(sample())[:30], max_positions=None, pad_free=pad_free
     )
     assert lines.key == lines_key
     assert build_row_set(*random_rows(Random(0)), pad=7, pad_free=pad_free).key == rows_key

@@ -1,4 +1,4 @@
-"""A store that an earlier version wrote: its trials are known as finished, and variants keep their keys.
+"""A store that an earlier version wrote: its moments are used, its results are readable, variants keep their keys.
 
 `tests/data/store-2` was written by mlprune 0.1.0 (store format 2) for the tiny model beside it.
 """
@@ -10,40 +10,62 @@ from typing import Any
 
 import pytest
 
+from mlprune.data.corpora import SAMPLE
 from mlprune.evaluation.items import from_json, metrics_of
-from mlprune.spec.loading import load_spec
+from mlprune.spec.loading import load_spec, parse_spec
 from mlprune.spec.variants import Allocation, Propagation
 from mlprune.sweep.grid import parse_variant
+from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.plan import SweepPlan, plan_sweep
+from mlprune.sweep.session import open_local
 
 STORED = Path(__file__).parent / "data" / "store-2"
 
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepPlan:
+    """Plan the sweep with the text that it had: the first 600 lines of what is the sample today."""
     shutil.copytree(STORED, tmp_path / "stored")
+    (tmp_path / "stored" / "text").mkdir()
+    for name in ("en.txt", "fr.txt", "DOCUMENT_IDS.tsv"):
+        lines = (SAMPLE / name).read_text(encoding="utf-8").split("\n")[:600]
+        (tmp_path / "stored" / "text" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path / "stored")
-    return plan_sweep(load_spec("sweep.yaml"))
+    return plan_sweep(load_spec("sweep.yaml", ["calibration.corpus=text"]))
 
 
-def test_nothing_is_run_again(plan: SweepPlan) -> None:
+def test_moments_are_not_gathered_again(plan: SweepPlan) -> None:
+    """Trials run again, because they are evaluated on other lines than that version chose."""
     assert len(plan.variants) == 13
-    assert plan.unfinished == []
-    assert set(plan.passes.values()) == {0}
+    assert plan.passes["calibration"] == 1, "the text of the forecast for French is new"
 
 
 def test_results_and_items_are_read_as_they_were_written(plan: SweepPlan) -> None:
     outcomes = json.loads((STORED / "outcome.json").read_text())
     stored = {_text(one["variant"]): one for one in outcomes}
-    dense = plan.prepared.result_store().load(plan.prepared.result_key(None))
-    assert dense is not None
-    assert len(stored) == 1 + len(plan.finished)
-    for result in (dense, *plan.finished):
-        expected = stored[_text(result.variant.to_dict() if result.variant else None)]
+    store = plan.prepared.result_store()
+    results = [store.load(file.stem) for file in (STORED / "store" / "results").iterdir()]
+    assert len(stored) == len(results) == 14
+    for result in results:
+        assert result is not None
+        variant = result.variant and {k: v for k, v in result.variant.to_dict().items() if k != "seed"}
+        expected = stored[_text(variant)]
         assert {name: result.metrics[name] for name in expected["metrics"]} == expected["metrics"]
         assert result.digest == expected["masks"]
-        metrics = metrics_of(from_json(plan.prepared.result_store().items(result.key)))
+        metrics = metrics_of(from_json(store.items(result.key)))
         assert {name: result.metrics[name] for name in metrics} == metrics
+
+
+def test_masks_are_those_of_the_earlier_version(plan: SweepPlan) -> None:
+    """Masks made from the stored moments have the digests that were stored with the results."""
+    outcomes = json.loads((STORED / "outcome.json").read_text())
+    digests = {_text(one["variant"]): one["masks"] for one in outcomes if one["variant"]}
+    with open_local(plan.prepared) as pipeline:
+        gather_moments(plan.prepared, pipeline, plan.variants)
+        for variant in plan.variants:
+            values = {k: v for k, v in variant.to_dict().items() if k != "seed"}
+            assert make_masks(plan.prepared, pipeline, variant).digest == digests[_text(values)]
+            pipeline.release(variant.key)
 
 
 def _text(variant: object) -> str:
@@ -53,7 +75,7 @@ def _text(variant: object) -> str:
 def test_moments_are_read_and_intact(plan: SweepPlan) -> None:
     store = plan.prepared.moment_store()
     read = {str(part) for variant in plan.variants for part in variant.demonstrations}
-    keys = [plan.prepared.sets[name].key for name in read]
+    keys = [plan.prepared.set_of(name).key for name in read]
     layers = [store.load(key, layer) for key in keys for layer in range(2)]
     assert len(layers) == 4
     assert all(layer and {"mlp.down_proj", "self_attn.q_proj"} < layer.keys() for layer in layers)
@@ -91,13 +113,7 @@ def test_variants_keep_their_keys(values: Any, key: str) -> None:
     assert parse_variant(*values).key == key
 
 
-@pytest.mark.parametrize(
-    ("name", "key"),
-    [
-        ("quickstart", "134d2cf7a07c8b67"),
-        ("paper-demo", "b5e88cecaa26627b"),
-        ("paper-bloom-3b", "c7539cc02a3051ac"),
-    ],
-)
-def test_specs_keep_their_keys(name: str, key: str) -> None:
-    assert load_spec(name).key == key
+def test_a_spec_keeps_its_key() -> None:
+    """A sweep that a later version resumes continues its run in MLflow; new keys of the spec have no influence."""
+    search = {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [0.5]}
+    assert parse_spec({"name": "kept", "search": search}).key == "2cc4a7f0f752c4c0"

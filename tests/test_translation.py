@@ -45,7 +45,13 @@ def made(
     positions: int | None = None,
     **changes: Any,
 ) -> Translation:
-    layout = {"seed": 3, "template": "{language}: {text}", "separator": None, **changes}
+    layout = {
+        "seed": 3,
+        "template": "{language}: {text}",
+        "separator": None,
+        "selection": held_out(corpus),
+        **changes,
+    }
     return build_translation(spec or asked(), corpus, by or tokenizer(), positions, **layout)
 
 
@@ -281,7 +287,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], type[UserError], str, str]] = {
         lambda: made(asked(lines=7)),
         CorpusError,
         "evaluation.translation.lines: 7: ",
-        "the corpus 'numbers' of 24 lines holds out 6; use a smaller number",
+        "the corpus 'numbers' of 24 lines has 6 for selection; use a smaller number",
     ),
     "positions": (
         lambda: made(positions=LONGEST + 8),

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from mlprune.data.batches import MICRO_BATCH_TOKENS, Batch, RowSet
 from mlprune.errors import WorkerLostError
-from mlprune.evaluation.suite import Suite
 from mlprune.models.offload_folder import OffloadFolder
 from mlprune.models.replay import ReplayModel
 from mlprune.models.residency import SINGLE_RANK, Ranks
@@ -89,7 +88,7 @@ def test_each_chunk_prefetches_each_layer_once(
 ) -> None:
     events: list[tuple[int, int, int]] = []  # the layer that works, all fetches, and pending ones
     run, prepared = ReplayModel.run, offloaded(tmp_path, place)
-    chunks, evaluation = Chunks(2 * MICRO_BATCH_TOKENS, few=True), cast(Suite, prepared.evaluation).rows
+    chunks, evaluation = Chunks(2 * MICRO_BATCH_TOKENS, few=True), prepared.suite.rows
     count = len(list(chunks.split(evaluation.batches, 1, masked=True)))
     assert 1 < count < len(evaluation.batches)
     with opened(prepared) as pipeline:
@@ -102,7 +101,7 @@ def test_each_chunk_prefetches_each_layer_once(
             return run(model, layer, *arguments)
 
         monkeypatch.setattr(ReplayModel, "run", running)
-        pipeline.gather([prepared.sets["translation:en-fr"]])  # many micro-batches, in one chunk
+        pipeline.gather([prepared.set_of("translation:en-fr")])  # many micro-batches, in one chunk
         make_masks(prepared, pipeline, SEQUENTIAL)
         pipeline._chunks = chunks
         pipeline.likelihood(evaluation, SEQUENTIAL.key)
@@ -282,7 +281,7 @@ def assert_alike(actual: Outcome, expected: Outcome) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_ranks_give_the_results_of_one_and_a_lost_rank_is_replaced(resident: Any, tmp_path: Path) -> None:
     prepared = offloaded(tmp_path, "cpu", shards=2, ranks_per_shard=2)
-    batch = prepared.sets["mono:hi"].batches[0]
+    batch = prepared.set_of("mono:hi").batches[0]
     with open_replicas(prepared) as replicas:
         pipeline = replicas.pipelines[0]
         assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
@@ -300,7 +299,7 @@ def test_ranks_give_the_results_of_one_and_a_lost_rank_is_replaced(resident: Any
 @pytest.mark.usefixtures("ray_cluster")
 def test_ranks_over_a_disk_give_the_results_of_one_even_without_work(resident: Any, tmp_path: Path) -> None:
     prepared = offloaded(tmp_path, "nvme", ranks_per_shard=2)
-    small = prepared.sets["mono:hi"].batches[0]
+    small = prepared.set_of("mono:hi").batches[0]
     large = Batch(small.input_ids.repeat(64, 1), small.lengths * 64, small.rows * 64)
     with opened(prepared, over_ray=True) as pipeline:
         assert_alike(outcome(prepared, pipeline), resident("llama", "float32")[0])
@@ -314,7 +313,7 @@ def test_ranks_over_a_disk_give_the_results_of_one_even_without_work(resident: A
 
 
 def one_micro_batch_results(prepared: Prepared, pipeline: Pipeline) -> list[Any]:
-    calibration, evaluation = prepared.sets["translation:en-fr"], cast(Suite, prepared.evaluation).rows
+    calibration, evaluation = prepared.set_of("translation:en-fr"), prepared.suite.rows
     short = replace(calibration, batches=calibration.batches[:1])
     pipeline.gather([short])
     sequential = pipeline.prune_sequentially(prepared.recipe(SEQUENTIAL), [short])

@@ -43,12 +43,20 @@ def ready(
         "name": "tiny",
         "model": {"path": str((model or source()).folder)},
         "pipeline": {"shards": shards, **(pipeline or {})},
-        "calibration": {"samples": 24, "shots": 1, "max_tokens": 300, "seed": 3},
+        "calibration": {"samples": 24, "shots": 1, "max_tokens": 300, "seed": 0},
         "search": {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [0.5]},
         "evaluation": {"perplexity": {"languages": ["en", "hi"], "lines": 20}},
         "storage": str(storage),
     }
-    return prepare(parse_spec({**values, **changes}), VARIANTS)
+    spec = parse_spec({**values, **changes})
+    return prepare(spec, [seeded(variant, spec.calibration.seed) for variant in VARIANTS])
+
+
+def seeded(variant: Variant, seed: int) -> Variant:
+    """Return the variant with another seed, if it depends on one."""
+    values = variant.to_dict()
+    values["seed"] = seed
+    return parse_variant(**values)
 
 
 @contextmanager

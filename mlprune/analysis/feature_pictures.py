@@ -117,8 +117,8 @@ def draw_masks(
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     for panel in panels[::columns]:
         panel.set_ylabel("both / either")
-    mono, one, other = forms
-    title = f"{model}: {UNIT}\nof {mono} and {one} (solid), {other} (dashed), {_about_masks(sparsity)}"
+    named = "{} and {} (solid), {} (dashed)".format(*forms)
+    title = f"{model}: {UNIT}\nof {named}, {_about_masks(sparsity)}"
     return to_png(figure, title)
 
 

@@ -24,9 +24,7 @@ MIN_SPAN = 2.0  # the colours span at least this many percent, so that similar v
 OUTLIER = 5.0
 
 
-def draw_heat_map(
-    dense: Result, results: Sequence[Result], languages: Sequence[str], title: str, file: Path
-) -> None:
+def draw_heat_map(results: Sequence[Result], languages: Sequence[str], title: str, file: Path) -> None:
     """Draw the change of each language by each calibration, a panel per sparsity, as PNG.
 
     Only sparsities of several calibrations are drawn. A row is a calibration (and score, and what else differs),
@@ -40,7 +38,7 @@ def draw_heat_map(
     width = max(width, MIN_WIDTH / columns)
     figure, panels = panel_grid(len(groups), columns, (width, CELL[1] * rows + 0.8), 0.8)
     for panel, (sparsity, group) in zip(panels, groups.items(), strict=True):
-        keys, change_NC = relative_changes(dense, group, languages)
+        keys, change_NC = losses(group, languages)
         row_names = [names[key] for key in keys[:MAX_ROWS]]
         _draw_changes(panel, row_names, ["mean", *languages], change_NC[:MAX_ROWS])
         best = f", the best {MAX_ROWS} of {len(keys)}" if len(keys) > MAX_ROWS else ""
@@ -57,15 +55,10 @@ def several_calibrations(results: Sequence[Result]) -> dict[float, list[Result]]
     }
 
 
-def relative_changes(
-    dense: Result, results: Sequence[Result], languages: Sequence[str]
-) -> tuple[list[str], NDArray[np.float64]]:
-    """Return the trials' keys, the best mean first, and their changes from the dense model in percent, [N, C]."""
-
-    def change(result: Result, column: str) -> float:
-        return 100 * (result.metrics[f"bits_per_byte.{column}"] / dense.metrics[f"bits_per_byte.{column}"] - 1)
-
-    rows = [(result.key, [change(result, column) for column in ("mean", *languages)]) for result in results]
+def losses(results: Sequence[Result], languages: Sequence[str]) -> tuple[list[str], NDArray[np.float64]]:
+    """Return the trials' keys, the best mean first, and their losses in percent, [N, C]."""
+    columns = [f"loss.{column}" for column in ("mean", *languages)]
+    rows = [(result.key, [100 * result.metrics[column] for column in columns]) for result in results]
     rows.sort(key=lambda row: (math.isnan(row[1][0]), row[1][0]))
     return [key for key, _ in rows], np.array([values for _, values in rows])
 

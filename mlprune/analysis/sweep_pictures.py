@@ -10,8 +10,8 @@ from mlprune.analysis.forecast_picture import MIN_TRIALS, draw_forecasts
 from mlprune.analysis.heat_map import draw_heat_map, several_calibrations
 from mlprune.analysis.lines import draw_lines
 from mlprune.analysis.trade_off import draw_trade_off, has_likelihood
+from mlprune.evaluation.estimates import Estimate
 from mlprune.evaluation.forecasts import with_forecasts
-from mlprune.evaluation.significance import Interval
 from mlprune.storage.results import Result
 
 
@@ -22,20 +22,20 @@ def draw_pictures(
     title: str,
     folder: Path,
     stem: str,
-    changes: Mapping[str, Interval] | None = None,
+    losses: Mapping[str, Estimate] | None = None,
 ) -> list[Path]:
     """Draw every picture that shows something of the sweep, and return the PNG files, the lines first.
 
-    `changes`: result key -> change of the mean against the dense model, 0.2 for 20% more.
+    The metrics of `results` include the losses. `losses`: result key -> mean loss with its interval.
     """
     lines, heat_map, trade_off = (folder / f"{stem}{kind}.png" for kind in ("", "-calibrations", "-languages"))
     draw_lines(dense, results, languages, title, lines)
     files = [lines]
     if len(languages) > 1 and several_calibrations(results):
-        draw_heat_map(dense, results, languages, title, heat_map)
+        draw_heat_map(results, languages, title, heat_map)
         files.append(heat_map)
     if len(languages) > 1 and sum(map(has_likelihood, results)) > 1:
-        draw_trade_off(dense, results, title, trade_off, changes)
+        draw_trade_off(results, title, trade_off, losses)
         files.append(trade_off)
     forecast = with_forecasts(results)
     if len(forecast) >= MIN_TRIALS:

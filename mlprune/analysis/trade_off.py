@@ -1,4 +1,4 @@
-"""A picture of a sweep: the worst language against the mean, with the Pareto front of each sparsity."""
+"""A picture of a sweep: the largest loss of a language against the mean loss, with Pareto fronts."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from mlprune.analysis.figures import (
-    AXIS_LIMIT,
     MARKERS,
     by_sparsity,
     panel_grid,
@@ -20,27 +19,27 @@ from mlprune.analysis.figures import (
     sparsity_of,
     write_png,
 )
-from mlprune.evaluation.significance import Interval
+from mlprune.evaluation.estimates import Estimate
 from mlprune.storage.results import Result
 
 Color = NDArray[np.float64] | str
 
 MAX_LABELS = 8
+MOST_LOSS = 200.0  # percent; three times the bits per byte of the dense model
 LABEL_GAP = 0.06  # between labels, as a share of the axis
 
 
 def draw_trade_off(
-    dense: Result,
     results: Sequence[Result],
     title: str,
     file: Path,
-    changes: Mapping[str, Interval] | None = None,
+    losses: Mapping[str, Estimate] | None = None,
 ) -> None:
-    """Draw the worst language against the mean, a point per trial, with the Pareto front of each sparsity, as PNG.
+    """Draw the largest loss of a language against the mean loss, with the Pareto front of each sparsity, as PNG.
 
-    Bits per byte are compared within a sparsity: a front over all sparsities would be that of the lowest. Axes end
-    at three times the dense model's values; points beyond are drawn there, hollow. `changes` (see
-    `sweep_pictures.draw_pictures`) adds the interval of the mean.
+    Losses are compared within a sparsity: a front over all sparsities would be that of the lowest. Axes end at a
+    loss of 200%; points beyond are drawn there, hollow. `losses` (see `sweep_pictures.draw_pictures`) adds the
+    interval of the mean.
     """
     figure, (panel,) = panel_grid(1, 1, (11.0, 6.0), 1.0)
     groups = by_sparsity([result for result in results if has_likelihood(result)])
@@ -48,20 +47,18 @@ def draw_trade_off(
     scores = dict.fromkeys(_score(result) for group in groups.values() for result in group)
     markers = {score: MARKERS[number % len(MARKERS)] for number, score in enumerate(scores)}
     for sparsity, group in groups.items():
-        _draw_group(panel, dense, group, colors[sparsity], markers, changes or {})
-    panel.plot(*_mean_and_worst(dense), "*", color="black", markersize=11)
-    panel.set(xlabel="mean, bits per byte (lower is better)", ylabel="worst language, bits per byte")
+        _draw_group(panel, group, colors[sparsity], markers, losses or {})
+    panel.set(xlabel="mean loss over languages, % (lower is better)", ylabel="largest loss of a language, %")
     panel.grid(alpha=0.3)
     names = short_names(results)
     labelled = _trials_to_label(groups.values())
-    _label(panel, [(names[trial.key], sparsity_of(trial), _position(trial, dense)) for trial in labelled])
+    _label(panel, [(names[trial.key], sparsity_of(trial), _position(trial)) for trial in labelled])
     entries = [
         *(_legend_entry(f"sparsity {sparsity:.4g}", color, "s") for sparsity, color in colors.items()),
         *(_legend_entry(score, "0.4", marker) for score, marker in markers.items()),
-        _legend_entry("dense model", "black", "*"),
     ]
     figure.legend(handles=entries, loc="outside lower center", ncols=min(6, len(entries)), frameon=False)
-    write_png(figure, title + _note(dense, results), file)
+    write_png(figure, title + _note(results), file)
 
 
 def pareto_front(results: Sequence[Result]) -> list[Result]:
@@ -85,7 +82,7 @@ def has_likelihood(result: Result) -> bool:
 
 
 def _mean_and_worst(result: Result) -> tuple[float, float]:
-    return result.metrics["bits_per_byte.mean"], result.metrics["bits_per_byte.worst"]
+    return 100 * result.metrics["loss.mean"], 100 * result.metrics["loss.worst"]
 
 
 def _score(result: Result) -> str:
@@ -93,16 +90,16 @@ def _score(result: Result) -> str:
     return result.variant.score.name
 
 
-def _position(result: Result, dense: Result) -> tuple[float, float]:
+def _position(result: Result) -> tuple[float, float]:
     """Return where the point of a trial is drawn: at the end of an axis if its value is beyond."""
-    (x, y), ends = _mean_and_worst(result), (AXIS_LIMIT * value for value in _mean_and_worst(dense))
-    return min(x, next(ends)), min(y, next(ends))
+    x, y = _mean_and_worst(result)
+    return min(x, MOST_LOSS), min(y, MOST_LOSS)
 
 
-def _note(dense: Result, results: Sequence[Result]) -> str:
+def _note(results: Sequence[Result]) -> str:
     """Return a line for the title that counts the trials which the picture does not show in full."""
     finite = [result for result in results if has_likelihood(result)]
-    beyond = sum(_position(result, dense) != _mean_and_worst(result) for result in finite)
+    beyond = sum(_position(result) != _mean_and_worst(result) for result in finite)
     counts = {"beyond the axes (hollow)": beyond, "without a finite likelihood": len(results) - len(finite)}
     line = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f"\n{line}" if line else ""
@@ -114,23 +111,23 @@ def _legend_entry(label: str, color: Color, marker: str) -> Line2D:
 
 def _draw_group(
     panel: Axes,
-    dense: Result,
     results: Sequence[Result],
     color: Color,
     markers: Mapping[str, str],
-    changes: Mapping[str, Interval],
+    losses: Mapping[str, Estimate],
 ) -> None:
     """Draw the trials of one sparsity, and their front."""
-    front = [_position(result, dense) for result in pareto_front(results)]
+    front = [_position(result) for result in pareto_front(results)]
     panel.plot(*zip(*front, strict=True), color=color, drawstyle="steps-post", linewidth=1)
     for result in results:
-        x, y = _position(result, dense)
+        x, y = _position(result)
         within = (x, y) == _mean_and_worst(result)
         marker, face = markers[_score(result)], color if within else "none"
         panel.plot(x, y, marker, color=color, markerfacecolor=face, markersize=6)
-        if within and result.key in changes:
-            low, high = (dense.metrics["bits_per_byte.mean"] * (1 + end) for end in changes[result.key][1:])
-            panel.hlines(y, low, high, color=color, alpha=0.3, linewidth=2)
+        if within and result.key in losses:
+            panel.hlines(
+                y, 100 * losses[result.key].low, 100 * losses[result.key].high, color=color, alpha=0.3, linewidth=2
+            )
 
 
 def _trials_to_label(groups: Iterable[Sequence[Result]]) -> list[Result]:

@@ -100,12 +100,11 @@ class AnalysisRequest:
     def _to_pivot(self, code: str) -> Demonstration:
         return Demonstration("translation", (code, self.pivot))
 
-    @property
-    def variants(self) -> list[Variant]:
+    def variants(self, seed: int) -> list[Variant]:
         """Return one variant per condition, in their order."""
         return [
             canonical_variant(
-                Calibration(((part, Fraction(1)),)), Scoring("wanda"), self.sparsity, Pattern(), "dense"
+                Calibration(((part, Fraction(1)),)), Scoring("wanda"), self.sparsity, Pattern(), "dense", seed=seed
             )
             for part in self._demonstrations
         ]
@@ -132,7 +131,7 @@ def analyze(spec: SweepSpec, request: AnalysisRequest, output: Path) -> Analysis
     """
     _check_output(output)
     check_tracking(spec.tracking_uri)
-    prepared = prepare(spec, request.variants, evaluate=False)
+    prepared = prepare(spec, request.variants(spec.calibration.seed), evaluate=False)
     layer = _layer(request, prepared)
 
     def measure(pipeline: Pipeline) -> tuple[Tensor, SharedCounts]:
@@ -179,7 +178,7 @@ def _magnitudes(prepared: Prepared, pipeline: Pipeline, request: AnalysisRequest
 
     The pass gathers moments too, even if the store has them: the masks are made from these.
     """
-    sets = [prepared.sets[condition] for condition in request.conditions]
+    sets = [prepared.set_of(condition) for condition in request.conditions]
     with step(f"calibrating on {', '.join(request.conditions)}", "batches") as progress:
         sums = pipeline.gather_features(sets, prepared.model_size.hidden, progress)
     magnitude_CLH = torch.stack(
@@ -192,8 +191,9 @@ def _magnitudes(prepared: Prepared, pipeline: Pipeline, request: AnalysisRequest
 
 
 def _shared(prepared: Prepared, pipeline: Pipeline, request: AnalysisRequest) -> SharedCounts:
-    with step(f"masks of {len(request.variants)} calibrations"):
-        layers = pipeline.shared_drops([prepared.recipe(variant) for variant in request.variants])
+    variants = request.variants(prepared.spec.calibration.seed)
+    with step(f"masks of {len(variants)} calibrations"):
+        layers = pipeline.shared_drops([prepared.recipe(variant) for variant in variants])
     unseen = tuple(name for layer in layers for name in layer.unseen)
     if unseen:
         logger.warning(unseen_warning(unseen))

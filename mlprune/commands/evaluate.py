@@ -19,7 +19,7 @@ def evaluate_checkpoint(spec: SweepSpec) -> Mapping[str, float]:
 
     def evaluate(pipeline: Pipeline) -> Result:
         with step("evaluating", "batches") as progress:
-            return run_dense(prepared, pipeline, progress)[0]
+            return run_dense(prepared, pipeline, prepared.suite, progress)[0]
 
     result = run_on_model(prepared, "evaluating", evaluate)
     # this sparsity is what mlprune dropped in this run: nothing, whatever the checkpoint's sparsity is

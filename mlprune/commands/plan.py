@@ -21,7 +21,7 @@ from mlprune.planning.work import Work, build_work
 from mlprune.runtime.ray_cluster import cluster_machine
 from mlprune.spec.schema import PipelineSpec, SweepSpec
 from mlprune.sweep.grid import variants_of
-from mlprune.sweep.prepare import dense_demonstrations, forecast_texts
+from mlprune.sweep.prepare import dense_set_names, set_names
 
 TOKENS_PER_LINE = 64  # news text; a language that the tokenizer covers badly takes several times as many
 MAX_NODES = 64  # when looking for a number of nodes that would help
@@ -106,14 +106,13 @@ def _described_machine(options: MachineOptions) -> Machine:
 
 def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
     """Estimate the work of the spec: every prompt has the maximum length, every evaluation line the usual one."""
-    variants = variants_of(spec.search)
-    dense = set(map(str, dense_demonstrations(variants, forecast_texts(spec))))
-    read = {str(part) for variant in variants for part in variant.demonstrations}
+    variants = variants_of(spec.search, spec.calibration.seed)
+    dense = dense_set_names(variants, spec, forecasts=True)
     prompt = min(spec.calibration.max_tokens, model.positions or spec.calibration.max_tokens)
     lines = spec.evaluation.perplexity.lines * len(spec.evaluation.perplexity.languages)
     return build_work(
         variants,
-        dict.fromkeys(sorted(dense | read), spec.calibration.samples * prompt),
+        dict.fromkeys(sorted(dense | set_names(variants)), spec.calibration.samples * prompt),
         dense,
         evaluation=lines * TOKENS_PER_LINE,
         longest=max(prompt, TOKENS_PER_LINE),

@@ -85,7 +85,7 @@ def _sparsity(requested: float | None, pattern: Pattern) -> float:
 
 
 def _only_variant(spec: SweepSpec) -> Variant:
-    variants = variants_of(spec.search)
+    variants = variants_of(spec.search, spec.calibration.seed)
     if len(variants) != 1:
         raise SpecError("search", f"{len(variants)} variants", "prune writes one; put one value in each list")
     return variants[0]
@@ -105,13 +105,14 @@ def select_run(
     text, params = load_trial_spec(defaults.tracking_uri, run_id)
     values = apply_assignments(read_values(text, "--run", run_id), [*to_assignments(settings), *assignments])
     two_sided = "/" in params["calibration"]  # contrastive: both sides belong to the score
-    search: dict[str, list[str] | list[float]] = {
+    search: dict[str, list[str] | list[float] | list[int]] = {
         "pattern": [params["pattern"]],
         "propagation": [params["propagation"]],
         "allocation": [params["allocation"]],
         "score": [f"{params['score']}:{params['calibration']}" if two_sided else params["score"]],
         "calibration": [] if two_sided or params["calibration"] == "none" else [params["calibration"]],
         "sparsity": [float(params["sparsity"])],
+        **({"seed": [int(params["seed"])]} if "seed" in params else {}),  # runs of older versions have none
     }
     spec = parse_spec(values | {"search": search})
     return spec, _only_variant(spec)

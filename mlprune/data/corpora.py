@@ -2,7 +2,7 @@ r"""Parallel corpora: the same lines in several languages, and which of them are
 
 A corpus is opened from any of five forms; the readers of single files and datasets are in `readers`.
 
-    sample                      the corpus that ships with mlprune (NTREX-128, 14 languages, 600 lines)
+    sample                      the corpus that ships with mlprune (NTREX-128, 14 languages, 1,200 lines)
     FOLDER                      fr.txt, hi.txt, ... aligned by line number; DOCUMENT_IDS.tsv if it exists
     FOLDER                      one split of a dataset, written by `datasets.save_to_disk`
     FILE.tsv, FILE.jsonl        a column (a key) per language; optionally `document`
@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,6 +116,40 @@ def held_out(corpus: Corpus) -> tuple[int, ...]:
             break
         taken += documents[name]
     return tuple(taken)
+
+
+@dataclass(frozen=True)
+class HeldOutLines:
+    """Held-out lines (from 0) in their order of use.
+
+    Trials are ranked by `selection`; the best ones are evaluated on `confirmation`. No document has lines in both.
+    """
+
+    selection: tuple[int, ...]
+    confirmation: tuple[int, ...]
+
+
+def split_held_out(corpus: Corpus, confirm: bool) -> HeldOutLines:
+    """Divide the held-out documents between selection and confirmation, each to the part with fewer lines so far.
+
+    With `confirm` False all are for selection. In both parts the documents take turns: first comes the first line
+    of each, then the second of each, and so on. So any number of lines comes from as many documents as possible,
+    since lines of one document are not independent.
+    """
+    documents: dict[str, list[int]] = {}
+    for line in held_out(corpus):
+        documents.setdefault(corpus.documents[line], []).append(line)
+    selection: list[list[int]] = []
+    confirmation: list[list[int]] = []
+    for lines in documents.values():
+        to_selection = not confirm or sum(map(len, selection)) <= sum(map(len, confirmation))
+        (selection if to_selection else confirmation).append(lines)
+    return HeldOutLines(_in_turns(selection), _in_turns(confirmation))
+
+
+def _in_turns(documents: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    turns = zip_longest(*documents)
+    return tuple(line for turn in turns for line in turn if line is not None)
 
 
 def calibration_lines(corpus: Corpus, seed: int) -> tuple[int, ...]:

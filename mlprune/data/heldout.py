@@ -1,14 +1,15 @@
 """Held-out lines of a corpus as token rows, each line scored alone after one token of context.
 
-Which lines are held out is decided in `corpora`; what the likelihoods mean, in `evaluation.perplexity`.
+Which lines are held out, and for what, is decided in `corpora`, and what the likelihoods mean in
+`evaluation.perplexity`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from mlprune.data.batches import RowSet, content_key, micro_batches
-from mlprune.data.corpora import KEY, Corpus, held_out
+from mlprune.data.corpora import KEY, Corpus
 from mlprune.data.special_tokens import context_id, pad_id
 from mlprune.errors import CorpusError
 
@@ -30,26 +31,22 @@ def build_heldout_rows(
     languages: Iterable[str],
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    lines: int,
+    lines: Sequence[int],
     max_positions: int | None,
     pad_free: bool = False,
 ) -> tuple[RowSet, tuple[Line, ...]]:
-    """Tokenise the first `lines` held-out lines in each of `languages`; return the rows, and the line of each row.
+    """Tokenise `lines` (from 0) in each of `languages`; return the rows, and the line of each row.
 
-    The line numbers are the same in every language. `pad_free`: see `micro_batches`.
+    `pad_free`: see `micro_batches`.
 
-    Raises CorpusError when there are too few lines, a language is missing, or a line with its context is longer
-    than `max_positions` tokens; ModelError when the tokenizer has no token to begin with.
+    Raises CorpusError when a language is missing, or a line with its context is longer than `max_positions`
+    tokens; ModelError when the tokenizer has no token to begin with.
     """
-    kept = held_out(corpus)
-    if lines > len(kept):
-        remedy = f"the corpus {corpus.name!r} of {len(corpus)} lines holds out {len(kept)}; use a smaller number"
-        raise CorpusError("evaluation.perplexity.lines", lines, remedy)
     context = context_id(tokenizer)
     line_of_row, rows = [], []
     for language in languages:
         column = corpus.column(language, "evaluation.perplexity.languages")
-        for index in kept[:lines]:
+        for index in lines:
             text = column[index]
             rows.append([context, *tokenizer(text, add_special_tokens=False).input_ids])
             line_of_row.append(Line(language, index + 1, len(text.encode())))

@@ -1,15 +1,18 @@
-"""Builds the evaluation suite from a spec.
+"""Builds the evaluation suites from a spec.
 
 Mistakes in the spec's evaluation section raise here, before a model is loaded. The tasks are in other modules.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlprune.data.corpora import Corpus
+from mlprune.data.corpora import Corpus, calibration_lines, split_held_out
 from mlprune.evaluation.choices import build_reviews, build_xnli
-from mlprune.evaluation.perplexity import build_perplexity
+from mlprune.evaluation.knowledge import compressed_bits_per_byte
+from mlprune.evaluation.perplexity import build_perplexity, held_out_lines, in_blocks
 from mlprune.evaluation.suite import LikelihoodTask, PipelineTask, Suite
 from mlprune.evaluation.translation import build_translation
 from mlprune.spec.evaluation import EvaluationSpec
@@ -27,27 +30,62 @@ def required_languages(evaluation: EvaluationSpec) -> tuple[str, ...]:
     )
 
 
-def build_suite(
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What trials are evaluated by.
+
+    All trials run `selection`, which is the same as all `blocks` one after another: block by block, more held-out
+    lines, and in the last one the other tasks. The best ones also run `confirmation`; None: it is switched off.
+    """
+
+    selection: Suite
+    blocks: tuple[Suite, ...]
+    confirmation: Suite | None
+    compressed_bits: Mapping[str, float]  # language -> bits per byte of a compressor
+
+
+def build_evaluation(
     spec: SweepSpec,
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     positions: int | None,
     pad_free: bool,
-) -> Suite:
+) -> Evaluation:
     """Read and tokenise the data of all tasks of the spec.
 
     `positions`: the longest row that the model accepts, in tokens. `pad_free`: see `data.batches.micro_batches`.
     Raises UserError for the first mistake.
     """
-    evaluation = spec.evaluation
-    likelihood: list[LikelihoodTask] = [
-        build_perplexity(evaluation.perplexity, corpus, tokenizer, positions, pad_free)
-    ]
-    if evaluation.xnli is not None:
-        likelihood.append(build_xnli(evaluation.xnli, tokenizer, positions, pad_free))
-    if evaluation.reviews is not None:
-        likelihood.append(build_reviews(evaluation.reviews, tokenizer, positions, pad_free))
-    return Suite(tuple(likelihood), _pipeline_tasks(spec, corpus, tokenizer, positions, pad_free))
+    perplexity = spec.evaluation.perplexity
+    lines = held_out_lines(perplexity, corpus)
+
+    def likelihood_of(part: Sequence[int]) -> LikelihoodTask:
+        return build_perplexity(perplexity, corpus, part, tokenizer, positions, pad_free)
+
+    blocks = [likelihood_of(block) for block in in_blocks(lines.selection)]
+    choices: list[LikelihoodTask] = []
+    if spec.evaluation.xnli is not None:
+        choices.append(build_xnli(spec.evaluation.xnli, tokenizer, positions, pad_free))
+    if spec.evaluation.reviews is not None:
+        choices.append(build_reviews(spec.evaluation.reviews, tokenizer, positions, pad_free))
+    others = _pipeline_tasks(spec, corpus, tokenizer, positions, pad_free)
+    return Evaluation(
+        selection=Suite((*blocks, *choices), others),
+        blocks=(*(Suite((block,)) for block in blocks[:-1]), Suite((blocks[-1], *choices), others)),
+        confirmation=Suite((likelihood_of(lines.confirmation),)) if lines.confirmation else None,
+        compressed_bits=_compressed_bits(corpus, perplexity.languages, lines.selection),
+    )
+
+
+def _compressed_bits(corpus: Corpus, languages: Sequence[str], selection: Sequence[int]) -> dict[str, float]:
+    """Return the bits per byte of a compressor that has seen all text for calibration."""
+    training = calibration_lines(corpus, seed=0)
+    return {
+        code: compressed_bits_per_byte(
+            [corpus.lines[code][line] for line in training], [corpus.lines[code][line] for line in selection]
+        )
+        for code in languages
+    }
 
 
 def _pipeline_tasks(
@@ -65,6 +103,7 @@ def _pipeline_tasks(
             corpus,
             tokenizer,
             positions,
+            selection=split_held_out(corpus, confirm=evaluation.perplexity.confirmation_lines != 0).selection,
             seed=calibration.seed,
             template=calibration.template,
             separator=calibration.separator,

@@ -13,7 +13,8 @@ Korean need MeCab's dictionaries, those of FLORES download a model. Report BLEU 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -115,6 +116,25 @@ def metric_name(part: Items, metric: str) -> str:
     last = metric if part.kind == "value" else part.language
     stem = metric_stem(part, metric)
     return f"{stem}.{last}" if last else stem
+
+
+def join_items(items: Sequence[Items]) -> list[Items]:
+    """Join the items of each task, language and metric, which may be in several parts, in order of appearance."""
+    parts: dict[tuple[str, str, str], list[Items]] = {}
+    for part in items:
+        parts.setdefault((part.task, part.language, part.metric), []).append(part)
+    return [same[0] if len(same) == 1 else _concatenated(same) for same in parts.values()]
+
+
+def _concatenated(parts: Sequence[Items]) -> Items:
+    first = parts[0]
+    columns = {name: tuple(chain.from_iterable(part.columns[name] for part in parts)) for name in first.columns}
+    return replace(
+        first,
+        ids=tuple(chain.from_iterable(part.ids for part in parts)),
+        columns=columns,
+        documents=tuple(chain.from_iterable(part.documents for part in parts)),
+    )
 
 
 def chosen_labels(items: Items) -> list[int]:

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlprune.data.batches import RowSet
-from mlprune.data.corpora import Corpus
+from mlprune.data.corpora import Corpus, HeldOutLines, split_held_out
 from mlprune.data.heldout import Line, build_heldout_rows
+from mlprune.errors import CorpusError
 from mlprune.evaluation.items import Items
 from mlprune.spec.evaluation import PerplexitySpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+KEY = "evaluation.perplexity"
+FIRST_BLOCK = 8  # lines a language
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +67,54 @@ class Perplexity:
 def build_perplexity(
     spec: PerplexitySpec,
     corpus: Corpus,
+    lines: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     positions: int | None,
     pad_free: bool,
 ) -> Perplexity:
-    """Take the first held-out lines in each language.
+    """Take `lines` of the corpus (from 0) in each language.
 
-    `positions`: the longest row that the model accepts, in tokens. Raises CorpusError when there are too few lines
-    or one is too long.
+    `positions`: the longest row that the model accepts, in tokens. Raises CorpusError when a line is too long.
     """
-    rows, lines = build_heldout_rows(
-        corpus, spec.languages, tokenizer, lines=spec.lines, max_positions=positions, pad_free=pad_free
+    rows, line_of_row = build_heldout_rows(
+        corpus, spec.languages, tokenizer, lines=lines, max_positions=positions, pad_free=pad_free
     )
-    return Perplexity(rows, lines, corpus.named_documents(line.number - 1 for line in lines))
+    return Perplexity(rows, line_of_row, corpus.named_documents(line.number - 1 for line in line_of_row))
+
+
+def held_out_lines(spec: PerplexitySpec, corpus: Corpus) -> HeldOutLines:
+    """Return the lines (from 0) that the spec requests for selection and for confirmation.
+
+    Raises CorpusError when there are too few.
+    """
+    kept = split_held_out(corpus, confirm=spec.confirmation_lines != 0)
+    has = f"the corpus {corpus.name!r} of {len(corpus)} lines has"
+    if spec.lines > len(kept.selection):
+        whole = len(kept.selection) + len(kept.confirmation)
+        instead = (
+            "" if not kept.confirmation else f", or {KEY}.confirmation_lines=0 to use all {whole} held-out lines"
+        )
+        remedy = f"{has} {len(kept.selection)} for selection; use a smaller number{instead}"
+        raise CorpusError(f"{KEY}.lines", spec.lines, remedy)
+    confirmation = min(spec.lines, len(kept.confirmation))
+    if spec.confirmation_lines is not None:
+        confirmation = spec.confirmation_lines
+    if confirmation > len(kept.confirmation):
+        remedy = f"{has} {len(kept.confirmation)} for confirmation; use a smaller number, or 0"
+        raise CorpusError(f"{KEY}.confirmation_lines", confirmation, remedy)
+    return HeldOutLines(kept.selection[: spec.lines], kept.confirmation[:confirmation])
+
+
+def in_blocks(lines: Sequence[int]) -> list[Sequence[int]]:
+    """Cut the lines into blocks, each at least twice as long as the one before; the first has FIRST_BLOCK lines.
+
+    Racing drops trials after each block. The lines are tokenised and padded block by block even without racing, so
+    that a trial has bit-identical results whether it raced or not.
+    """
+    blocks, start, size = [], 0, FIRST_BLOCK
+    while start < len(lines):
+        rest = len(lines) - start
+        end = start + (size if rest >= 2 * size else rest)  # a shorter last block would save little
+        blocks.append(lines[start:end])
+        start, size = end, 2 * size
+    return blocks

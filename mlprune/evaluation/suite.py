@@ -1,6 +1,6 @@
 """The two kinds of evaluation tasks, and the suite of all tasks of a sweep.
 
-Likelihood tasks share one pass through the model; pipeline tasks call the pipeline themselves. The tasks are in
+Likelihood tasks share one pass through the model; pipeline tasks call the model themselves. The tasks are in
 modules of their own, and `build` makes the suite from a spec.
 """
 
@@ -14,8 +14,30 @@ from itertools import accumulate
 from typing import Protocol
 
 from mlprune.data.batches import RowSet
-from mlprune.evaluation.items import Items
-from mlprune.shards.pipeline import Pipeline, Progress
+from mlprune.evaluation.items import Items, join_items
+from mlprune.shards.decoding import Ended
+from mlprune.shards.pipeline import Progress
+
+
+class EvaluatedModel(Protocol):
+    """What tasks need of a model; see `shards.pipeline.Pipeline`, which has it."""
+
+    def likelihood(
+        self, rows: RowSet, variant: str | None = None, progress: Progress | None = None
+    ) -> list[float]: ...
+
+    def likelihood_and_greedy(
+        self, rows: RowSet, variant: str | None = None, progress: Progress | None = None
+    ) -> list[tuple[float, bool]]: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new: int,
+        ended: Ended,
+        variant: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[int]]: ...
 
 
 class LikelihoodTask(Protocol):
@@ -29,7 +51,7 @@ class LikelihoodTask(Protocol):
 
 
 class PipelineTask(Protocol):
-    """A task that calls the pipeline itself, e.g. because it generates text."""
+    """A task that calls the model itself, e.g. because it generates text."""
 
     @property
     def key(self) -> str:
@@ -47,7 +69,7 @@ class PipelineTask(Protocol):
     def cached_tokens(self) -> int:
         """Tokens of the rows that are generated at the same time, prompts included; 0 if nothing is generated."""
 
-    def run(self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None) -> list[Items]:
+    def run(self, model: EvaluatedModel, variant: str | None, progress: Progress | None = None) -> list[Items]:
         """Return the items of the dense model (`variant` None) or of a variant."""
 
 
@@ -75,14 +97,18 @@ class Suite:
             count += task.rows.count
         return RowSet(count, tuple(batches), self.key)
 
-    def run(self, pipeline: Pipeline, variant: str | None = None, progress: Progress | None = None) -> list[Items]:
+    def run(
+        self, model: EvaluatedModel, variant: str | None = None, progress: Progress | None = None
+    ) -> list[Items]:
         """Return the items of all tasks for the dense model (`variant` None) or for a variant."""
+        if not self.likelihood_tasks and not self.pipeline_tasks:
+            return []
         rows = self.rows
-        nll = pipeline.likelihood(rows, variant, progress)
+        nll = model.likelihood(rows, variant, progress)
         items = []
         starts = accumulate((task.rows.count for task in self.likelihood_tasks), initial=0)
         for task, start in zip(self.likelihood_tasks, starts, strict=False):
             items += task.items(nll[start : start + task.rows.count])
         for pipeline_task in self.pipeline_tasks:
-            items += pipeline_task.run(pipeline, variant, progress)
-        return items
+            items += pipeline_task.run(model, variant, progress)
+        return join_items(items)

@@ -20,13 +20,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlprune.data.corpora import Corpus, calibration_lines, held_out
+from mlprune.data.corpora import Corpus, calibration_lines
 from mlprune.data.demonstrations import build_prompt
 from mlprune.data.special_tokens import line_end
 from mlprune.errors import CorpusError
 from mlprune.evaluation.items import Items
+from mlprune.evaluation.suite import EvaluatedModel
 from mlprune.shards.decoding import grouped, kept_at_once
-from mlprune.shards.pipeline import Pipeline, Progress
+from mlprune.shards.pipeline import Progress
 from mlprune.spec.evaluation import TranslationSpec
 from mlprune.spec.languages import language_name
 from mlprune.spec.variants import Demonstration
@@ -81,10 +82,10 @@ class Translation:
         """Tokens of the rows that are generated at the same time, their prompts included."""
         return kept_at_once(len(self.requests), self.longest_row)
 
-    def run(self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None) -> list[Items]:
+    def run(self, model: EvaluatedModel, variant: str | None, progress: Progress | None = None) -> list[Items]:
         """Return the answers of the dense model (`variant` None) or of a variant: one Items per pair."""
         prompts = [request.prompt for request in self.requests]
-        generated = pipeline.generate(prompts, self.max_new, self._has_ended, variant, progress)
+        generated = model.generate(prompts, self.max_new, self._has_ended, variant, progress)
         answers = [self._answer(request, tokens) for request, tokens in zip(self.requests, generated, strict=True)]
         by_pair: dict[str, list[int]] = {}
         for index, request in enumerate(self.requests):
@@ -125,18 +126,19 @@ def build_translation(
     tokenizer: PreTrainedTokenizerBase,
     positions: int | None,
     *,
+    selection: Sequence[int],
     seed: int,
     template: str,
     separator: str | None,
 ) -> Translation:
-    """Make prompts for the first `spec.lines` held-out lines in each pair of languages.
+    """Make prompts for the first `spec.lines` of the lines for `selection` (from 0) in each pair of languages.
 
     `positions`: the longest row that the model accepts, in tokens. `template` and `separator` are those of
     calibration, and are checked there. Raises CorpusError when a language or lines are missing, or a prompt with
     its answer is too long; ModelError when the separator is the end-of-sequence token and the tokenizer has none.
     """
     separator = line_end(tokenizer) if separator is None else separator
-    shots, lines = _shots(spec, corpus, seed), _lines(spec, corpus)
+    shots, lines = _shots(spec, corpus, seed), _lines(spec, corpus, selection)
     requests = tuple(
         request
         for pair in spec.pairs
@@ -162,12 +164,11 @@ def _shots(spec: TranslationSpec, corpus: Corpus, seed: int) -> tuple[int, ...]:
     return order[: spec.shots]
 
 
-def _lines(spec: TranslationSpec, corpus: Corpus) -> tuple[int, ...]:
-    kept = held_out(corpus)
-    if spec.lines > len(kept):
-        remedy = f"the corpus {corpus.name!r} of {len(corpus)} lines holds out {len(kept)}; use a smaller number"
-        raise CorpusError(f"{KEY}.lines", spec.lines, remedy)
-    return kept[: spec.lines]
+def _lines(spec: TranslationSpec, corpus: Corpus, selection: Sequence[int]) -> Sequence[int]:
+    if spec.lines > len(selection):
+        has = f"the corpus {corpus.name!r} of {len(corpus)} lines has {len(selection)} for selection"
+        raise CorpusError(f"{KEY}.lines", spec.lines, f"{has}; use a smaller number")
+    return selection[: spec.lines]
 
 
 def _requests(

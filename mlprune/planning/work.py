@@ -31,19 +31,19 @@ class Work:
 
 def build_work(
     variants: Sequence[Variant],
-    tokens: Mapping[str, int],
-    dense: Set[str],
+    tokens: Mapping[tuple[str, int], int],
+    dense: Set[tuple[str, int]],
     evaluation: int,
     longest: int,
     written: int = 0,
 ) -> Work:
     """Count the work of the variants.
 
-    `tokens` maps each demonstration, as text, to the tokens of its calibration set. `dense` names those that pass
-    the dense model. `evaluation`, `longest` and `written` are the fields of Work.
+    `tokens` maps each demonstration, as text, and seed to the tokens of its calibration set. `dense` names those
+    that pass the dense model. `evaluation`, `longest` and `written` are the fields of Work.
     """
     sequential = [
-        sum(tokens[str(part)] for part in variant.demonstrations)
+        sum(tokens[str(part), variant.seed] for part in variant.demonstrations)
         for variant in variants
         if variant.propagation == "sequential"
     ]

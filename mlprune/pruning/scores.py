@@ -125,12 +125,13 @@ class Score:
 
     `function` maps (weight_OI, moments of its sides, seed) to score_OI, float32. `sides` is the number of
     calibrations that it reads: none, one, or two (keep, against). `within` is what an unstructured mask compares
-    its scores within.
+    its scores within. `seeded`: the scores depend on the seed.
     """
 
     function: Callable[[Tensor, Sequence[Moments], int], Tensor]
     sides: int
     within: Literal["row", "matrix"] = "row"
+    seeded: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Solver:
 
 
 SCORES: dict[str, Score | Solver] = {
-    "random": Score(random, sides=0),
+    "random": Score(random, sides=0, seeded=True),
     "magnitude": Score(magnitude, sides=0),
     "wanda": Score(wanda, sides=1),
     "wanda-alpha": Score(wanda_alpha, sides=1, within="matrix"),

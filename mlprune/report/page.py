@@ -6,10 +6,10 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from mlprune.report.ranking import ranking_cells
-from mlprune.report.sweep import export_command
+from mlprune.report.ranking import estimate_text, legend, ranking_cells
+from mlprune.report.sweep import agreement_notes, export_command, language_notes
 from mlprune.spec.languages import language_name
-from mlprune.sweep.ranking import SweepOutcome
+from mlprune.sweep.ranking import RankedVariant, SweepOutcome
 from mlprune.tracking.lookup import parallel_coordinates_link
 from mlprune.tracking.tracker import TAG_LENGTH
 
@@ -19,10 +19,6 @@ FAILURES = 10  # most failed trials listed
 CAUSE = 300  # most characters of a failure's cause
 COMPARED = 50  # most trials in parallel coordinates: the link contains each run id
 PAD = "&emsp;&emsp;"
-MARKS = (
-    "`*` best of its sparsity; `~` not significantly different from the best. In brackets: change of the mean "
-    "against the dense model (95% CI, paired bootstrap over lines)."
-)
 
 
 def description(outcome: SweepOutcome) -> str:
@@ -51,12 +47,14 @@ def comparison_link(outcome: SweepOutcome) -> str | None:
 
 def _description(outcome: SweepOutcome, rows: int) -> str:
     _, _, page = (comparison_link(outcome) or "").partition("#")  # without the host, which differs behind a tunnel
-    headers, (dense, *trials) = ranking_cells(outcome)
+    headers, trials = ranking_cells(outcome)
     best = [row for row in trials if row[0].endswith("*")]
+    marks = legend(outcome).replace("\n", " ").replace("* best", "`*` best").replace("~ not", "`~` not")
     parts = [f"{_summary(outcome)} [Trials in parallel coordinates](#{page})"]
-    parts += ["**Best of each sparsity**", _table(headers, [dense, *best]), MARKS]
+    parts += ["**Best of each sparsity**", _table(headers, best), marks]
+    parts += [f"- {escaped(note)}" for note in (*agreement_notes(outcome), *language_notes(outcome))]
     parts += ["**Export commands**", _exports(outcome), *_failures(outcome)]
-    parts += ["**Ranking**", _table(headers, [dense, *trials[:rows]])]
+    parts += ["**Ranking**", _table(headers, trials[:rows])]
     parts += [f"... and {len(trials) - rows} more"] if rows < len(trials) else []
     return "\n\n".join(parts) + "\n"
 
@@ -66,16 +64,18 @@ def _summary(outcome: SweepOutcome) -> str:
     spec, best = outcome.spec, outcome.best_by_sparsity()
     count = _counted(len(outcome.ranking) + len(outcome.failed), "trial")
     languages = _listed([language_name(code) for code in spec.evaluation.perplexity.languages])
-    by = "mean" if spec.search.objective == "mean" else "worst language"
-    winners = [
-        f"**{escaped(result.variant.label)}** ({100 * outcome.changes[result.key][0]:+.0f}%)"
-        for result in best
-        if result.variant
-    ]
+    winners = [f"**{escaped(entry.variant.label)}** ({_winner_loss(entry)})" for entry in best]
     return (
-        f"The best of {count} on **{escaped(spec.model.path)}**: {_listed(winners)}. "
-        f"Figures are bits per byte of held-out lines in {languages} (lower is better); ranked by the {by}."
+        f"The best of {count} on **{escaped(spec.model.path)}**, by {outcome.objective}: {_listed(winners)}. "
+        f"Loss is the change of bits per byte of held-out lines in {languages} against the dense model."
     )
+
+
+def _winner_loss(entry: RankedVariant) -> str:
+    """Return the confirmed loss of a winner; without confirmation, the loss by which it was chosen, as such."""
+    if entry.confirmed:
+        return f"loss {estimate_text(entry.confirmed)}, confirmed"
+    return f"loss {estimate_text(entry.loss)}, not confirmed" if entry.loss else "no loss"
 
 
 def _counted(count: int, what: str) -> str:

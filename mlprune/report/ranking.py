@@ -2,57 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from mlprune.storage.results import Result
-from mlprune.sweep.ranking import SweepOutcome
+import numpy as np
 
-LANGUAGE_COLUMNS = 5  # with more languages, only the mean and the worst are displayed
+from mlprune.evaluation.estimates import Estimate
+from mlprune.evaluation.loss import LOSS, worst_language
+from mlprune.sweep.ranking import RankedVariant, Standing, SweepOutcome
+
+BITS_COLUMNS = 5  # with more languages, the table of languages has losses alone
+LEGEND = (
+    "* best of its sparsity; ~ not significantly different from it (Holm-corrected within the sparsity).\n"
+    "loss: change of bits per byte against the dense model, mean over languages (± SD over seeds);\n"
+    "to the best: difference in percentage points; confirmed: loss on lines that nothing was chosen by.\n"
+    "In brackets: 95% CI over {units}."
+)
 
 
 def ranking_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
-    """Return headers and rows: the dense model first, then the trials from best to worst.
+    """Return headers and a row for each variant, from best to worst.
 
     Marks at the rank: `*` best of its sparsity, `~` not significantly different from the best.
     """
-    languages = outcome.spec.evaluation.perplexity.languages
-    columns = languages if len(languages) <= LANGUAGE_COLUMNS else ()
-    headers = ["", "score", "sparsity", "calibration", *columns, "mean", *(() if columns else ("worst",))]
-    best = {result.key for result in outcome.best_by_sparsity()}
-    rows = [_row("", outcome.dense, outcome, columns)]
-    for rank, result in enumerate(outcome.ranking, start=1):
-        mark = "*" if result.key in best else "~" if result.key in outcome.tied else ""
-        rows.append(_row(f"{rank}{mark}", result, outcome, columns))
+    metric = outcome.objective
+    other = [] if metric.startswith(LOSS) else [metric]
+    confirms = any(entry.confirmed for entry in outcome.ranking)
+    by_worst = metric == "loss.worst"
+    headers = [
+        "",
+        "score",
+        "sparsity",
+        "calibration",
+        *other,
+        "loss",
+        *(["worst"] if by_worst else []),
+        "to the best",
+    ]
+    headers += ["confirmed"] if confirms else []
+    rows = []
+    for rank, entry in enumerate(outcome.ranking, start=1):
+        row = [f"{rank}{mark(entry)}", entry.variant.score.name, entry.variant.shape, _calibration(entry)]
+        row += [_number(entry.metrics, name) for name in other]
+        row += [_loss(entry), *([_worst(entry)] if by_worst else [])]
+        row += ["" if entry.to_best is None else _difference(entry.to_best, metric)]
+        row += [_confirmed(entry)] if confirms else []
+        rows.append(row)
     return headers, rows
 
 
-def _row(rank: str, result: Result, outcome: SweepOutcome, columns: Sequence[str]) -> list[str]:
-    variant, metrics, languages = result.variant, result.metrics, outcome.spec.evaluation.perplexity.languages
-    mean = f"{metrics['bits_per_byte.mean']:.3f}"
-    if variant is not None:
-        change, low, high = (100 * share for share in outcome.changes[result.key])
-        mean += f" ({change:+.0f}%, {low:.0f} to {high:.0f})"
-    worst = max(languages, key=lambda code: metrics[f"bits_per_byte.{code}"])
-    return [
-        rank,
-        variant.score.name if variant else "dense model",
-        _sparsity(result),
-        _calibration(result),
-        *(f"{metrics[f'bits_per_byte.{code}']:.3f}" for code in columns),
-        mean,
-        *(() if columns else (f"{worst} {metrics['bits_per_byte.worst']:.3f}",)),
-    ]
+def language_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
+    """Return headers and rows of bits per byte and loss by language, and the forecast: the dense model first."""
+    languages = outcome.spec.evaluation.perplexity.languages
+    forecast = any("forecast.mean" in entry.metrics for entry in outcome.ranking)
+    headers = ["", *languages, *(["forecast"] if forecast else [])]
+    dense = [f"{outcome.dense.metrics[f'bits_per_byte.{code}']:.3f}" for code in languages]
+    rows = [["dense model", *dense, *([""] if forecast else [])]]
+    for rank, entry in enumerate(outcome.ranking, start=1):
+        cells = [_language(entry.metrics, code, len(languages) <= BITS_COLUMNS) for code in languages]
+        predicted = [f"{entry.metrics['forecast.mean']:.4f}" if "forecast.mean" in entry.metrics else ""]
+        rows.append([f"{rank}{mark(entry)}", *cells, *(predicted if forecast else [])])
+    return headers, rows
 
 
-def _sparsity(result: Result) -> str:
-    variant = result.variant
-    if variant is None:
-        return "0"
-    return str(variant.pattern) if variant.pattern.group else f"{variant.sparsity:g}"
+def mark(entry: RankedVariant) -> str:
+    """Return the mark of an entry at its rank."""
+    return "*" if entry.is_best else "~" if entry.tied else ""
 
 
-def _calibration(result: Result) -> str:
-    variant = result.variant
-    if variant is None:
-        return "-"
+def legend(outcome: SweepOutcome) -> str:
+    """Return what the marks and columns mean."""
+    seeds = max((len(entry.seeds) for entry in outcome.ranking), default=1)
+    units = "documents (lines, where the corpus names no documents)" + (f" and {seeds} seeds" if seeds > 1 else "")
+    return LEGEND.format(units=units)
+
+
+def percent(value: float) -> str:
+    """Return a relative change: `+4.2%`."""
+    return f"{100 * value:+.1f}%"
+
+
+def estimate_text(one: Estimate) -> str:
+    """Return a loss with its interval: `+4.2% [3.9, 4.5]`."""
+    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+
+
+def _difference(one: Estimate, metric: str) -> str:
+    scale, digits = (100, 1) if metric.startswith(LOSS) else (1, 3)
+    value, low, high = (scale * end for end in (one.value, one.low, one.high))
+    return f"{value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _number(metrics: Mapping[str, float], name: str) -> str:
+    return f"{metrics[name]:.3f}" if name in metrics else ""
+
+
+def _loss(entry: RankedVariant) -> str:
+    if "loss.mean" not in entry.metrics:
+        return ""
+    seeds = np.array([result.metrics["loss.mean"] for result in entry.seeds])
+    spread = f" ±{100 * float(seeds.std(ddof=1)):.1f}" if len(seeds) > 1 else ""
+    return percent(entry.metrics["loss.mean"]) + spread
+
+
+def _worst(entry: RankedVariant) -> str:
+    if "loss.worst" not in entry.metrics:
+        return ""
+    code = worst_language(entry.metrics)
+    return f"{code} {percent(entry.metrics[f'{LOSS}{code}'])}"
+
+
+def _confirmed(entry: RankedVariant) -> str:
+    if entry.standing is Standing.DROPPED:
+        return f"dropped ({entry.lines} lines)"
+    if entry.standing is Standing.SCREENED:
+        return str(entry.standing.value)
+    return "" if entry.confirmed is None else estimate_text(entry.confirmed)
+
+
+def _language(metrics: Mapping[str, float], code: str, with_bits: bool) -> str:
+    if f"{LOSS}{code}" not in metrics:
+        return ""
+    loss = percent(metrics[f"{LOSS}{code}"])
+    return f"{metrics[f'bits_per_byte.{code}']:.3f} {loss}" if with_bits else loss
+
+
+def _calibration(entry: RankedVariant) -> str:
+    variant = entry.variant
     return (variant.calibration_text or "-") + (f" ({', '.join(variant.special)})" if variant.special else "")

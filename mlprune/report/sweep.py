@@ -10,17 +10,17 @@ from rich.table import Table
 
 from mlprune.console import results as out
 from mlprune.console import size_text
-from mlprune.report.ranking import ranking_cells
+from mlprune.evaluation.significance import LEVEL
+from mlprune.report.ranking import language_cells, legend, ranking_cells
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
 from mlprune.spec.languages import language_name
 from mlprune.spec.schema import DEFAULT_STORAGE
 from mlprune.spec.urls import redact
 from mlprune.storage.results import Result
 from mlprune.sweep.plan import SweepPlan
-from mlprune.sweep.ranking import SweepOutcome
+from mlprune.sweep.ranking import RankedVariant, SweepOutcome, task_metrics
 
 TASK_COLUMNS = 4
-OTHER_METRICS = ("bits_per_byte", "perplexity", "sparsity", "seconds", "rankc", "agreement")
 
 
 def show_plan(plan: SweepPlan) -> None:
@@ -55,17 +55,16 @@ def plan_values(plan: SweepPlan) -> dict[str, object]:
 
 
 def show_outcome(outcome: SweepOutcome) -> None:
-    """Print the ranking, pictures, tracking, export commands and failures."""
+    """Print the ranking, languages, tasks, pictures, tracking, export commands and failures."""
     spec = outcome.spec
     best = outcome.best_by_sparsity()
     out.print(_ranking(outcome))
-    out.print(
-        "* best of its sparsity; ~ not significantly different from the best. In brackets: change of the mean\n"
-        "against the dense model (95% CI, paired bootstrap over lines).",
-        style="dim",
-    )
+    out.print(legend(outcome), style="dim")
+    out.print(_languages(outcome))
     if tasks := _tasks(outcome):
         out.print(tasks)
+    for note in (*agreement_notes(outcome), *language_notes(outcome)):
+        out.print(note, soft_wrap=True)
     out.print()
     for picture in outcome.pictures:
         out.print(f"picture    {picture}", soft_wrap=True)
@@ -76,11 +75,10 @@ def show_outcome(outcome: SweepOutcome) -> None:
         out.print(f"failed     {label}: {cause}", style="red", soft_wrap=True)
 
 
-def export_command(outcome: SweepOutcome, result: Result) -> str:
-    """Return the command that exports a trial as a checkpoint."""
-    spec, variant = outcome.spec, result.variant
-    assert variant is not None
-    words = [program("mlprune"), "prune", "--run", outcome.runs[result.key]]
+def export_command(outcome: SweepOutcome, entry: RankedVariant) -> str:
+    """Return the command that exports a variant, of its first seed, as a checkpoint."""
+    spec, variant = outcome.spec, entry.variant
+    words = [program("mlprune"), "prune", "--run", outcome.runs[entry.key]]
     if spec.tracking.uri is not None:
         words += ["--set", f"tracking.uri={redact(spec.tracking.uri)}"]
     if spec.storage != str(Path(DEFAULT_STORAGE).absolute()):
@@ -90,7 +88,8 @@ def export_command(outcome: SweepOutcome, result: Result) -> str:
 
 def _ranking(outcome: SweepOutcome) -> Table:
     headers, rows = ranking_cells(outcome)
-    table = new_table(f"{outcome.spec.name}: bits per byte of held-out lines (lower is better)", *headers)
+    title = f"{outcome.spec.name}: {len(outcome.ranking)} variants by {outcome.objective}"
+    table = new_table(title, *headers)
     for column in (1, 3):
         table.columns[column].justify = "left"
     table.columns[3].overflow = "fold"
@@ -98,6 +97,36 @@ def _ranking(outcome: SweepOutcome) -> Table:
     for row in rows:
         table.add_row(*row, style="bold" if row[0].endswith("*") else None)
     return table
+
+
+def _languages(outcome: SweepOutcome) -> Table:
+    headers, rows = language_cells(outcome)
+    table = new_table("bits per byte of held-out lines, and loss, by language", *headers)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0].endswith("*") else None)
+    return table
+
+
+def agreement_notes(outcome: SweepOutcome) -> list[str]:
+    """Return whether the tasks rank the variants as their loss does, one line for each metric."""
+    notes = []
+    for one in outcome.agreements:
+        verdict = (
+            "agrees" if one.tau > 0 and one.p < LEVEL else "disagrees" if one.tau < 0 else "agreement not shown"
+        )
+        notes.append(
+            f"{one.metric}: {verdict} with the ranking by loss (Kendall's tau {one.tau:+.2f}, p {one.p:.2g})"
+        )
+    return notes
+
+
+def language_notes(outcome: SweepOutcome) -> list[str]:
+    """Return a warning for each language that the dense model hardly knows."""
+    return [
+        f"{code}: the dense model needs {dense:.2f} bits per byte, a compressor {compressor:.2f}: it hardly knows "
+        f"{language_name(code)}, so a small loss there means little"
+        for code, (dense, compressor) in outcome.unknown_languages.items()
+    ]
 
 
 def _tasks(outcome: SweepOutcome) -> Table | None:
@@ -111,39 +140,50 @@ def _tasks(outcome: SweepOutcome) -> Table | None:
     more = "; more in MLflow" if len(columns) < len(names) else ""
     headers = [name.replace(".", "\n") for name in columns]
     table = new_table(f"tasks, trials in the same order{more}", "", *headers)
-    for rank, result in enumerate((outcome.dense, *outcome.ranking)):
-        cells = (f"{result.metrics[name]:.3f}" for name in columns)
-        table.add_row(str(rank) if rank else "dense model", *cells)
+    all_metrics = [outcome.dense.metrics, *(entry.metrics for entry in outcome.evaluated)]
+    for rank, metrics in enumerate(all_metrics):
+        table.add_row(str(rank) if rank else "dense model", *(f"{metrics[name]:.3f}" for name in columns))
     return table
-
-
-def task_metrics(metrics: Mapping[str, float]) -> list[str]:
-    """Return the names of the metrics of tasks other than perplexity, without agreement between languages."""
-    return [name for name in metrics if name.split(".")[0] not in OTHER_METRICS]
 
 
 def outcome_values(outcome: SweepOutcome) -> dict[str, object]:
     """Return the outcome as plain values."""
 
-    def values(result: Result) -> dict[str, object]:
-        return {
-            "run": outcome.runs[result.key],
-            "variant": result.variant.to_dict() if result.variant else None,
-            "metrics": dict(result.metrics),
-            "masks": result.digest,
-        }
-
     return {
         "name": outcome.spec.name,
         "objective": outcome.objective,
-        "dense": values(outcome.dense),
-        "ranking": [values(result) for result in outcome.ranking],
+        "dense": _result_values(outcome, outcome.dense),
+        "ranking": [_entry_values(outcome, entry) for entry in outcome.ranking],
+        "agreements": [vars(one) for one in outcome.agreements],
+        "unknown_languages": dict(outcome.unknown_languages),
         "winner": outcome.runs[outcome.ranking[0].key],
         "failed": dict(outcome.failed),
         "tracking_uri": redact(outcome.spec.tracking_uri),
         "parent_run": outcome.parent_run,
         "pictures": [str(picture) for picture in outcome.pictures],
         "nodes": list(outcome.nodes),
+    }
+
+
+def _result_values(outcome: SweepOutcome, result: Result) -> dict[str, object]:
+    return {
+        "run": outcome.runs[result.key],
+        "variant": result.variant.to_dict() if result.variant else None,
+        "metrics": dict(result.metrics),
+        "masks": result.digest,
+    }
+
+
+def _entry_values(outcome: SweepOutcome, entry: RankedVariant) -> dict[str, object]:
+    """Return a variant: its metrics are means over its seeds, its run and masks those of the first seed."""
+    estimates = {"loss": entry.loss, "to_best": entry.to_best, "confirmed": entry.confirmed}
+    return {
+        **_result_values(outcome, entry.result),
+        "standing": entry.standing.name.lower(),
+        "lines": entry.lines,
+        "tied": entry.tied,
+        **{name: vars(one) if one else None for name, one in estimates.items()},
+        "seeds": [_result_values(outcome, result) for result in entry.seeds],
     }
 
 

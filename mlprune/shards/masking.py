@@ -32,14 +32,13 @@ Gathered = Mapping[str, Mapping[str, Moments]]  # of one layer: calibration set 
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """All that determines masks besides moments: the variant, the seed, and the shares of calibration sets.
+    """All that determines masks besides moments: the variant, and the shares of calibration sets.
 
     `forecasts` does not change the masks: each language with the key of the calibration set of its monolingual
     text, on whose dense moments the masks' damage is forecast.
     """
 
     variant: Variant
-    seed: int
     sides: tuple[Side, ...] = ()
     ratios: tuple[float, ...] = ()  # the sparsity of each layer of the model; empty: the same everywhere
     forecasts: tuple[tuple[str, str], ...] = ()  # (language, key)
@@ -131,7 +130,7 @@ def _mask(
         _check_finite(changed_OI, "the changed weights", where)
         return keep_OI, PackedWeights.pack(keep_OI, changed_OI)
     score = rule if isinstance(rule, Score) else UNSEEN
-    score_OI = score.function(weight_OI, sides, _seed(recipe.seed, index, name))
+    score_OI = score.function(weight_OI, sides, _seed(recipe.variant.seed, index, name))
     _check_finite(score_OI, "the scores", where)
     keep_OI = keep_mask(score_OI, sparsity, pattern, score.within)
     return keep_OI, PackedMask.pack(keep_OI)

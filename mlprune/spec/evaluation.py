@@ -26,6 +26,7 @@ class PerplexitySpec(Section):
 
     languages: Annotated[tuple[str, ...], Field(min_length=1)] = ("en", "fr", "de")
     lines: Count = 64
+    confirmation_lines: Annotated[int, Field(ge=0, strict=True)] | None = None  # None: as many as `lines`
 
     @field_validator("languages")
     @classmethod

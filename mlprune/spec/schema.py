@@ -118,8 +118,11 @@ class SweepSpec(Section):
 
     @property
     def key(self) -> str:
-        """A content hash of what the sweep computes. Where it runs and is stored has no influence."""
-        content = self.model_dump_json(exclude={"pipeline", "storage", "tracking"})
+        """A content hash of what the sweep computes. Where it runs and is stored has no influence.
+
+        Defaults are left out, so that a key which a later version adds does not change the hash of older specs.
+        """
+        content = self.model_dump_json(exclude={"pipeline", "storage", "tracking"}, exclude_defaults=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property

@@ -28,9 +28,17 @@ class SearchSpec(Section):
     pattern: Annotated[tuple[PatternItem, ...], Field(min_length=1)] = (Pattern(),)
     allocation: Annotated[tuple[Allocation, ...], Field(min_length=1)] = ("uniform",)
     propagation: Annotated[tuple[Propagation, ...], Field(min_length=1)] = ("sequential",)
+    seed: Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(min_length=1)] | None = None
     samples: Count | None = None
     searcher: Literal["random", "optuna"] = "random"
-    objective: Literal["mean", "worst"] = "mean"
+    objective: str = "mean"  # or worst, or the name of a metric that the evaluation yields
+    screen: Count | None = None
+    racing: bool = False
+
+    @property
+    def metric(self) -> str:
+        """The metric by which trials are ranked; `mean` and `worst` are those of the loss over languages."""
+        return f"loss.{self.objective}" if self.objective in ("mean", "worst") else self.objective
 
     @field_validator("calibration", mode="before")
     @classmethod
@@ -55,6 +63,20 @@ class SearchSpec(Section):
             raise SpecError(
                 "search.samples", None, "searcher optuna needs the number of trials; write e.g. samples: 20"
             )
+        if self.searcher == "optuna" and len(self.seed or ()) > 1:
+            remedy = "searcher optuna would choose among the seeds; write one"
+            raise SpecError("search.seed", list(self.seed or ()), remedy)
+        return self
+
+    @model_validator(mode="after")
+    def _few_evaluations_need_a_grid(self) -> SearchSpec:
+        for name, value in (("screen", self.screen), ("racing", self.racing or None)):
+            if value is not None and self.searcher == "optuna":
+                remedy = "compares the trials of a grid with each other; write searcher: random"
+                raise SpecError(f"search.{name}", value, remedy)
+        if self.racing and not self.metric.startswith("loss."):
+            remedy = "racing compares losses of held-out lines; write mean, worst or loss.fr, say"
+            raise SpecError("search.objective", repr(self.objective), remedy)
         return self
 
 

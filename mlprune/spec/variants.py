@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Literal, TypedDict, cast
@@ -167,13 +167,15 @@ class VariantValues(TypedDict):
     pattern: str
     propagation: Propagation
     allocation: Allocation
+    seed: int
 
 
 @dataclass(frozen=True)
 class Variant:
     """One trial, in canonical form: see `sweep.grid.canonical_variant`.
 
-    `calibration` is None for a score that needs none, and for one that names its own two sides.
+    `calibration` is None for a score that needs none, and for one that names its own two sides. `seed` draws the
+    calibration text and random scores; it is 0 for a variant that uses neither.
     """
 
     calibration: Calibration | None
@@ -182,6 +184,7 @@ class Variant:
     pattern: Pattern = Pattern()
     propagation: Propagation = "dense"
     allocation: Allocation = "uniform"
+    seed: int = 0
 
     def to_dict(self) -> VariantValues:
         """Return the variant as plain values, from which `from_dict` makes an equal one."""
@@ -192,11 +195,15 @@ class Variant:
             "pattern": str(self.pattern),
             "propagation": self.propagation,
             "allocation": self.allocation,
+            "seed": self.seed,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "Variant":
-        """Return the variant that `to_dict` wrote. Raises KeyError or ValueError for anything else."""
+        """Return the variant that `to_dict` wrote. Raises KeyError or ValueError for anything else.
+
+        Values without a seed were written by versions that had none; there, seed 0 means the spec's only seed.
+        """
         if unknown := values.keys() - VariantValues.__annotations__.keys():
             raise ValueError(f"a variant has no {', '.join(sorted(unknown))}")
         propagation, allocation = values["propagation"], values["allocation"]
@@ -207,7 +214,8 @@ class Variant:
             pattern = Pattern.parse(str(values["pattern"]))
         except SpecError as error:
             raise ValueError(str(error)) from error
-        return cls(calibration, score, float(cast(float, values["sparsity"])), pattern, propagation, allocation)
+        sparsity, seed = float(cast(float, values["sparsity"])), int(cast(int, values.get("seed", 0)))
+        return cls(calibration, score, sparsity, pattern, propagation, allocation, seed)
 
     @property
     def calibration_text(self) -> str | None:
@@ -216,13 +224,22 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """A content hash of the plain values, the same in every process and version."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """A content hash of the plain values, the same in every process and version.
+
+        Seed 0 is left out, so that the key is the one of versions without seeds.
+        """
+        values = {name: value for name, value in self.to_dict().items() if name != "seed" or value}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def without_seed(self) -> "Variant":
+        """What all seeds of a variant have in common."""
+        return replace(self, seed=0)
 
     @property
     def label(self) -> str:
         """A readable name: `wanda 0.5 translation:en-fr`."""
-        parts = [self.score.name, self.shape, self.calibration_text, *self.special]
+        parts = [self.score.name, self.shape, self.calibration_text, *self.special, self._seed_text]
         return " ".join(filter(None, parts))
 
     @property
@@ -230,7 +247,11 @@ class Variant:
         """A readable name for narrow columns, what differs most first: `en-fr 0.5 wanda`."""
         calibration = "/".join(side.short for side in self.sides)
         special = [word.replace("sequential", "seq") for word in self.special]
-        return " ".join(filter(None, [calibration, self.shape, self.score.name, *special]))
+        return " ".join(filter(None, [calibration, self.shape, self.score.name, *special, self._seed_text]))
+
+    @property
+    def _seed_text(self) -> str:
+        return f"seed {self.seed}" if self.seed else ""
 
     @property
     def shape(self) -> str:

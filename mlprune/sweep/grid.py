@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import product
 
 from mlprune.errors import SpecError
-from mlprune.pruning.scores import Solver, find_score
+from mlprune.pruning.scores import Score, Solver, find_score
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import (
     Allocation,
@@ -33,13 +33,15 @@ def canonical_variant(
     pattern: Pattern,
     propagation: Propagation,
     allocation: Allocation = "uniform",
+    seed: int = 0,
     key: str = "score",
 ) -> Variant:
     """Return the trial in canonical form.
 
-    A score that reads no moments has no calibration and no propagation. A rule that changes weights goes layer by
-    layer, as its authors' does. An n:m pattern fixes the sparsity of every layer. Raises SpecError, naming `key`,
-    for an unknown score, or one whose calibrations are not those that it needs.
+    A score that reads no moments has no calibration and no propagation, and if it is not random, no seed. A rule
+    that changes weights goes layer by layer, as its authors' does. An n:m pattern fixes the sparsity of every
+    layer. Raises SpecError, naming `key`, for an unknown score, or one whose calibrations are not those that it
+    needs.
     """
     rule = find_score(score.name, key)
     fixed = pattern.sparsity
@@ -52,10 +54,11 @@ def canonical_variant(
         propagation = "dense"
         if allocation == "uniform":
             calibration = None
+            seed = seed if isinstance(rule, Score) and rule.seeded else 0
     if isinstance(rule, Solver):
         propagation = "sequential"
     return Variant(
-        calibration, score, float(sparsity if fixed is None else fixed), pattern, propagation, allocation
+        calibration, score, float(sparsity if fixed is None else fixed), pattern, propagation, allocation, seed
     )
 
 
@@ -75,16 +78,18 @@ def parse_variant(
     pattern: str,
     propagation: Propagation,
     allocation: Allocation = "uniform",
+    seed: int = 0,
 ) -> Variant:
     """Return the canonical trial of plain values, such as a search space's or `Variant.to_dict`'s."""
     parsed, scoring = parse_sides(calibration, score)
-    return canonical_variant(parsed, scoring, sparsity, Pattern.parse(pattern), propagation, allocation)
+    return canonical_variant(parsed, scoring, sparsity, Pattern.parse(pattern), propagation, allocation, seed)
 
 
-def variants_of(search: SearchSpec) -> tuple[Variant, ...]:
+def variants_of(search: SearchSpec, seed: int = 0) -> tuple[Variant, ...]:
     """Return the grid in the order of the spec, each different trial once.
 
-    Raises SpecError for an unknown score, or where a calibration is missing.
+    `seed` is used where the search names none. Raises SpecError for an unknown score, or where a calibration is
+    missing.
     """
     rules = [find_score(score.name, f"search.score[{n}]") for n, score in enumerate(search.score)]
     for score, rule in zip(search.score, rules, strict=True):
@@ -99,12 +104,13 @@ def variants_of(search: SearchSpec) -> tuple[Variant, ...]:
         search.pattern,
         search.propagation,
         search.allocation,
+        search.seed or (seed,),
     )
     variants = [
         canonical_variant(
-            calibration, search.score[n], sparsity, pattern, propagation, allocation, f"search.score[{n}]"
+            calibration, search.score[n], sparsity, pattern, propagation, allocation, seed, f"search.score[{n}]"
         )
-        for calibration, n, sparsity, pattern, propagation, allocation in grid
+        for calibration, n, sparsity, pattern, propagation, allocation, seed in grid
     ]
     return tuple(dict.fromkeys(variants))
 

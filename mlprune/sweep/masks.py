@@ -28,8 +28,9 @@ def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Va
         if not complete:
             missing[name] = calibration
     if missing:
-        with step(f"calibrating on {', '.join(sorted(missing))}", "batches") as progress:
-            pipeline.gather([missing[name] for name in sorted(missing)], progress)
+        texts = ", ".join(dict.fromkeys(text for text, _ in missing))
+        with step(f"calibrating on {texts}", "batches") as progress:
+            pipeline.gather(list(missing.values()), progress)
 
 
 def make_masks(

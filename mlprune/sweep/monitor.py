@@ -32,18 +32,17 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 WINDOW_SECONDS = 30.0  # over which rates are averaged: tokens are counted when a chunk begins
 METRIC_SECONDS = 15.0  # between two points of a metric in MLflow
-TRIALS_PHASE = "pruning and evaluating"
 
 Show = Callable[[SweepStatus], None]
 
 
 @dataclass
 class _ShardHistory:
-    """The usage of one shard, in the last WINDOW_SECONDS and since the trials began."""
+    """The usage of one shard, in the last WINDOW_SECONDS and while trials ran."""
 
     samples: deque[ShardUsage] = field(default_factory=deque)
     alive: bool = True
-    worked: float = 0.0  # seconds since the trials began
+    worked: float = 0.0  # seconds in phases with trials
 
     def add(self, usage: ShardUsage | None) -> float:
         """Add a sample, None if the shard did not answer; return the seconds that it worked since the last one."""
@@ -75,24 +74,28 @@ class SweepMonitor:
         self,
         name: str,
         replicas: ReplicaGroup,
-        progress: TrialProgress,
         at_once: int,
         tracker: SweepTracker,
         show: Show,
     ) -> None:
-        self._name, self._replicas, self._progress, self._at_once = name, replicas, progress, at_once
+        self._name, self._replicas, self._at_once = name, replicas, at_once
         self._tracker, self._show = tracker, show
         self._phase, self._started = "starting", time.time()
-        self._trials_started: float | None = None
+        self._progress = TrialProgress(0)
+        self._runs_trials = False
+        self._phase_started = time.monotonic()
+        self._trial_seconds = 0.0  # in past phases with trials
         self._shards: dict[tuple[int, int], _ShardHistory] = {}  # by replica and shard
         self._stopped = threading.Event()
         self._logged, self._points = 0.0, 0
 
-    def enter(self, phase: str) -> None:
-        """Record that the sweep enters this phase."""
-        self._phase = phase
-        if phase == TRIALS_PHASE:
-            self._trials_started = time.monotonic()
+    def enter(self, phase: str, trials: TrialProgress | None = None) -> None:
+        """Record that the sweep enters this phase; `trials` are those that run in it."""
+        now = time.monotonic()
+        if self._runs_trials:
+            self._trial_seconds += now - self._phase_started
+        self._phase, self._phase_started = phase, now
+        self._progress, self._runs_trials = trials or TrialProgress(0), trials is not None
 
     @contextmanager
     def running(self) -> Iterator[SweepMonitor]:
@@ -110,7 +113,7 @@ class SweepMonitor:
             self._poll()
             status = self.status()
             write_status(status)
-            if self._phase == TRIALS_PHASE:
+            if self._runs_trials:
                 self._show(status)
                 self._log_metrics()
 
@@ -119,7 +122,7 @@ class SweepMonitor:
             for number, usage in enumerate(pipeline.usage(POLL_SECONDS)):
                 history = self._shards.setdefault((replica, number), _ShardHistory())
                 worked = history.add(usage)
-                if self._phase == TRIALS_PHASE:
+                if self._runs_trials:
                     history.worked += worked
 
     def status(self) -> SweepStatus:
@@ -188,10 +191,10 @@ class SweepMonitor:
 
     def report(self) -> dict[str, float]:
         """Log what limited the trials, and return as metrics the share of their time that each shard worked."""
-        if self._trials_started is None or not self._shards:
+        self.enter("ranking")
+        if not self._trial_seconds or not self._shards:
             return {}
-        seconds = time.monotonic() - self._trials_started
-        shares = [min(1.0, shard.worked / seconds) for _, shard in sorted(self._shards.items())]
+        shares = [min(1.0, shard.worked / self._trial_seconds) for _, shard in sorted(self._shards.items())]
         spans = self._replicas.spans
         layers = [(span.first, span.end - 1) for span in spans]
         logger.info("  %s", describe_bottleneck(shares, self._at_once, len(spans), layers))

@@ -13,16 +13,22 @@ from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.grid import variants_of
+from mlprune.sweep.objective import check_objective
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.tracking.mlflow_client import check_tracking
 
 
 def select_variants(search: SearchSpec, seed: int) -> tuple[Variant, ...]:
-    """Return the trials of the search; for Optuna, all that it may choose from."""
-    variants = variants_of(search)
-    if search.samples is None or search.searcher == "optuna" or search.samples >= len(variants):
+    """Return the trials of the search; for Optuna, all that it may choose from.
+
+    `search.samples` counts variants, each with all its seeds.
+    """
+    variants = variants_of(search, seed)
+    without_seeds = list(dict.fromkeys(variant.without_seed for variant in variants))
+    if search.samples is None or search.searcher == "optuna" or search.samples >= len(without_seeds):
         return variants
-    return tuple(random.Random(seed).sample(variants, search.samples))
+    drawn = random.Random(seed).sample(without_seeds, search.samples)
+    return tuple(variant for one in drawn for variant in variants if variant.without_seed == one)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +74,7 @@ def plan_sweep(spec: SweepSpec) -> SweepPlan:
     """Check everything and plan the work. Raises UserError for the first mistake."""
     variants = select_variants(spec.search, spec.calibration.seed)
     prepared = prepare(spec, variants)
+    check_objective(spec.search, prepared.suite)
     check_tracking(spec.tracking_uri)
     store = prepared.result_store()
     results = [store.load(prepared.result_key(variant)) for variant in variants]

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlprune.console import step
-from mlprune.data.batches import Batch
+from mlprune.data.batches import Batch, RowSet
 from mlprune.data.calibration import CalibrationSet, build_calibration_set
 from mlprune.data.code import open_code
 from mlprune.data.corpora import Corpus, open_corpus
 from mlprune.errors import ModelError, SpecError
-from mlprune.evaluation.build import build_suite, required_languages
+from mlprune.evaluation.build import Evaluation, build_evaluation, required_languages
 from mlprune.evaluation.suite import Suite
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SetName = tuple[str, int]  # of a calibration set: the demonstration, e.g. mono:fr, and the seed
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -52,8 +54,8 @@ class Prepared:
     model_size: ModelSize
     machine: Machine  # this machine, or the nodes of the running cluster
     plan: Plan
-    sets: dict[str, CalibrationSet]  # by demonstration, e.g. mono:fr
-    evaluation: Suite | None  # None: nothing is evaluated
+    sets: Mapping[SetName, CalibrationSet]
+    evaluation: Evaluation | None  # None: nothing is evaluated
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -63,6 +65,12 @@ class Prepared:
         """
         with step("fingerprint of the model"):
             return self.source.fingerprint()
+
+    @property
+    def suite(self) -> Suite:
+        """Return the tasks by which trials are ranked."""
+        assert self.evaluation is not None
+        return self.evaluation.selection
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -96,49 +104,63 @@ class Prepared:
             "seed": calibration.seed,
         }
 
+    def set_of(self, demonstration: str, seed: int | None = None) -> CalibrationSet:
+        """Return a calibration set; `seed` None: of the spec's own seed."""
+        return self.sets[demonstration, self.spec.calibration.seed if seed is None else seed]
+
     def recipe(self, variant: Variant) -> MaskRecipe:
         """Return what the workers need to make the variant's masks."""
         sides = tuple(
-            tuple((self.sets[str(part)].key, weight) for part, weight in side.parts) for side in variant.sides
+            tuple((self.set_of(str(part), variant.seed).key, weight) for part, weight in side.parts)
+            for side in variant.sides
         )
-        return MaskRecipe(variant, self.spec.calibration.seed, sides)
+        return MaskRecipe(variant, sides)
 
     @property
     def forecasts(self) -> tuple[tuple[str, str], ...]:
         """Return each evaluated language with the key of its monolingual text, for `MaskRecipe`."""
-        return tuple((text.languages[0], self.sets[str(text)].key) for text in forecast_texts(self.spec))
+        languages = self.spec.evaluation.perplexity.languages
+        return tuple((code, self.set_of(f"mono:{code}").key) for code in languages)
 
     def sets_of(self, variant: Variant) -> list[CalibrationSet]:
         """Return the calibration sets that the variant reads, in the order of its recipe's keys."""
         by_key = {calibration.key: calibration for calibration in self.sets.values()}
         return [by_key[key] for key in self.recipe(variant).keys]
 
-    def dense_sets(self, variants: Iterable[Variant]) -> dict[str, CalibrationSet]:
+    def dense_sets(self, variants: Iterable[Variant]) -> dict[SetName, CalibrationSet]:
         """Return the sets that must pass the dense model for the variants' masks and forecasts, in one order."""
-        names = dense_demonstrations(variants, forecast_texts(self.spec) if self.evaluation else ())
-        return {name: self.sets[name] for name in sorted(map(str, names))}
+        names = dense_set_names(variants, self.spec, forecasts=self.evaluation is not None)
+        return {name: self.sets[name] for name in sorted(names)}
 
-    def result_key(self, variant: Variant | None) -> str:
-        """Return the content hash of all that a trial's numbers depend on; `variant` None is the dense model."""
-        assert self.evaluation is not None
-        content = [FORMAT, self.fingerprint, str(self.model_size.dtype), self.evaluation.key]
+    def result_key(self, variant: Variant | None, suite: Suite | None = None) -> str:
+        """Return the content hash of all that a trial's numbers depend on; `variant` None is the dense model.
+
+        `suite` None: the tasks by which trials are ranked. This key is also the trial's name in MLflow.
+        """
+        suite = suite or self.suite
+        content = [FORMAT, self.fingerprint, str(self.model_size.dtype), suite.key]
         if variant is not None:
             recipe = self.recipe(variant)
             content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
-            content += [str(recipe.seed)] if variant.score.name == "random" else []
+            content += [str(variant.seed)] if variant.score.name == "random" else []
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
 
-def forecast_texts(spec: SweepSpec) -> tuple[Demonstration, ...]:
+def set_names(variants: Iterable[Variant]) -> set[SetName]:
+    """Return the calibration sets that the variants read."""
+    return {(str(part), variant.seed) for variant in variants for part in variant.demonstrations}
+
+
+def forecast_set_names(spec: SweepSpec) -> set[SetName]:
     """Return the monolingual text of each language of the evaluation, on which damage is forecast."""
-    return tuple(Demonstration("mono", (code,)) for code in spec.evaluation.perplexity.languages)
+    return {(f"mono:{code}", spec.calibration.seed) for code in spec.evaluation.perplexity.languages}
 
 
-def dense_demonstrations(variants: Iterable[Variant], texts: Sequence[Demonstration]) -> set[Demonstration]:
-    """Return the demonstrations that pass the dense model: those that masks are made from, and `texts`."""
+def dense_set_names(variants: Iterable[Variant], spec: SweepSpec, forecasts: bool) -> set[SetName]:
+    """Return the sets that pass the dense model: those that masks are made from, and those of forecasts."""
     variants = list(variants)
-    read = {part for variant in variants if needs_dense_moments(variant) for part in variant.demonstrations}
-    return read.union(texts) if variants else read
+    names = set_names(filter(needs_dense_moments, variants))
+    return names | forecast_set_names(spec) if variants and forecasts else names
 
 
 def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
@@ -159,25 +181,26 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
     model_size = measure_model(source.config(), source.dtype(spec.model.dtype), source.name)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(model_size, pattern, "search.pattern")
-    sets, suite = _tokenise(spec, variants, source, model_size, evaluate)
+    sets, evaluation = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
-    plan = make_plan(model_size, _work(spec, variants, sets, suite), machine, spec.pipeline, source.name)
+    plan = make_plan(model_size, _work(spec, variants, sets, evaluation), machine, spec.pipeline, source.name)
     if plan.reason:
         logger.info("  residency: %s", plan.reason)
     if plan.residency.offload == "nvme" and not cluster_is_running():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         check_disk_access(machine.device)
-    return Prepared(spec, source, model_size, machine, plan, sets, suite)
+    return Prepared(spec, source, model_size, machine, plan, sets, evaluation)
 
 
 def _tokenise(
     spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, model_size: ModelSize, evaluate: bool
-) -> tuple[dict[str, CalibrationSet], Suite | None]:
-    """Return the calibration sets that the variants need, by demonstration, and the evaluation's tasks."""
-    demonstrations = dict.fromkeys(part for variant in variants for part in variant.demonstrations)
+) -> tuple[dict[SetName, CalibrationSet], Evaluation | None]:
+    """Return the calibration sets that the variants need, and the evaluation's tasks."""
+    names = set_names(variants)
     if variants and evaluate:
-        demonstrations |= dict.fromkeys(forecast_texts(spec))
-    languages = [code for part in demonstrations for code in part.languages]
+        names |= forecast_set_names(spec)
+    demonstrations = [(Demonstration.parse(text), seed) for text, seed in sorted(names)]
+    languages = [code for part, _ in demonstrations for code in part.languages]
     languages += required_languages(spec.evaluation) if evaluate else ()
     if not demonstrations and not evaluate:
         return {}, None
@@ -186,41 +209,46 @@ def _tokenise(
     corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(languages)) if languages else None
     tokenizer = source.tokenizer()
     sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, model_size)
-    suite = None
+    evaluation = None
     if evaluate:
         assert corpus is not None
-        suite = build_suite(spec, corpus, tokenizer, model_size.positions, model_size.has_experts)
+        evaluation = build_evaluation(spec, corpus, tokenizer, model_size.positions, model_size.has_experts)
     batches = [batch for calibration in sets.values() for batch in calibration.batches]
-    batches += suite.rows.batches if suite else ()
+    batches += [batch for rows in _row_sets(evaluation) for batch in rows.batches]
     _check_vocabulary(source, model_size, batches)
-    return sets, suite
+    return sets, evaluation
+
+
+def _row_sets(evaluation: Evaluation | None) -> list[RowSet]:
+    suites = (evaluation.selection, evaluation.confirmation) if evaluation else ()
+    return [suite.rows for suite in suites if suite]
 
 
 def _calibration_sets(
     options: CalibrationSpec,
-    demonstrations: Iterable[Demonstration],
+    demonstrations: Iterable[tuple[Demonstration, int]],
     corpus: Corpus | None,
     tokenizer: PreTrainedTokenizerBase,
     model_size: ModelSize,
-) -> dict[str, CalibrationSet]:
+) -> dict[SetName, CalibrationSet]:
     check_template(options.template, "calibration.template", needed=["text"], optional=["language"])
-    code = open_code(options.code) if any(part.kind == "code" for part in demonstrations) else None
+    code = open_code(options.code) if any(part.kind == "code" for part, _ in demonstrations) else None
     return {
-        str(part): build_calibration_set(
+        (str(part), seed): build_calibration_set(
             corpus,
             part,
             tokenizer,
             samples=options.samples,
             shots=options.shots,
             max_tokens=options.max_tokens,
-            seed=options.seed,
+            seed=seed,
             pad_free=model_size.has_experts,
             template=options.template,
             separator=options.separator,
             count_padding=options.count_padding,
             code=code,
         )
-        for part in demonstrations
+        for part, seed in demonstrations
     }
 
 
@@ -240,16 +268,22 @@ def _check_positions(spec: SweepSpec, model_size: ModelSize) -> None:
 
 
 def _work(
-    spec: SweepSpec, variants: Sequence[Variant], sets: Mapping[str, CalibrationSet], suite: Suite | None
+    spec: SweepSpec,
+    variants: Sequence[Variant],
+    sets: Mapping[SetName, CalibrationSet],
+    evaluation: Evaluation | None,
 ) -> Work:
     """Count the work from the real token counts of the calibration sets and the evaluation."""
-    tasks, rows = (suite.pipeline_tasks, suite.rows.batches) if suite else ((), ())
+    tasks, rows = (
+        (evaluation.selection.pipeline_tasks, evaluation.selection.rows.batches) if evaluation else ((), ())
+    )
     lengths = [batch.input_ids.shape[1] for calibration in sets.values() for batch in calibration.batches]
-    lengths += [*(batch.input_ids.shape[1] for batch in rows), *(task.longest_row for task in tasks)]
+    lengths += [batch.input_ids.shape[1] for row_set in _row_sets(evaluation) for batch in row_set.batches]
+    lengths += [task.longest_row for task in tasks]
     return build_work(
         variants,
         {name: _tokens(calibration.batches) for name, calibration in sets.items()},
-        set(map(str, dense_demonstrations(variants, forecast_texts(spec) if suite else ()))),
+        dense_set_names(variants, spec, forecasts=evaluation is not None),
         evaluation=_tokens(rows) + sum(task.tokens for task in tasks),
         longest=max(lengths, default=0),
         written=max((task.cached_tokens for task in tasks), default=0),

@@ -10,33 +10,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 
 from mlprune.analysis.sweep_pictures import draw_pictures
-from mlprune.console import size_text, step
 from mlprune.errors import SpecError, SweepError
-from mlprune.evaluation.items import signatures
-from mlprune.evaluation.significance import Interval
-from mlprune.runtime.replicas import ReplicaGroup
-from mlprune.shards.pipeline import Pipeline
+from mlprune.evaluation.items import signatures, to_json
+from mlprune.evaluation.loss import LOSS
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.urls import redact
-from mlprune.spec.variants import Variant
 from mlprune.storage.files import Storage
 from mlprune.storage.lock import sweep_lock
 from mlprune.storage.results import Result
-from mlprune.sweep.masks import gather_moments
-from mlprune.sweep.monitor import POLL_SECONDS, TRIALS_PHASE, Show, SweepMonitor
+from mlprune.sweep.monitor import Show
 from mlprune.sweep.plan import SweepPlan, plan_sweep
 from mlprune.sweep.prepare import Prepared
-from mlprune.sweep.ranking import SweepOutcome, rank_trials
-from mlprune.sweep.session import open_replicas
-from mlprune.sweep.trial import run_dense, unseen_warning
-from mlprune.sweep.trial_progress import TrialProgress
-from mlprune.sweep.tune_runner import run_trials
+from mlprune.sweep.ranking import RankedVariant, Standing, SweepOutcome, task_metrics
+from mlprune.sweep.stage_runner import StageRunner
+from mlprune.sweep.verdict import Verdict, run_stages, unknown_languages
 from mlprune.tracking.tracker import SweepTracker
 
 MLFLOW_PATIENCE_SECONDS = 600  # for an MLflow server that is unavailable when the sweep is done
@@ -47,16 +39,6 @@ PACKAGES = (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrialResults:
-    """The results of the dense model and of all finished trials, and the causes of the failed ones."""
-
-    dense: Result
-    finished: list[Result]
-    failed: dict[str, str]  # label of the trial -> cause
-    nodes: list[str]  # node of each shard of the first replica; empty if nothing had to be run
 
 
 def run_sweep(
@@ -78,24 +60,27 @@ def run_sweep(
 def _run(plan: SweepPlan, show: Show, describe: Callable[[SweepOutcome], str]) -> SweepOutcome:
     tracker = _start_tracking(plan.prepared)
     try:
-        results = _run_unfinished(plan, tracker, show)
+        with StageRunner(plan.prepared, tracker, show) as runner:
+            verdict = run_stages(plan, runner)
+            runner.summarize()
     except BaseException:
         tracker.finish_sweep("KILLED", {}, [])
         with contextlib.suppress(SpecError, SweepError):  # an MLflow problem must not hide why the sweep ends
             _flush(tracker, KILLED_PATIENCE_SECONDS)
         tracker.close()
         raise
-    if not results.finished:
+    failed = {variant.label: cause for variant, cause in runner.failed.items()}
+    if not verdict.ranking:
         tracker.finish_sweep("FAILED", {}, [])
         with contextlib.suppress(SweepError):
             _flush(tracker, FAILED_PATIENCE_SECONDS)
         tracker.close()
-        causes = "; ".join(f"{label}: {cause}" for label, cause in results.failed.items())
+        causes = "; ".join(f"{label}: {cause}" for label, cause in failed.items())
         raise SweepError(f"no trial finished; {causes}")
-    outcome = _conclude(plan.prepared, results, tracker)
+    outcome = _conclude(plan.prepared, verdict, failed, runner.nodes, tracker)
     tracker.describe(describe(outcome))
     best = {f"best.{name}": value for name, value in outcome.ranking[0].metrics.items()}
-    tracker.finish_sweep("FAILED" if results.failed else "FINISHED", best, outcome.pictures)
+    tracker.finish_sweep("FAILED" if failed else "FINISHED", best, outcome.pictures)
     _flush(tracker, MLFLOW_PATIENCE_SECONDS)
     tracker.close()
     return outcome
@@ -145,120 +130,48 @@ def _flush(tracker: SweepTracker, patience: float) -> None:
         raise SweepError(f"{lost}; all results are stored: run the same command when MLflow is available")
 
 
-def _conclude(prepared: Prepared, results: TrialResults, tracker: SweepTracker) -> SweepOutcome:
-    """Rank the trials and draw the pictures."""
+def _conclude(
+    prepared: Prepared, verdict: Verdict, failed: Mapping[str, str], nodes: Sequence[str], tracker: SweepTracker
+) -> SweepOutcome:
+    """Log what the ranking says of each trial, and draw the pictures."""
     spec = prepared.spec
-    ranking = rank_trials(results.dense, results.finished, spec.search.objective, prepared.result_store())
-    for result in ranking.trials:
-        tracker.log_trial(result.key, result.variant, _change_metrics(ranking.changes[result.key]))
+    for trial in verdict.unfinished:
+        tracker.finish_trial(trial.result, partial(to_json, trial.items), trial.standing.value)
+    for entry in verdict.ranking:
+        for result in entry.seeds:
+            tracker.log_trial(result.key, result.variant, _verdict_metrics(entry, result))
+    shows_mean = spec.search.metric in ("loss.mean", *task_metrics(verdict.dense.metrics))
+    drawn = [entry.result for entry in verdict.ranking if entry.standing is Standing.EVALUATED]
     pictures = draw_pictures(
-        results.dense,
-        ranking.trials,
+        verdict.dense,
+        drawn,
         spec.evaluation.perplexity.languages,
-        f"{spec.name}: {spec.model.path}, {len(ranking.trials)} variants",
+        f"{spec.name}: {spec.model.path}, {len(drawn)} variants",
         spec.local_folder,
         spec.name,
-        ranking.changes,
+        {entry.key: entry.loss for entry in verdict.ranking if entry.loss and shows_mean},
     )
     _flush(tracker, MLFLOW_PATIENCE_SECONDS)  # run ids are known only when runs have been created
+    results = (verdict.dense, *(result for entry in verdict.ranking for result in entry.seeds))
     return SweepOutcome(
         spec=spec,
-        dense=results.dense,
-        ranking=ranking.trials,
-        changes=ranking.changes,
-        tied=ranking.tied,
-        runs={result.key: tracker.run_id(result.key) for result in (results.dense, *ranking.trials)},
+        dense=verdict.dense,
+        ranking=verdict.ranking,
+        agreements=verdict.agreements,
+        unknown_languages=unknown_languages(prepared, verdict.dense),
+        runs={result.key: tracker.run_id(result.key) for result in results},
         parent_run=tracker.parent_id,
         experiment=tracker.experiment_id,
         pictures=tuple(pictures),
-        failed=results.failed,
-        nodes=tuple(results.nodes),
+        failed=failed,
+        nodes=tuple(nodes),
     )
 
 
-def _change_metrics(change: Interval) -> dict[str, float]:
-    names = ("bits_per_byte.change", "bits_per_byte.change.low", "bits_per_byte.change.high")
-    return dict(zip(names, change, strict=True))
-
-
-def _run_unfinished(plan: SweepPlan, tracker: SweepTracker, show: Show) -> TrialResults:
-    """Run the unfinished trials; log the finished ones again, because MLflow may lack them."""
-    prepared, store = plan.prepared, plan.prepared.result_store()
-    dense = store.load(prepared.result_key(None))
-    if dense is not None:
-        tracker.finish_trial(dense, partial(store.items, dense.key))
-    if plan.finished:
-        logger.info("  %d of %d trials had finished before", len(plan.finished), len(plan.variants))
-    # Optuna suggests the same trials again, from the same seed, and reads the stored results of finished ones
-    optuna = prepared.spec.search.searcher == "optuna"
-    finished = [] if optuna else list(plan.finished)
-    for result in finished:
-        tracker.finish_trial(result, partial(store.items, result.key))
-    variants = list(plan.variants) if optuna else plan.unfinished
-    if dense is not None and not variants:
-        return TrialResults(dense, finished, {}, [])
-    samples = prepared.spec.search.samples
-    trials = TrialProgress(samples if optuna and samples else len(variants))
-    with open_replicas(prepared) as replicas:
-        dense = _run_phases(plan, replicas, tracker, show, dense, variants, trials)
-        nodes = [usage.node for usage in replicas.pipelines[0].usage(POLL_SECONDS) if usage]
-        _log_memory(prepared, replicas)
-    failed = {variant.label: cause for variant, cause in trials.failed.items()}
-    _warn_of(trials, failed)
-    return TrialResults(dense, [*finished, *trials.results.values()], failed, nodes)
-
-
-def _run_phases(
-    plan: SweepPlan,
-    replicas: ReplicaGroup,
-    tracker: SweepTracker,
-    show: Show,
-    dense: Result | None,
-    variants: list[Variant],
-    trials: TrialProgress,
-) -> Result:
-    """Evaluate the dense model if `dense` is None, calibrate, run the trials; return the dense model's result."""
-    prepared = plan.prepared
-    at_once = prepared.plan.trials * prepared.plan.replicas
-    monitor = SweepMonitor(prepared.spec.name, replicas, trials, at_once, tracker, show)
-    with monitor.running():
-        monitor.enter("evaluating the dense model")
-        dense = dense or _evaluate_dense(prepared, replicas, tracker)
-        monitor.enter("calibrating")
-        for replica in range(prepared.plan.replicas):
-            replicas.run_with_retries(
-                "calibration", lambda pipeline: gather_moments(prepared, pipeline, plan.unfinished), replica
-            )
-        monitor.enter(TRIALS_PHASE)
-        with step(TRIALS_PHASE):
-            run_trials(prepared, replicas, tracker, variants, trials)
-        tracker.log_sweep_metrics(monitor.report(), 0)
-    return dense
-
-
-def _evaluate_dense(prepared: Prepared, replicas: ReplicaGroup, tracker: SweepTracker) -> Result:
-    store = prepared.result_store()
-    tracker.start_trial(prepared.result_key(None), None)
-
-    def work(pipeline: Pipeline) -> tuple[Result, str]:
-        with step("evaluating the dense model", "batches") as progress:
-            return run_dense(prepared, pipeline, progress)
-
-    dense, items = replicas.run_with_retries("evaluation of the dense model", work)
-    store.save(dense, items)
-    tracker.finish_trial(dense, partial(store.items, dense.key))
-    return dense
-
-
-def _log_memory(prepared: Prepared, replicas: ReplicaGroup) -> None:
-    peak = replicas.run_with_retries("reading the peak memory", lambda pipeline: max(pipeline.peak_bytes()))
-    planned = max(need.total for need in prepared.plan.memory)
-    logger.info("  peak memory of a worker: %s; planned: %s", size_text(peak), size_text(planned))
-
-
-def _warn_of(trials: TrialProgress, failed: Mapping[str, str]) -> None:
-    for result in trials.results.values():
-        if result.unseen and result.variant:
-            logger.warning("%s: %s", result.variant.label, unseen_warning(result.unseen))
-    for label, cause in failed.items():
-        logger.warning("%s failed: %s", label, cause)
+def _verdict_metrics(entry: RankedVariant, result: Result) -> dict[str, float]:
+    """Return the losses of one seed, and the intervals of its variant over all seeds."""
+    metrics = {name: value for name, value in result.metrics.items() if name.startswith(LOSS)}
+    for name, one in (("loss", entry.loss), ("to_best", entry.to_best), ("confirmation.loss", entry.confirmed)):
+        if one is not None:
+            metrics |= {f"{name}.estimate": one.value, f"{name}.low": one.low, f"{name}.high": one.high}
+    return metrics

@@ -13,6 +13,7 @@ from statistics import fmean
 from mlprune.errors import ModelError
 from mlprune.evaluation.consistency import consistency
 from mlprune.evaluation.items import Items, metrics_of, to_json
+from mlprune.evaluation.suite import Suite
 from mlprune.shards.pipeline import Pipeline, Progress
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
@@ -24,13 +25,13 @@ def run_trial(
     prepared: Prepared,
     pipeline: Pipeline,
     variant: Variant,
+    suite: Suite,
     report: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> tuple[Result, str]:
-    """Make masks, evaluate, release the masks; return the result and the evaluated items as JSON.
+    """Make masks, run the suite, release the masks; return the result and the evaluated items as JSON.
 
     `report` is called with the metrics so far when the masks are made.
     """
-    assert prepared.evaluation is not None
     started = time.monotonic()
     try:
         outcome = make_masks(prepared, pipeline, variant, forecast=True)
@@ -41,20 +42,22 @@ def run_trial(
         }
         report(metrics)
         masked = time.monotonic()
-        items = prepared.evaluation.run(pipeline, variant.key)
+        items = suite.run(pipeline, variant.key)
     finally:
         pipeline.release(variant.key)
     metrics |= {**trial_metrics(items), "seconds.evaluate": time.monotonic() - masked}
-    result = Result(prepared.result_key(variant), variant, metrics, outcome.digest, outcome.unseen)
+    result = Result(prepared.result_key(variant, suite), variant, metrics, outcome.digest, outcome.unseen)
     return result, to_json(items)
 
 
 def trial_metrics(items: Sequence[Items]) -> dict[str, float]:
-    """Return all metrics of the evaluated items: of each task, and how far languages agree.
+    """Return all metrics of the evaluated items: of each task, and how far languages agree. No items, no metrics.
 
     The mean over languages is there twice. Once it is called `bits_per_byte`, which sorts before all other names:
     MLflow's parallel coordinates page begins with the first metric of a run.
     """
+    if not items:
+        return {}
     metrics = metrics_of(items)
     return {"bits_per_byte": metrics["bits_per_byte.mean"], **metrics, **consistency(items)}
 
@@ -74,14 +77,15 @@ def unseen_warning(unseen: tuple[str, ...]) -> str:
     )
 
 
-def run_dense(prepared: Prepared, pipeline: Pipeline, progress: Progress | None = None) -> tuple[Result, str]:
+def run_dense(
+    prepared: Prepared, pipeline: Pipeline, suite: Suite, progress: Progress | None = None
+) -> tuple[Result, str]:
     """Evaluate the dense model, the baseline, in the same way; return the result and the items as JSON."""
-    assert prepared.evaluation is not None
     started = time.monotonic()
-    items = prepared.evaluation.run(pipeline, None, progress)
+    items = suite.run(pipeline, None, progress)
     metrics = trial_metrics(items)
     if not math.isfinite(metrics["bits_per_byte.mean"]):
         remedy = "the dense model's own likelihood is not finite; load it in float32, or check its weights"
         raise ModelError("model.dtype", prepared.spec.model.dtype, remedy)
     metrics |= {"sparsity.actual": 0.0, "seconds.evaluate": time.monotonic() - started}
-    return Result(prepared.result_key(None), None, metrics), to_json(items)
+    return Result(prepared.result_key(None, suite), None, metrics), to_json(items)

@@ -20,15 +20,19 @@ from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from mlprune.errors import WorkerLostError
+from mlprune.evaluation.loss import loss_metrics, lower_is_better
+from mlprune.evaluation.suite import Suite
 from mlprune.runtime.actors import RayPipeline, pipeline_slot
 from mlprune.runtime.placement import trial_slots
 from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
 from mlprune.runtime.worker_logging import configure_worker_logging
 from mlprune.spec.variants import Variant, VariantValues
+from mlprune.storage.results import Result
 from mlprune.sweep.failure_policy import FailureDecision, FailurePolicy
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.prepare import Prepared
+from mlprune.sweep.stage import Purpose, Stage
 from mlprune.sweep.trial import run_trial
 from mlprune.sweep.trial_outcome import (
     Failed,
@@ -61,10 +65,11 @@ def run_trials(
     prepared: Prepared,
     replicas: ReplicaGroup,
     tracker: SweepTracker,
+    stage: Stage,
     todo: Sequence[Variant],
     progress: TrialProgress,
 ) -> None:
-    """Run the trials `todo`, or those that Optuna suggests; keep `progress` up to date."""
+    """Run the trials `todo` of a stage, or those that Optuna suggests; keep `progress` up to date."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end a sweep as if it were finished
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints its panels whatever the verbosity
@@ -73,12 +78,11 @@ def run_trials(
     while remaining:
         # Optuna suggests anew in each round, passes existing results quickly, and is done when no trial was lost
         batch, alone = (remaining, False) if _uses_optuna(prepared.spec) else policy.next_round(remaining)
-        listener = TrialListener(prepared, tracker, progress, replicas.pipelines)
-        _run_round(prepared, replicas.pipelines, policy.given_up, listener, batch, alone)
+        listener = TrialListener(prepared, tracker, stage, progress, replicas.pipelines)
+        _run_round(prepared, replicas.pipelines, stage, policy.given_up, listener, batch, alone)
         for variant, cause in listener.lost.items():
             if policy.record_loss(variant, cause) is FailureDecision.GIVE_UP:
-                progress.failed[variant] = policy.given_up[variant]
-                tracker.fail_trial(prepared.result_key(variant), variant, policy.given_up[variant])
+                listener.record_failure(variant, policy.given_up[variant], policy.given_up[variant])
         if listener.is_interrupted:
             replicas.repair()
         if _uses_optuna(prepared.spec):
@@ -92,13 +96,10 @@ def _uses_optuna(spec: SweepSpec) -> bool:
     return spec.search.searcher == "optuna"
 
 
-def _objective(spec: SweepSpec) -> str:
-    return f"bits_per_byte.{spec.search.objective}"
-
-
 def _run_round(
     prepared: Prepared,
     pipelines: Sequence[RayPipeline],
+    stage: Stage,
     given_up: Mapping[Variant, str],
     listener: TrialListener,
     batch: Sequence[Variant],
@@ -112,14 +113,16 @@ def _run_round(
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     spec, optuna = prepared.spec, _uses_optuna(prepared.spec)
     slots = trial_slots(prepared.plan.trials * len(pipelines))
-    function = tune.with_parameters(tune_trial, prepared=prepared, pipelines=pipelines, given_up=given_up)
+    function = tune.with_parameters(
+        tune_trial, prepared=prepared, pipelines=pipelines, stage=stage, given_up=given_up
+    )
     with tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(function, {"CPU": 0, **slots}),
             param_space=None if optuna else {"variant": tune.grid_search([v.to_dict() for v in batch])},
             tune_config=tune.TuneConfig(
-                metric=_objective(spec) if optuna else None,
-                mode="min" if optuna else None,
+                metric=spec.search.metric if optuna else None,
+                mode=_mode(spec) if optuna else None,
                 reuse_actors=True,
                 search_alg=_optuna_search(spec) if optuna else None,
                 num_samples=spec.search.samples if optuna and spec.search.samples else 1,
@@ -144,14 +147,20 @@ def _optuna_search(spec: SweepSpec) -> OptunaSearch:
     names = ("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
     values = spec.search.model_dump(mode="json")
     space = {name: tune.choice(values[name] or [None]) for name in names}
+    space["seed"] = tune.choice(values["seed"] or [spec.calibration.seed])
     sampler = optuna.samplers.TPESampler(seed=spec.calibration.seed, multivariate=True, n_startup_trials=5)
-    return OptunaSearch({"variant": space}, metric=_objective(spec), mode="min", sampler=sampler)
+    return OptunaSearch({"variant": space}, metric=spec.search.metric, mode=_mode(spec), sampler=sampler)
+
+
+def _mode(spec: SweepSpec) -> str:
+    return "min" if lower_is_better(spec.search.metric) else "max"
 
 
 def tune_trial(
     config: TrialConfig,
     prepared: Prepared,
     pipelines: Sequence[RayPipeline],
+    stage: Stage,
     given_up: Mapping[Variant, str],
 ) -> None:
     """Run one variant, unless its result exists, and report the outcome. Runs in a process of Ray Tune."""
@@ -162,27 +171,35 @@ def tune_trial(
     if variant in given_up:
         outcome: TrialOutcome = Failed(given_up[variant], given_up[variant])
     else:
-        outcome = _outcome(prepared, pipelines, variant, tune.get_context().get_trial_id())
-    tune.report(to_tune(outcome, _objective(prepared.spec)))
+        outcome = _outcome(prepared, pipelines, stage.suite, variant, tune.get_context().get_trial_id())
+    tune.report(to_tune(outcome, prepared.spec.search.metric))
 
 
 def _outcome(
-    prepared: Prepared, pipelines: Sequence[RayPipeline], variant: Variant, trial_id: str
+    prepared: Prepared, pipelines: Sequence[RayPipeline], suite: Suite, variant: Variant, trial_id: str
 ) -> TrialOutcome:
     store = prepared.result_store()
     try:
-        result = store.load(prepared.result_key(variant))
+        result = store.load(prepared.result_key(variant, suite))
         if result is None:
             with pipeline_slot(pipelines, trial_id) as pipeline:
                 gather_moments(prepared, pipeline, [variant])  # only a repaired worker may lack them
-                result, items = run_trial(prepared, pipeline, variant, _progress_report(prepared.spec))
+                result, items = run_trial(prepared, pipeline, variant, suite, _progress_report(prepared.spec))
             store.save(result, items)
-        return Finished(result.metrics[_objective(prepared.spec)])
+        return Finished(_objective(prepared, result) if _uses_optuna(prepared.spec) else 0.0)
     except WorkerLostError as lost:
         return NotStarted(lost.cause) if lost.not_started else WorkerLost(lost.cause)
     except Exception as error:  # any error ends this trial only; the sweep reports it
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         return Failed(cause, traceback.format_exc())
+
+
+def _objective(prepared: Prepared, result: Result) -> float:
+    """Return the metric that Optuna optimizes. The dense model is evaluated before the trials."""
+    dense = prepared.result_store().load(prepared.result_key(None))
+    assert dense is not None
+    metrics = {**result.metrics, **loss_metrics(result.metrics, dense.metrics)}
+    return metrics[prepared.spec.search.metric]
 
 
 def _progress_report(spec: SweepSpec) -> Callable[[Mapping[str, float]], None]:
@@ -191,7 +208,7 @@ def _progress_report(spec: SweepSpec) -> Callable[[Mapping[str, float]], None]:
 
     if _uses_optuna(spec):
         return lambda metrics: None
-    return lambda metrics: tune.report(to_tune(Masked(), _objective(spec)))
+    return lambda metrics: tune.report(to_tune(Masked(), spec.search.metric))
 
 
 def _variant(config: TrialConfig) -> Variant:
@@ -205,10 +222,11 @@ class TrialListener:
         self,
         prepared: Prepared,
         tracker: SweepTracker,
+        stage: Stage,
         progress: TrialProgress,
         pipelines: Sequence[RayPipeline],
     ) -> None:
-        self._prepared, self._tracker, self._progress = prepared, tracker, progress
+        self._prepared, self._tracker, self._stage, self._progress = prepared, tracker, stage, progress
         self._pipelines = pipelines
         self.lost: dict[Variant, str] = {}  # trials that lost a worker, and the cause
         self.not_started: set[Variant] = set()
@@ -226,14 +244,13 @@ class TrialListener:
 
     def on_report(self, trial: Trial, values: Mapping[str, object]) -> None:
         variant = _variant(trial.config)
-        match from_tune(values, _objective(self._prepared.spec)):
+        match from_tune(values, self._prepared.spec.search.metric):
             case WorkerLost(cause):
                 self.lost[variant] = cause
             case NotStarted():
                 self.not_started.add(variant)
             case Failed(cause, trace):
-                self._progress.failed[variant] = cause
-                self._tracker.fail_trial(self._prepared.result_key(variant), variant, trace)
+                self.record_failure(variant, cause, trace)
             case Masked():
                 if active := self._progress.active.get(trial.trial_id):
                     self._progress.active[trial.trial_id] = ActiveTrial(
@@ -242,8 +259,14 @@ class TrialListener:
             case Finished():
                 pass  # `on_end` reads the whole result from the store
 
+    def record_failure(self, variant: Variant, cause: str, details: str) -> None:
+        """Record that the trial has failed. A trial that is only to be confirmed has its own result already."""
+        self._progress.failed[variant] = cause
+        if self._stage.purpose is not Purpose.CONFIRM:
+            self._tracker.fail_trial(self._prepared.result_key(variant), variant, details)
+
     def on_end(self, trial: Trial) -> None:
-        key = self._prepared.result_key(_variant(trial.config))
+        key = self._prepared.result_key(_variant(trial.config), self._stage.suite)
         active = self._progress.active.pop(trial.trial_id, None)
         store = self._prepared.result_store()
         result = store.load(key)
@@ -251,7 +274,8 @@ class TrialListener:
             if active and key not in self._progress.results:
                 self._progress.durations.append(time.monotonic() - active.started)
             self._progress.results[key] = result
-            self._tracker.finish_trial(result, partial(store.items, key))
+            if self._stage.purpose is Purpose.SELECT:
+                self._tracker.finish_trial(result, partial(store.items, key))
 
     def on_process_death(self, trial: Trial) -> None:
         """Record that the trial's own process died; discard what it left in the workers."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, Run
 
 SWEEP_TAG, TRIAL_TAG, PARENT_TAG = "mlprune.sweep", "mlprune.trial", "mlflow.parentRunId"
-CAUSE_TAG, MASKS_TAG = "mlprune.cause", "mlprune.masks"
+CAUSE_TAG, MASKS_TAG, STANDING_TAG = "mlprune.cause", "mlprune.masks", "mlprune.standing"
 ITEMS, SPEC = "items.json", "spec.yaml"  # artifacts: a trial's answers, a sweep's spec
 TAG_LENGTH = 8000  # MLflow cuts longer tag values
 CAUSE_LENGTH = 5000
@@ -47,7 +47,7 @@ CAUSE_LENGTH = 5000
 def trial_params(variant: Variant | None) -> dict[str, str]:
     """Return a trial's params; every trial, and the dense model (None), has the same names."""
     if variant is None:
-        none = dict.fromkeys(("calibration", "pattern", "propagation", "allocation"), "none")
+        none = dict.fromkeys(("calibration", "pattern", "propagation", "allocation", "seed"), "none")
         return {**none, "score": "dense", "sparsity": "0"}
     return {
         "calibration": variant.calibration_text or "none",
@@ -56,6 +56,7 @@ def trial_params(variant: Variant | None) -> dict[str, str]:
         "pattern": str(variant.pattern),
         "propagation": variant.propagation,
         "allocation": variant.allocation,
+        "seed": str(variant.seed),
     }
 
 
@@ -167,15 +168,16 @@ class SweepTracker:
         points = _points(metrics, now)
         self._submit(lambda: self._client.log_batch(self._trial_run_id(key, variant, now), metrics=points))
 
-    def finish_trial(self, result: Result, items: Callable[[], str]) -> None:
+    def finish_trial(self, result: Result, items: Callable[[], str], standing: str = "") -> None:
         """Log a finished trial and its answers, unless its run is already finished.
 
-        `items` is called at delivery, so that answers do not wait in memory.
+        `items` is called at delivery, so that answers do not wait in memory. `standing`: why it was not evaluated
+        in full.
         """
         now = _now()
-        self._submit(lambda: self._finish(result, items, now))
+        self._submit(lambda: self._finish(result, items, standing, now))
 
-    def _finish(self, result: Result, items: Callable[[], str], now: int) -> None:
+    def _finish(self, result: Result, items: Callable[[], str], standing: str, now: int) -> None:
         run_id = self._trial_run_id(result.key, result.variant, now)
         run = self._client.get_run(run_id)
         if run.info.status == "FINISHED":
@@ -184,8 +186,10 @@ class SweepTracker:
             self._client.delete_tag(run_id, CAUSE_TAG)
         self._client.log_batch(run_id, metrics=_points(result.metrics, now))
         self._client.log_text(run_id, items(), ITEMS)
-        if result.digest:
-            self._client.set_tag(run_id, MASKS_TAG, result.digest)
+        tags = {MASKS_TAG: result.digest, STANDING_TAG: standing}
+        for name, value in tags.items():
+            if value:
+                self._client.set_tag(run_id, name, value)
         self._client.set_terminated(run_id, "FINISHED", now)
 
     def fail_trial(self, key: str, variant: Variant | None, cause: str) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from lm_eval.models.utils import postprocess_generated_text
 
 from mlprune.data.batches import RowSet, build_row_set
+from mlprune.evaluation.suite import EvaluatedModel
 from mlprune.shards.decoding import grouped
-from mlprune.shards.pipeline import Pipeline, Progress
+from mlprune.shards.pipeline import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,24 +126,24 @@ class Requests:
         return max(self.longest_generation, *(batch.input_ids.shape[1] for batch in self.rows.batches), 0)
 
     def responses(
-        self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None
+        self, model: EvaluatedModel, variant: str | None, progress: Progress | None = None
     ) -> list[Response]:
         """Return the response to each request, in order, of the dense model (`variant` None) or of a variant."""
         responses: dict[int, Response] = {}
-        likelihoods = pipeline.likelihood_and_greedy(self.rows, variant, progress) if self.rows.count else []
+        likelihoods = model.likelihood_and_greedy(self.rows, variant, progress) if self.rows.count else []
         for number, rows, document in self.likelihoods:
             total = -sum(likelihoods[row][0] for row in rows)
             responses[number] = total if document else (total, all(likelihoods[row][1] for row in rows))
         for max_new, numbers in self.by_length().items():
             requests = [self.generations[number] for number in numbers]
-            generated = _generate(pipeline, requests, max_new, variant, progress)
+            generated = _generate(model, requests, max_new, variant, progress)
             for number, request, tokens in zip(numbers, requests, generated, strict=True):
                 responses[number] = request.text(tokens)
         return [responses[number] for number in range(len(responses))]
 
 
 def _generate(
-    pipeline: Pipeline,
+    model: EvaluatedModel,
     requests: Sequence[GenerationRequest],
     max_new: int,
     variant: str | None,
@@ -151,4 +152,4 @@ def _generate(
     def has_ended(row: int, tokens: Sequence[int]) -> bool:
         return requests[row].has_ended(tokens)
 
-    return pipeline.generate([request.prompt for request in requests], max_new, has_ended, variant, progress)
+    return model.generate([request.prompt for request in requests], max_new, has_ended, variant, progress)

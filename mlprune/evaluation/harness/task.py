@@ -20,8 +20,9 @@ from mlprune.errors import SpecError
 from mlprune.evaluation.harness.isolation import seeded_and_silent
 from mlprune.evaluation.harness.requests import Requests
 from mlprune.evaluation.items import Items
+from mlprune.evaluation.suite import EvaluatedModel
 from mlprune.shards.decoding import kept_at_once
-from mlprune.shards.pipeline import Pipeline, Progress
+from mlprune.shards.pipeline import Progress
 from mlprune.spec.languages import language_name
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ class Harness:
         """Tokens of the rows that are generated at the same time, prompts included; 0 if nothing is generated."""
         return kept_at_once(len(self.requests.generations), self.requests.longest_generation)
 
-    def run(self, pipeline: Pipeline, variant: str | None, progress: Progress | None = None) -> list[Items]:
+    def run(self, model: EvaluatedModel, variant: str | None, progress: Progress | None = None) -> list[Items]:
         """Return the metrics of each task by document, of the dense model (`variant` None) or of a variant."""
-        responses = iter(self.requests.responses(pipeline, variant, progress))
+        responses = iter(self.requests.responses(model, variant, progress))
         items = []
         with seeded_and_silent():
             for loaded in self._loaded:

@@ -1,0 +1,146 @@
+"""The verdict of a sweep: runs its stages in order, ranks the trials, and confirms the best.
+
+A stage is run by `stage_runner`; what is logged to MLflow and drawn of the verdict is in `sweep`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mlprune.evaluation.estimates import rank_correlation
+from mlprune.evaluation.items import from_json
+from mlprune.evaluation.loss import LOSS, lower_is_better
+from mlprune.spec.variants import Variant
+from mlprune.storage.results import Result
+from mlprune.sweep.plan import SweepPlan
+from mlprune.sweep.prepare import Prepared
+from mlprune.sweep.racing import race
+from mlprune.sweep.ranking import (
+    Agreement,
+    RankedVariant,
+    Standing,
+    Trial,
+    loss_estimate,
+    rank_trials,
+    read_items,
+    task_metrics,
+)
+from mlprune.sweep.screening import choose, forecast_metric
+from mlprune.sweep.stage import MASKS_ONLY, Purpose, Stage
+from mlprune.sweep.stage_runner import StageRunner
+
+FEWEST_CORRELATED = 4  # variants: with fewer, a rank correlation says nothing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the stages of a sweep yield. The ranking is empty if no trial was evaluated."""
+
+    dense: Result
+    ranking: tuple[RankedVariant, ...]
+    agreements: tuple[Agreement, ...] = ()
+    unfinished: tuple[Trial, ...] = ()  # dropped or not evaluated
+
+
+def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
+    """Screen, race or evaluate the trials, as the spec says; rank them, and confirm the best ones."""
+    prepared, store = plan.prepared, plan.prepared.result_store()
+    search = prepared.spec.search
+    result = runner.dense(prepared.suite)
+    dense = Trial(result, read_items(store.items(result.key), search.metric))
+    variants, screened = _screen(plan, runner)
+    if search.searcher == "optuna" and search.samples:
+        results = runner.search(_selection(prepared), variants, search.samples)
+        trials = _trials(prepared, results)
+    elif search.racing:
+        trials = race(prepared, runner, dense, variants)
+        survivors = [trial.result.variant for trial in trials if trial.standing is Standing.EVALUATED]
+        runner.run(_selection(prepared), [variant for variant in survivors if variant])  # logs them as finished
+    else:
+        trials = _trials(prepared, runner.run(_selection(prepared), variants))
+    if not any(trial.standing is Standing.EVALUATED for trial in trials):
+        return Verdict(result, ())
+    ranking = rank_trials([*trials, *screened], dense, search.metric)
+    unfinished = tuple(trial for trial in (*trials, *screened) if trial.standing is not Standing.EVALUATED)
+    return Verdict(result, _confirm(prepared, runner, ranking), _agreements(ranking), unfinished)
+
+
+def _selection(prepared: Prepared) -> Stage:
+    return Stage(Purpose.SELECT, "pruning and evaluating", prepared.suite)
+
+
+def _screen(plan: SweepPlan, runner: StageRunner) -> tuple[Sequence[Variant], list[Trial]]:
+    """Return the variants to evaluate, and the others with their forecasts."""
+    search = plan.prepared.spec.search
+    if search.screen is None:
+        return plan.variants, []
+    stage = Stage(Purpose.SCREEN, "screening", MASKS_ONLY)
+    results = runner.run(stage, plan.variants)
+    metric = forecast_metric(search.metric)
+    chosen = choose({variant: result.metrics[metric] for variant, result in results.items()}, search.screen)
+    logger.info("  %d of %d trials are evaluated", len(chosen), len(results))
+    others = {variant: result for variant, result in results.items() if variant not in chosen}
+    rest = [
+        Trial(replace(result, key=plan.prepared.result_key(variant)), (), Standing.SCREENED)
+        for variant, result in others.items()
+    ]
+    return chosen, rest
+
+
+def _trials(prepared: Prepared, results: Mapping[Variant, Result]) -> list[Trial]:
+    store, metric = prepared.result_store(), prepared.spec.search.metric
+    return [Trial(result, read_items(store.items(result.key), metric)) for result in results.values()]
+
+
+def _confirm(
+    prepared: Prepared, runner: StageRunner, ranking: tuple[RankedVariant, ...]
+) -> tuple[RankedVariant, ...]:
+    """Evaluate the best of each sparsity, and what is not significantly different, on the confirmation lines."""
+    assert prepared.evaluation is not None
+    suite, store, metric = prepared.evaluation.confirmation, prepared.result_store(), prepared.spec.search.metric
+    if suite is None:
+        return ranking
+    metric = metric if metric.startswith(LOSS) else f"{LOSS}mean"
+    best = [entry for entry in ranking if entry.is_best or entry.tied]
+    variants = [result.variant for entry in best for result in entry.seeds if result.variant]
+    dense = runner.dense(suite)
+    dense_trial = Trial(dense, from_json(store.items(dense.key)))
+    results = runner.run(Stage(Purpose.CONFIRM, "confirming the best", suite), variants)
+    confirmed = {}
+    for entry in best:
+        trials = [
+            Trial(results[seed.variant], from_json(store.items(results[seed.variant].key)))
+            for seed in entry.seeds
+            if seed.variant in results
+        ]
+        if trials:
+            confirmed[entry.key] = loss_estimate(trials, dense_trial, metric)
+    return tuple(replace(entry, confirmed=confirmed.get(entry.key)) for entry in ranking)
+
+
+def _agreements(ranking: Sequence[RankedVariant]) -> tuple[Agreement, ...]:
+    """Correlate the mean loss of the evaluated variants with each task; nothing if they are few."""
+    evaluated = [entry.metrics for entry in ranking if entry.standing is Standing.EVALUATED]
+    if len(evaluated) < FEWEST_CORRELATED:
+        return ()
+    loss = [-metrics[f"{LOSS}mean"] for metrics in evaluated]
+    agreements = []
+    for name in task_metrics(evaluated[0]):
+        sign = -1 if lower_is_better(name) else 1
+        tau, p = rank_correlation(loss, [sign * metrics[name] for metrics in evaluated])
+        agreements.append(Agreement(name, tau, p))
+    return tuple(agreements)
+
+
+def unknown_languages(prepared: Prepared, dense: Result) -> dict[str, tuple[float, float]]:
+    """Return the languages that the dense model hardly knows, with its bits per byte and a compressor's."""
+    assert prepared.evaluation is not None
+    return {
+        code: (dense.metrics[f"bits_per_byte.{code}"], compressed)
+        for code, compressed in prepared.evaluation.compressed_bits.items()
+        if dense.metrics[f"bits_per_byte.{code}"] >= compressed
+    }
