@@ -143,6 +143,7 @@ PRUNES, SCORED = (*SWEEPS, "prune"), (*SWEEPS, "evaluate")
 BOTH_SIDES = "both sides"
 CODE = ("search.calibration=[code]",)
 TASK = ("evaluation.tasks=[sample_xwinograd_fr]",)
+OPTUNA = ("search.searcher=optuna", "search.samples=2")
 XNLI, SHOTS = "evaluation.xnli", "evaluation.translation.shots: 40: "
 
 
@@ -191,6 +192,27 @@ MISTAKES = [
     setting(
         "confirmation", SCORED, f"{CONFIRMATION}=999", f"{CONFIRMATION}: 999: ", "149 for confirmation", "or 0"
     ),
+    setting(
+        "objective",
+        SWEEPS,
+        "search.objective=xnli.fr",
+        "search.objective: 'xnli.fr': ",
+        "loss.en",
+        "perplexity.fr",
+    ),
+    setting("language's loss", SWEEPS, "search.objective=loss.de", "search.objective: 'loss.de': ", "loss.fr"),
+    setting("no variant", ALL, "search.screen=0", "search.screen: 0: ", "greater than or equal to 1"),
+    setting("screen", ALL, [*OPTUNA, "search.screen=2"], "search.screen: 2: ", "write searcher: random"),
+    setting("race", ALL, [*OPTUNA, "search.racing=true"], "search.racing: True: ", "write searcher: random"),
+    setting(
+        "answers",
+        ALL,
+        ["search.racing=true", "search.objective=xnli.fr"],
+        "search.objective: 'xnli.fr': ",
+        "loss.fr",
+    ),
+    setting("seeds", ALL, [*OPTUNA, "search.seed=[0,1]"], "search.seed: [0, 1]: ", "write one"),
+    setting("no seed", ALL, "search.seed=[]", "search.seed: []: "),
     setting("positions", PRUNES, "calibration.max_tokens=513", "calibration.max_tokens: 513: ", "takes 512"),
     setting("shards", ALL, "pipeline.shards=5", "pipeline.shards: 5: ", "has 4 layers", "1 to 4"),
     setting("storage no folder", SWEEPS, "storage=PLACE/file.txt", "storage: "),

@@ -106,15 +106,17 @@ def held_out_lines(spec: PerplexitySpec, corpus: Corpus) -> HeldOutLines:
 
 
 def in_blocks(lines: Sequence[int]) -> list[Sequence[int]]:
-    """Cut the lines into blocks, each at least twice as long as the one before; the first has FIRST_BLOCK lines.
+    """Cut the lines into blocks: the first has FIRST_BLOCK lines, the others twice as many as the one before.
 
+    The last block has what is left: at least as many lines as the one before, and less than four times as many.
     Racing drops trials after each block. The lines are tokenised and padded block by block even without racing, so
     that a trial has bit-identical results whether it raced or not.
     """
     blocks, start, size = [], 0, FIRST_BLOCK
     while start < len(lines):
         rest = len(lines) - start
-        end = start + (size if rest >= 2 * size else rest)  # a shorter last block would save little
+        # a last block that is shorter than this one would save little
+        end = start + (size if rest >= 2 * size else rest)
         blocks.append(lines[start:end])
         start, size = end, 2 * size
     return blocks

@@ -20,6 +20,7 @@ from mlprune.evaluation.significance import LEVEL, holm
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.screening import forecast_metric
 from mlprune.sweep.trial import trial_metrics
 
 OTHER_METRICS = (
@@ -229,7 +230,7 @@ def tests_against(
 def _rank(entry: RankedVariant, metric: str) -> tuple[int, int, bool, float]:
     """Return a sort key: the most evaluated first, then the best; NaN is last (the model may be destroyed)."""
     if entry.standing is Standing.SCREENED:
-        value = entry.metrics["forecast.mean"]
+        value = entry.metrics[forecast_metric(metric)]
     else:
         value = entry.metrics[metric] * (1 if lower_is_better(metric) else -1)
     return list(Standing).index(entry.standing), -entry.lines, math.isnan(value), value

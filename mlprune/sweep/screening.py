@@ -7,6 +7,7 @@ propagation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from mlprune.spec.variants import Variant
@@ -33,7 +34,8 @@ def choose(forecasts: Mapping[Variant, float], count: int) -> list[Variant]:
     chosen = {variant for variant in means if not variant.sides}
     for sparsity in {variant.sparsity for variant in means}:
         candidates = [v for v in means if v.sparsity == sparsity and v not in chosen]
-        chosen.update(_take_turns(sorted(candidates, key=means.__getitem__), count))
+        ordered = sorted(candidates, key=lambda v: (math.isnan(means[v]), means[v]))
+        chosen.update(_take_turns(ordered, count))
     return [trial for trial in forecasts if trial.without_seed in chosen]
 
 
