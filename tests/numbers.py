@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlprune.evaluation.loss import loss_metrics
 from mlprune.spec.loading import load_spec
 from mlprune.sweep.grid import variants_of
 from mlprune.sweep.masks import gather_moments
@@ -30,8 +31,13 @@ def plain_numbers(spec: Path) -> Numbers:
         results = [run_dense(prepared, pipeline, prepared.suite)[0]]
         gather_moments(prepared, pipeline, variants)
         results += [run_trial(prepared, pipeline, variant, prepared.suite)[0] for variant in variants]
+    dense, *trials = results
+    losses = {result.key: loss_metrics(result.metrics, dense.metrics) for result in trials}
     return {
-        json.dumps(result.variant.to_dict() if result.variant else None): (result.digest, _lasting(result.metrics))
+        json.dumps(result.variant.to_dict() if result.variant else None): (
+            result.digest,
+            _lasting({**result.metrics, **losses.get(result.key, {})}),
+        )
         for result in results
     }
 

@@ -144,8 +144,8 @@ def test_a_sweep_sent_from_a_laptop_gives_one_machines_numbers(made: Cluster, tm
     assert across["tracking_uri"] == MLFLOW
     assert re.search(r"http://127.0.0.1:\d+", told), "MLflow's address"
     again = made.mlprune("sweep", "--attach", "--cluster", str(made.file))
-    assert "tiny: bits per byte of held-out lines" in told
-    assert "tiny: bits per byte of held-out lines" in again
+    assert "tiny: 2 variants by loss.mean" in told
+    assert "tiny: 2 variants by loss.mean" in again
     assert "no sweep runs" in made.mlprune("status", "--cluster", str(made.file))
 
 

@@ -26,6 +26,7 @@ from tests.tiny_models import source
 
 # 2 calibrations x wanda x 2 sparsities x 2 propagations, and magnitude and random at 2 sparsities: once each
 TRIALS = 12
+LANGUAGES = ("en", "fr")
 
 
 def spec(folder: Path, **search: Any) -> Path:
@@ -92,13 +93,21 @@ def test_every_result_is_in_mlflow_under_plain_names(undisturbed: dict[str, Any]
         assert run.data.params["calibration"] == (result["variant"]["calibration"] or "none")
         assert float(run.data.params["sparsity"]) == result["variant"]["sparsity"]
         assert run.data.params.keys() == {
-            *("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
+            *("calibration", "score", "sparsity", "pattern", "propagation", "allocation", "seed")
         }
         assert run.data.metrics["bits_per_byte"] == result["metrics"]["bits_per_byte.mean"]
-        change = {name: run.data.metrics.pop(f"bits_per_byte.change{name}") for name in ("", ".low", ".high")}
-        ratio = result["metrics"]["bits_per_byte.mean"] / undisturbed["dense"]["metrics"]["bits_per_byte.mean"]
-        assert change[".low"] <= change[""] <= change[".high"]
-        assert change[""] == pytest.approx(ratio - 1)
+        estimates = {"loss": "loss", "to_best": "to_best", "confirmation.loss": "confirmed"}
+        for name, field in estimates.items():
+            logged = {end: run.data.metrics.pop(f"{name}.{end}", None) for end in ("estimate", "low", "high")}
+            expected = result[field] or {"value": None, "low": None, "high": None}
+            assert list(logged.values()) == [expected["value"], expected["low"], expected["high"]]
+        assert result["loss"]["low"] <= result["metrics"]["loss.mean"] <= result["loss"]["high"]
+        dense = undisturbed["dense"]["metrics"]
+        losses = [
+            result["metrics"][f"bits_per_byte.{code}"] / dense[f"bits_per_byte.{code}"] - 1 for code in LANGUAGES
+        ]
+        assert result["metrics"]["loss.mean"] == pytest.approx(sum(losses) / len(losses))
+        assert result["metrics"]["loss.worst"] == pytest.approx(max(losses))
         assert run.data.metrics == pytest.approx(result["metrics"], abs=0)
         assert {"bits_per_byte.fr", "perplexity.en", "sparsity.actual", "seconds.mask"} < run.data.metrics.keys()
         assert {"forecast.en", "forecast.fr", "forecast.mean", "forecast.worst"} < run.data.metrics.keys()
@@ -162,8 +171,14 @@ def runs_of(outcome: dict[str, Any]) -> list[str]:
 
 
 def test_ranking_is_by_the_objective_and_identical_variants_ran_once(undisturbed: dict[str, Any]) -> None:
-    values = [result["metrics"]["bits_per_byte.mean"] for result in undisturbed["ranking"]]
+    values = [result["metrics"]["loss.mean"] for result in undisturbed["ranking"]]
     assert values == sorted(values)
+    best = [result for result in undisturbed["ranking"] if result["to_best"] is None]
+    assert len(best) == len({result["variant"]["sparsity"] for result in undisturbed["ranking"]})
+    assert all(result["confirmed"] for result in undisturbed["ranking"] if result["tied"] or result in best)
+    assert not any(
+        result["confirmed"] for result in undisturbed["ranking"] if not result["tied"] and result not in best
+    )
     variants = [json.dumps(result["variant"]) for result in undisturbed["ranking"]]
     assert len(set(variants)) == TRIALS
     assert undisturbed["winner"] == undisturbed["ranking"][0]["run"]
@@ -191,7 +206,7 @@ def test_a_finished_sweep_is_reported_again_without_ray(undisturbed: dict[str, A
 def test_optuna_optimises_the_worst_language_and_resumes(undisturbed: dict[str, Any], tmp_path: Path) -> None:
     search = {"samples": 6, "searcher": "optuna", "objective": "worst"}
     first = sweep(tmp_path, **search)
-    worst = [result["metrics"]["bits_per_byte.worst"] for result in first["ranking"]]
+    worst = [result["metrics"]["loss.worst"] for result in first["ranking"]]
     assert worst == sorted(worst)
     assert 1 <= len(worst) <= 6
     expected = numbers(undisturbed)
