@@ -116,6 +116,7 @@ def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
         dense,
         evaluation=lines * TOKENS_PER_LINE,
         longest=max(prompt, TOKENS_PER_LINE),
+        stages=spec.search.has_stages,
     )
 
 

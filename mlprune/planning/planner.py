@@ -27,6 +27,7 @@ from mlprune.spec.schema import PipelineSpec
 
 # Share of a machine's memory for hidden states between shards under ZeRO (Ray's object store has 30%).
 HIDDEN_SHARE = 0.2
+KEPT_SHARE = 0.1  # share of a worker's host memory for masks that later stages use again, at most
 GPU_USABLE = 0.95  # the rest is lost to fragmentation in torch's allocator
 
 
@@ -41,6 +42,7 @@ class Plan:
     trials: int  # at the same time on a replica: one per shard, or fewer if their masks do not fit
     memory: tuple[WorkerMemory, ...]  # for one rank of each shard
     reason: str  # why this residency was chosen, in one line; empty if it was the first choice
+    kept_masks: int = 0  # bytes of host memory of each worker for masks that a later stage may use again
 
 
 def make_plan(model: ModelSize, work: Work, machine: Machine, options: PipelineSpec, name: str) -> Plan:
@@ -61,6 +63,7 @@ def make_plan(model: ModelSize, work: Work, machine: Machine, options: PipelineS
             plan = _plan(model, spans, work, machine, residency, options, trials)
             short = shortage(plan, machine, options)
             if short is None:
+                plan = _keep_masks(plan, work, machine, options)
                 return replace(plan, reason=f"{', '.join(reasons)}, so {residency}" if reasons else "")
         reasons.append(f"{residency} needs {short}")
     if options.residency != "auto":
@@ -161,6 +164,25 @@ def _plan(
         longest = max(sum(work.calibration), work.evaluation)
         chunks = Chunks(max(work.micro_batch, min(longest, limit)), few=True)
     return Plan(spans, residency, chunks, options.replicas, trials, memory(chunks), "")
+
+
+def _keep_masks(plan: Plan, work: Work, machine: Machine, options: PipelineSpec) -> Plan:
+    """Return the plan with host memory for the masks that later stages use again: all of them, as far as they fit.
+
+    They get a tenth of a worker's share of host memory at most, and never more than is free.
+    """
+    workers = -(-len(plan.spans) * plan.residency.ranks // machine.nodes)
+    share = machine.host_memory // workers
+    if not machine.gpus and options.worker_memory is not None:
+        share = min(share, int(options.worker_memory))
+    used = max(part.host if machine.gpus else part.total for part in plan.memory)
+    wanted = work.returning * max(part.masks for part in plan.memory) // plan.trials
+    kept = max(0, min(wanted, int(share * KEPT_SHARE), share - used))
+    memory = [
+        replace(part, host=part.host + kept) if machine.gpus else replace(part, masks=part.masks + kept)
+        for part in plan.memory
+    ]
+    return replace(plan, kept_masks=kept, memory=tuple(memory))
 
 
 def device_bytes(machine: Machine, workers: int, options: PipelineSpec) -> int:

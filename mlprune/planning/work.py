@@ -22,6 +22,7 @@ class Work:
     sequential_tokens: int = 0  # tokens of all calibration sets of the largest such trial
     solved: int = 0  # trials whose remaining weights are changed (sparsegpt)
     written: int = 0  # tokens of the rows that are generated at the same time, prompts included
+    returning: int = 0  # trials whose masks may be used again by a later stage: of a race, or after screening
 
     @property
     def micro_batch(self) -> int:
@@ -36,8 +37,9 @@ def build_work(
     evaluation: int,
     longest: int,
     written: int = 0,
+    stages: bool = False,
 ) -> Work:
-    """Count the work of the variants.
+    """Count the work of the variants; `stages`: they are evaluated in several stages.
 
     `tokens` maps each demonstration, as text, and seed to the tokens of its calibration set. `dense` names those
     that pass the dense model. `evaluation`, `longest` and `written` are the fields of Work.
@@ -56,4 +58,5 @@ def build_work(
         sequential_tokens=max(sequential, default=0),
         solved=sum(isinstance(find_score(variant.score.name), Solver) for variant in variants),
         written=written,
+        returning=len(variants) if stages else 0,
     )

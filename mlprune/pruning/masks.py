@@ -117,6 +117,15 @@ class PackedMask:
         """Return the number of weights that the mask drops."""
         return self.shape[0] * self.shape[1] - self.kept
 
+    @property
+    def bytes(self) -> int:
+        """Return the memory that it takes."""
+        return self.bits.nbytes
+
+    def to(self, device: torch.device) -> PackedMask:
+        """Return the mask on a device."""
+        return PackedMask(self.bits.to(device), self.shape, self.kept)
+
     def digest(self) -> str:
         """Return the SHA-256 of the mask's bits, in hex."""
         return hashlib.sha256(self.bits.cpu().numpy().tobytes()).hexdigest()
@@ -149,6 +158,13 @@ class PackedWeights:
     @property
     def dropped(self) -> int:
         return self.mask.dropped
+
+    @property
+    def bytes(self) -> int:
+        return self.mask.bytes + self.values.nbytes
+
+    def to(self, device: torch.device) -> PackedWeights:
+        return PackedWeights(self.mask.to(device), self.values.to(device))
 
     def digest(self) -> str:
         """Return the SHA-256 of the mask's bits and of the values' bits, in hex."""

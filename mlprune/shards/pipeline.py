@@ -197,10 +197,19 @@ class Pipeline(ABC):
         self.get(hidden)
         return _mask_outcome(self.call_all(ShardWorker.summary, recipe.variant.key))
 
-    def release(self, variant: str) -> None:
-        """Release a variant's masks."""
+    def reuse(self, variant: str) -> MaskOutcome | None:
+        """Take masks into use again that every shard has kept; None if one has not, then they must be made."""
+        futures = [self.call(shard, ShardWorker.reuse, variant) for shard in range(len(self.spans))]
+        of_ranks = [self.get(future) for future in futures]
+        if any(summary is None for ranks in of_ranks for summary in ranks):
+            self.release(variant)
+            return None
+        return _mask_outcome([ranks[0] or [] for ranks in of_ranks])
+
+    def release(self, variant: str, keep: bool = False) -> None:
+        """Release a variant's masks; with `keep`, `reuse` may take them into use again."""
         with contextlib.suppress(WorkerLostError):  # then the masks are gone already
-            self.call_all(ShardWorker.release, variant)
+            self.call_all(ShardWorker.release, variant, keep)
 
     # evaluation
 

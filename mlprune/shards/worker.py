@@ -28,6 +28,7 @@ from mlprune.pruning.moments import Moments
 from mlprune.shards.decoding import Session, Step
 from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
 from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
+from mlprune.shards.kept_masks import KeptMasks
 from mlprune.shards.likelihood import row_likelihood
 from mlprune.shards.masking import Gathered, MaskRecipe, MaskSummary, masks_of_layer, outliers_of_layer
 from mlprune.storage.moments import MomentStore
@@ -35,13 +36,17 @@ from mlprune.storage.moments import MomentStore
 
 @dataclass(frozen=True)
 class Setup:
-    """What all workers of a pipeline have in common. `offload` None: the weights stay on the device."""
+    """What all workers of a pipeline have in common. `offload` None: the weights stay on the device.
+
+    `kept_masks`: bytes of host memory for masks that a later stage may use again.
+    """
 
     source: ModelSource
     dtype: str
     device: str
     store: MomentStore
     offload: Offload | None = None
+    kept_masks: int = 0
 
 
 class ShardWorker:
@@ -70,6 +75,7 @@ class ShardWorker:
         self._features: dict[str, Tensor] = {}  # calibration set -> float64 [rows, H], see take_features
         self._masks: dict[str, dict[int, LayerMasks]] = {}  # variant -> layer
         self._summaries: dict[str, list[MaskSummary]] = {}
+        self._kept = KeptMasks(setup.kept_masks)
         self._sessions: dict[str, Session] = {}
 
     def _open_residency(self, setup: Setup, dtype: torch.dtype) -> Residency:
@@ -302,10 +308,19 @@ class ShardWorker:
         """Return the summary of the variant's masks, one a layer."""
         return self._summaries[variant]
 
-    def release(self, variant: str) -> None:
-        """Release a variant's masks."""
-        self._masks.pop(variant, None)
-        self._summaries.pop(variant, None)
+    def release(self, variant: str, keep: bool = False) -> None:
+        """Release a variant's masks. With `keep` they stay in host memory for `reuse`, as far as there is room."""
+        masks, summaries = self._masks.pop(variant, {}), self._summaries.pop(variant, [])
+        if keep and len(masks) == len(self.span.layers):
+            self._kept.put(variant, masks, summaries)
+
+    def reuse(self, variant: str) -> list[MaskSummary] | None:
+        """Take a variant's kept masks into use again; return their summary, or None if they are not kept."""
+        kept = self._kept.take(variant, self._model.device)
+        if kept is None:
+            return None
+        self._masks[variant], self._summaries[variant] = kept
+        return self._summaries[variant]
 
     def discard_variant(self, variant: str) -> None:
         """Release a variant's masks and close its generation sessions."""
@@ -317,6 +332,7 @@ class ShardWorker:
         """Discard everything but weights and complete moments. No trial may be running."""
         self._gathering.clear()
         self._masks.clear()
+        self._kept.clear()
         self._summaries.clear()
         for session in list(self._sessions):
             self.close_session(session)

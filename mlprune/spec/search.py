@@ -40,6 +40,11 @@ class SearchSpec(Section):
         """The metric by which trials are ranked; `mean` and `worst` are those of the loss over languages."""
         return f"loss.{self.objective}" if self.objective in ("mean", "worst") else self.objective
 
+    @property
+    def has_stages(self) -> bool:
+        """Whether trials are evaluated in several stages, which may use the same masks."""
+        return self.racing or self.screen is not None
+
     @field_validator("calibration", mode="before")
     @classmethod
     def _calibrations(cls, values: object) -> object:

@@ -287,6 +287,7 @@ def _work(
         evaluation=_tokens(rows) + sum(task.tokens for task in tasks),
         longest=max(lengths, default=0),
         written=max((task.cached_tokens for task in tasks), default=0),
+        stages=spec.search.has_stages,
     )
 
 

@@ -33,7 +33,9 @@ def worker_setup(prepared: Prepared) -> Setup:
         if target == "nvme" and not cluster_is_running():  # a cluster's nodes each compile it when they load
             with step("making DeepSpeed's disk access ready (compiled once, which takes minutes)"):
                 compile_disk_access(device)
-    return Setup(prepared.source, spec.model.dtype, device.type, prepared.moment_store(), offload)
+    return Setup(
+        prepared.source, spec.model.dtype, device.type, prepared.moment_store(), offload, prepared.plan.kept_masks
+    )
 
 
 @contextmanager

@@ -32,9 +32,11 @@ def run_trial(
 
     `report` is called with the metrics so far when the masks are made.
     """
-    started = time.monotonic()
+    started, finished = time.monotonic(), False
+    keep = prepared.plan.kept_masks > 0
     try:
-        outcome = make_masks(prepared, pipeline, variant, forecast=True)
+        reused = pipeline.reuse(variant.key) if keep else None
+        outcome = reused or make_masks(prepared, pipeline, variant, forecast=True)
         metrics = {
             "sparsity.actual": outcome.sparsity,
             **forecast_metrics(outcome.forecast),
@@ -43,8 +45,9 @@ def run_trial(
         report(metrics)
         masked = time.monotonic()
         items = suite.run(pipeline, variant.key)
+        finished = True
     finally:
-        pipeline.release(variant.key)
+        pipeline.release(variant.key, keep=keep and finished)
     metrics |= {**trial_metrics(items), "seconds.evaluate": time.monotonic() - masked}
     result = Result(prepared.result_key(variant, suite), variant, metrics, outcome.digest, outcome.unseen)
     return result, to_json(items)
