@@ -25,6 +25,7 @@ from mlprune.evaluation.forecasts import forecast_correlation, with_forecasts
 from mlprune.evaluation.loss import loss_metrics
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import language_cells, ranking_cells
+from mlprune.report.sweep import forecast_notes
 from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Propagation, Variant
 from mlprune.storage.results import Result
@@ -405,3 +406,15 @@ def test_what_markdown_would_take_for_its_own_is_escaped() -> None:
     assert escaped("a_b*c`d~e[f](g)\\") == r"a\_b\*c\`d\~e\[f\](g)" + "\\\\"
     assert escaped("<b>&") == "&lt;b&gt;&amp;"
     assert escaped("wanda 0.5 translation:en-fr") == "wanda 0.5 translation:en-fr"
+
+
+def test_forecasts_are_compared_with_losses_within_each_sparsity() -> None:
+    made = outcome(["en", "fr"], ["mono:en", "mono:fr", "mono:de"], [0.3, 0.5])
+    signs = {0.3: 1, 0.5: -1}  # the forecast orders the variants of 0.3 as the loss does, those of 0.5 in reverse
+    entries = []
+    for entry in made.ranking:
+        forecast = {"forecast.mean": signs[entry.variant.sparsity] * entry.metrics["loss.mean"]}
+        entries.append(replace(entry, result=replace(entry.result, metrics={**entry.metrics, **forecast})))
+    (note,) = forecast_notes(replace(made, ranking=tuple(entries)))
+    assert note.endswith("is 1.00 at 0.3, -1.00 at 0.5")
+    assert forecast_notes(made) == []  # of an earlier version

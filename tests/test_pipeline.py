@@ -171,6 +171,18 @@ def test_moments_of_a_corrupt_file_are_gathered_again_with_a_warning(
         assert pipeline.restore(prepared.set_of(str(WANDA.calibration)).key) == (True, ())
 
 
+def test_texts_that_are_the_same_after_truncation_pass_the_model_once(tmp_path: Path) -> None:
+    short = {"samples": 4, "shots": 1, "max_tokens": 8, "seed": 0}  # less than the English line
+    prepared = ready(tmp_path, calibration=short, evaluation={"perplexity": {"languages": ["en"], "lines": 2}})
+    assert prepared.set_of("mono:en").key == prepared.set_of("translation:en-fr").key
+    with opened(prepared) as pipeline:
+        gather_moments(prepared, pipeline, [WANDA])  # and the text of its forecast
+        make_masks(prepared, pipeline, WANDA, forecast=True)
+    moments = prepared.moment_store().load(prepared.set_of("mono:en").key, 0)
+    assert moments is not None
+    assert {seen.tokens for seen in moments.values()} == {4 * 8}
+
+
 def test_an_incomplete_pass_is_not_used(expected: Outcome, tmp_path: Path) -> None:
     prepared = ready(tmp_path)
     calibration = prepared.set_of(str(WANDA.calibration))

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from mlprune.report.ranking import estimate_text, legend, ranking_cells
-from mlprune.report.sweep import agreement_notes, export_command, language_notes
+from mlprune.report.sweep import agreement_notes, export_command, forecast_notes, language_notes
 from mlprune.spec.languages import language_name
 from mlprune.sweep.ranking import RankedVariant, SweepOutcome
 from mlprune.tracking.lookup import parallel_coordinates_link
@@ -52,7 +52,10 @@ def _description(outcome: SweepOutcome, rows: int) -> str:
     marks = legend(outcome).replace("\n", " ").replace("* best", "`*` best").replace("~ not", "`~` not")
     parts = [f"{_summary(outcome)} [Trials in parallel coordinates](#{page})"]
     parts += ["**Best of each sparsity**", _table(headers, best), marks]
-    parts += [f"- {escaped(note)}" for note in (*agreement_notes(outcome), *language_notes(outcome))]
+    parts += [
+        f"- {escaped(note)}"
+        for note in (*forecast_notes(outcome), *agreement_notes(outcome), *language_notes(outcome))
+    ]
     parts += ["**Export commands**", _exports(outcome), *_failures(outcome)]
     parts += ["**Ranking**", _table(headers, trials[:rows])]
     parts += [f"... and {len(trials) - rows} more"] if rows < len(trials) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from mlprune.console import results as out
 from mlprune.console import size_text
+from mlprune.evaluation.forecasts import forecast_correlation, with_forecasts
 from mlprune.evaluation.significance import LEVEL
 from mlprune.report.ranking import language_cells, legend, ranking_cells
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
@@ -63,7 +65,7 @@ def show_outcome(outcome: SweepOutcome) -> None:
     out.print(_languages(outcome))
     if tasks := _tasks(outcome):
         out.print(tasks)
-    for note in (*agreement_notes(outcome), *language_notes(outcome)):
+    for note in (*forecast_notes(outcome), *agreement_notes(outcome), *language_notes(outcome)):
         out.print(note, soft_wrap=True)
     out.print()
     for picture in outcome.pictures:
@@ -118,6 +120,21 @@ def agreement_notes(outcome: SweepOutcome) -> list[str]:
             f"{one.metric}: {verdict} with the ranking by loss (Kendall's tau {one.tau:+.2f}, p {one.p:.2g})"
         )
     return notes
+
+
+def forecast_notes(outcome: SweepOutcome) -> list[str]:
+    """Return how well forecasts ranked the variants of each sparsity; nothing for fewer than three variants."""
+    results = with_forecasts([entry.result for entry in outcome.evaluated])
+    rhos = {
+        sparsity: forecast_correlation(
+            outcome.dense,
+            [one for one in results if one.variant and one.variant.sparsity == sparsity],
+            "mean",
+        )
+        for sparsity in sorted({one.variant.sparsity for one in results if one.variant})
+    }
+    texts = [f"{rho:.2f} at {sparsity:g}" for sparsity, rho in rhos.items() if not math.isnan(rho)]
+    return [f"forecasts: Spearman's rho with the mean loss is {', '.join(texts)}"] if texts else []
 
 
 def language_notes(outcome: SweepOutcome) -> list[str]:

@@ -6,6 +6,12 @@ prepare         checks a spec; all that is known before weights are loaded
 session         opens the model: in this process or over Ray
 masks           gathers moments, makes masks
 trial           one trial, and the dense model
+objective       the metrics by which trials can be ranked
+verdict         runs the stages in order, ranks the trials, confirms the best
+stage           what a stage is: a round of trials
+stage_runner    runs a stage on the model
+screening       chooses by forecasts which variants are evaluated
+racing          evaluates block by block, and drops the worst variants
 tune_runner     runs trials under Ray Tune
 trial_outcome   how a trial ends, and Ray Tune's form of it
 trial_progress  which trials are active, finished or failed

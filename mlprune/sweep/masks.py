@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 def gather_moments(prepared: Prepared, pipeline: Pipeline, variants: Iterable[Variant]) -> None:
     """Load the dense moments that the variants need from the store; gather missing ones, all in one pass."""
-    missing = {}
-    for name, calibration in prepared.dense_sets(variants).items():
+    missing, texts = {}, []
+    for (text, _), calibration in prepared.dense_sets(variants).items():
         complete, corrupt = pipeline.restore(calibration.key)
         for file in corrupt:
             logger.warning("%s is corrupt; its moments are gathered again", file)
         if not complete:
-            missing[name] = calibration
+            missing[calibration.key] = calibration  # truncated to few tokens, two texts may be the same
+            texts.append(text)
     if missing:
-        texts = ", ".join(dict.fromkeys(text for text, _ in missing))
-        with step(f"calibrating on {texts}", "batches") as progress:
+        with step(f"calibrating on {', '.join(dict.fromkeys(texts))}", "batches") as progress:
             pipeline.gather(list(missing.values()), progress)
 
 
