@@ -98,6 +98,10 @@ class Measures:
                 means = [by_name[matrix].sumsq_I / by_name[matrix].tokens for by_name in moments]
                 self._square_LI[name] = torch.stack(means)
         self._inputs = [self._inputs_of(model, prepared, language) for language in self._languages]
+        self._outputs = [  # sums of squares, each [T]
+            {name: (weight_OI @ inputs[name].T).square().sum(0) for name, weight_OI in self._dense.items()}
+            for inputs in self._inputs
+        ]
 
     @torch.inference_mode()
     def _inputs_of(self, model: PreTrainedModel, prepared: Prepared, language: str) -> dict[str, Tensor]:
@@ -131,10 +135,9 @@ class Measures:
         result: dict[str, dict[str, list[float]]] = {}
         for name, weight_OI in self._dense.items():
             for number, language in enumerate(self._languages):
-                error_T, output_T = (
-                    (change_OI @ self._inputs[number][name].T).square().sum(0)
-                    for change_OI in (masked[name] - weight_OI, weight_OI)
-                )
+                change_OI = masked[name] - weight_OI
+                error_T = (change_OI @ self._inputs[number][name].T).square().sum(0)
+                output_T = self._outputs[number][name]
                 errors = {"error": error_T.sum() / output_T.sum(), "token error": (error_T / output_T).mean()}
                 for measure, value in errors.items():
                     result.setdefault(measure, {}).setdefault(language, []).append(float(value))
