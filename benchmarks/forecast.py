@@ -53,7 +53,7 @@ from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.sweep.session import open_local
 
 SPARSITIES = (0.3, 0.5, 0.7)
-TEXTS = ("mono:en", "mono:fr", "mono:sw", "translation:en-de", "translation:en-sw")
+TEXTS = ("mono:en", "mono:fr", "translation:en-de", "translation:en-sw")
 CONTRASTIVE = "contrastive:translation:en-de/mono:en"
 TOKENS = 64  # of each language, on which errors are measured
 
@@ -62,16 +62,14 @@ def variants_of(seed: int) -> list[Variant]:
     """Return the trials of a seed. Magnitude reads no text: it is among those of the first seed only."""
     plain = "unstructured"
     trials = [parse_variant(text, "wanda", ratio, plain, "dense") for ratio in SPARSITIES for text in TEXTS]
-    trials += [parse_variant(text, "ria", ratio, plain, "dense") for ratio in SPARSITIES for text in TEXTS[::3]]
-    trials += [parse_variant(None, CONTRASTIVE, ratio, plain, "dense") for ratio in SPARSITIES]
-    trials += [parse_variant(text, "wanda", 0.5, "2:4", "dense") for text in TEXTS[::2]]
-    trials += [parse_variant("mono:en", "ria", 0.5, "2:4", "dense")]
-    trials += [parse_variant(text, "wanda", 0.5, plain, "dense", "owl") for text in TEXTS[::2]]
+    trials += [parse_variant("mono:en", "ria", ratio, plain, "dense") for ratio in SPARSITIES]
     if seed == 0:
         trials += [parse_variant(None, "magnitude", ratio, plain, "dense") for ratio in SPARSITIES]
-        trials += [parse_variant(None, "magnitude", 0.5, "2:4", "dense")]
+    trials += [parse_variant(None, CONTRASTIVE, 0.5, plain, "dense")]
     trials += [parse_variant(text, "wanda", 0.5, plain, "sequential") for text in TEXTS]
-    trials += [parse_variant(text, "sparsegpt", 0.5, plain, "sequential") for text in TEXTS[::3]]
+    trials += [parse_variant(text, "wanda", 0.5, "2:4", "dense") for text in TEXTS[::2]]
+    trials += [parse_variant(text, "wanda", 0.5, plain, "dense", "owl") for text in TEXTS[::2]]
+    trials += [parse_variant("mono:en", "sparsegpt", 0.5, plain, "sequential")]
     return [_with_seed(variant, seed) for variant in trials]
 
 
@@ -216,9 +214,9 @@ def report(trials: Sequence[Trial]) -> None:
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="A folder for finished trials.")
 @click.option("--languages", default="en,fr,de,es,sw", help="Languages that are forecast and measured.")
 @click.option("--seeds", default=3)
-@click.option("--samples", default=16, help="Prompts of each calibration set.")
+@click.option("--samples", default=8, help="Prompts of each calibration set.")
 @click.option("--tokens", default=256, help="Tokens of a prompt, at most.")
-@click.option("--lines", default=16, help="Held-out lines of each language.")
+@click.option("--lines", default=8, help="Held-out lines of each language.")
 def main(model: str, work: Path, languages: str, seeds: int, samples: int, tokens: int, lines: int) -> None:
     """Run all trials that are missing, and print the tables."""
     trials = []

@@ -45,7 +45,7 @@ def test_forecast_prints_correlations_of_its_stored_trials_and_resumes(tmp_path:
     lines = table("forecast.py", "--work", str(tmp_path), *sizes)
     files = sorted(tmp_path.glob("0-*.json"))
     trials = [json.loads(file.read_text()) for file in files]
-    assert lines["trials"] == "42, of which Wanda 15"
+    assert lines["trials"] == "28, of which Wanda 12"
     group = [trial for trial in trials if trial["variant"]["sparsity"] == 0.7]
     forecasts = [np.mean(trial["measures"]["share"]["hi"]) for trial in group]
     rho = spearmanr(forecasts, [trial["loss"]["hi"] for trial in group]).statistic
