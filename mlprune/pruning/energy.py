@@ -18,13 +18,15 @@ def dropped_energy(weight_OI: Tensor, keep_OI: Tensor, sumsq_LI: Tensor) -> Tens
     tokens of text l (their mean would give the same share). NaN for a text without energy: its tokens do not reach
     the matrix, which is an expert's.
 
+    As in moments, sums are float32 within a block of rows, and float64 between blocks.
+
     The measure is ours. It is the squared change of each output, summed, if input channels were uncorrelated.
     """
     total_I = torch.zeros_like(sumsq_LI[0])
     dropped_I = torch.zeros_like(sumsq_LI[0])
     rows = max(1, BLOCK // weight_OI.shape[1])
     for block_OI, keep in zip(torch.split(weight_OI, rows), torch.split(keep_OI, rows), strict=True):
-        squares_OI = block_OI.double().square_()
+        squares_OI = block_OI.float().square()
         total_I += squares_OI.sum(0)
         dropped_I += squares_OI.mul_(~keep).sum(0)
     return (sumsq_LI * dropped_I).sum(1) / (sumsq_LI * total_I).sum(1)
