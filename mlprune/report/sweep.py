@@ -38,6 +38,9 @@ def show_plan(plan: SweepPlan) -> None:
     for kind, count in plan.passes.items():
         passes.add_row(kind, str(count))
     out.print(passes)
+    if prepared.evaluation and (confirmation := prepared.evaluation.confirmation):
+        lines = confirmation.rows.count // len(spec.evaluation.perplexity.languages)
+        out.print(f"then the best trials of each sparsity on {lines} confirmation lines per language")
     out.print(memory_table(prepared.plan))
     out.print(f"disk: {size_text(plan.disk)} in {spec.storage}")
 

@@ -51,7 +51,7 @@ class SweepPlan:
 
         Calibration sets are counted one by one, though all of them share one pass.
         """
-        unfinished = self.unfinished
+        unfinished, search = self.unfinished, self.prepared.spec.search
         store, layers = self.prepared.moment_store(), range(len(self.prepared.model_size.layers))
         needed = self.prepared.dense_sets(unfinished).values()
         missing = [one for one in needed if not all(store.has(one.key, layer) for layer in layers)]
@@ -60,7 +60,7 @@ class SweepPlan:
         return {
             "calibration": len(missing),
             "sequential pruning (two forwards each)": len(sequential),
-            "evaluation": len(unfinished) + no_baseline,
+            "evaluation, at most" if search.has_stages else "evaluation": len(unfinished) + no_baseline,
         }
 
     @property
