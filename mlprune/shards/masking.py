@@ -139,14 +139,18 @@ def _mask(
 def _forecast(
     index: int, name: str, weight_OI: Tensor, keep_OI: Tensor, recipe: MaskRecipe, dense: Gathered
 ) -> Mapping[str, float]:
-    """Return the share of energy dropped on each language's text, if that text reaches the matrix."""
+    """Return the share of energy dropped on each language's text, if that text reaches the matrix.
+
+    It is NaN where the text's sums are not finite: then nothing is forecast, but masks may not need these sums.
+    """
     if not recipe.forecasts:
         return {}
     sumsq_LI = torch.stack([dense[key][name].sumsq_I for _, key in recipe.forecasts])
-    _check_finite(sumsq_LI, "the sums of its inputs", f"layer {index}, {name}")
     shares = dropped_energy(weight_OI, keep_OI, sumsq_LI).tolist()
+    finite = sumsq_LI.isfinite().all(1).tolist()
     languages = [language for language, _ in recipe.forecasts]
-    return {code: share for code, share in zip(languages, shares, strict=True) if not math.isnan(share)}
+    by_language = zip(languages, shares, finite, strict=True)
+    return {code: share for code, share, known in by_language if not (known and math.isnan(share))}
 
 
 def _check_finite(values: Tensor, what: str, where: str) -> None:

@@ -69,7 +69,8 @@ def forecast_metrics(by_language: Mapping[str, float]) -> dict[str, float]:
     """Return the forecast of each language, their mean and the largest: the worst."""
     values = by_language.values()
     named = {f"forecast.{language}": value for language, value in by_language.items()}
-    return {**named, "forecast.mean": fmean(values), "forecast.worst": max(values)}
+    worst = max(values, key=lambda value: (math.isnan(value), value))  # NaN is the worst
+    return {**named, "forecast.mean": fmean(values), "forecast.worst": worst}
 
 
 def unseen_warning(unseen: tuple[str, ...]) -> str:
