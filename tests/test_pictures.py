@@ -25,7 +25,7 @@ from mlprune.evaluation.forecasts import forecast_correlation, with_forecasts
 from mlprune.evaluation.loss import loss_metrics
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import language_cells, ranking_cells
-from mlprune.report.sweep import forecast_notes
+from mlprune.report.sweep import forecast_notes, show_outcome
 from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Propagation, Variant
 from mlprune.storage.results import Result
@@ -406,6 +406,35 @@ def test_what_markdown_would_take_for_its_own_is_escaped() -> None:
     assert escaped("a_b*c`d~e[f](g)\\") == r"a\_b\*c\`d\~e\[f\](g)" + "\\\\"
     assert escaped("<b>&") == "&lt;b&gt;&amp;"
     assert escaped("wanda 0.5 translation:en-fr") == "wanda 0.5 translation:en-fr"
+
+
+@pytest.mark.parametrize(("count", "objective"), [(5, "worst"), (9, "mean"), (14, "mean")])
+def test_tables_of_a_sweep_fit_a_hundred_columns(
+    count: int, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = outcome(CODES[:count], ["mono:en", "translation:en-fr", "mix:mono:hi=0.5,translation:en-fr=0.5"])
+    search = made.spec.search.model_copy(update={"objective": objective})
+    entries = [
+        replace(
+            entry,
+            result=replace(entry.result, metrics={**entry.metrics, "forecast.mean": 0.0123}),
+            seeds=(entry.result, entry.result),
+            to_best=entry.to_best and Estimate(0.1234, 0.1111, 0.1356, 0.001),
+            confirmed=Estimate(0.2134, 0.1898, 0.2365, 0.0),
+        )
+        for entry in made.ranking
+    ]
+    entries[-1] = replace(entries[-1], standing=Standing.SCREENED, confirmed=None)
+    made = replace(made, ranking=tuple(entries), spec=made.spec.model_copy(update={"search": search}))
+    show_outcome(made)
+    printed = capsys.readouterr().out
+    ranking, languages = printed.split("In brackets")
+    assert "…" not in printed
+    rows = [line.rstrip() for line in printed.splitlines() if line[:1] in " 0123456789"]
+    assert max(map(len, rows)) <= 100
+    assert ranking.count("+21.3% [19.0, 23.6]") == 5, "numbers are not folded"
+    assert "not evaluated" in ranking
+    assert len(re.findall(r"^ *dense model( +\d\.\d+){" + str(count) + "}", languages, re.MULTILINE)) == 1
 
 
 def test_forecasts_are_compared_with_losses_within_each_sparsity() -> None:

@@ -11,6 +11,7 @@ from mlprune.evaluation.loss import LOSS, worst_language
 from mlprune.sweep.ranking import RankedVariant, Standing, SweepOutcome
 
 BITS_COLUMNS = 5  # with more languages, the table of languages has losses alone
+DECIMAL_COLUMNS = 9  # with more languages, numbers are shorter, and there is no forecast
 LEGEND = (
     "* best of its sparsity; ~ not significantly different from it (Holm-corrected within the sparsity).\n"
     "loss: change of bits per byte against the dense model, mean over languages (± SD over seeds);\n"
@@ -26,7 +27,7 @@ def ranking_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
     """
     metric = outcome.objective
     other = [] if metric.startswith(LOSS) else [metric]
-    confirms = any(entry.confirmed for entry in outcome.ranking)
+    confirms = any(entry.confirmed or entry.standing is not Standing.EVALUATED for entry in outcome.ranking)
     by_worst = metric == "loss.worst"
     headers = [
         "",
@@ -53,12 +54,15 @@ def ranking_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
 def language_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
     """Return headers and rows of bits per byte and loss by language, and the forecast: the dense model first."""
     languages = outcome.spec.evaluation.perplexity.languages
-    forecast = any("forecast.mean" in entry.metrics for entry in outcome.ranking)
+    forecast = len(languages) <= DECIMAL_COLUMNS and any(
+        "forecast.mean" in entry.metrics for entry in outcome.ranking
+    )
     headers = ["", *languages, *(["forecast"] if forecast else [])]
-    dense = [f"{outcome.dense.metrics[f'bits_per_byte.{code}']:.3f}" for code in languages]
+    digits = 3 if len(languages) <= DECIMAL_COLUMNS else 2
+    dense = [f"{outcome.dense.metrics[f'bits_per_byte.{code}']:.{digits}f}" for code in languages]
     rows = [["dense model", *dense, *([""] if forecast else [])]]
     for rank, entry in enumerate(outcome.ranking, start=1):
-        cells = [_language(entry.metrics, code, len(languages) <= BITS_COLUMNS) for code in languages]
+        cells = [_language(entry.metrics, code, len(languages)) for code in languages]
         predicted = [f"{entry.metrics['forecast.mean']:.4f}" if "forecast.mean" in entry.metrics else ""]
         rows.append([f"{rank}{mark(entry)}", *cells, *(predicted if forecast else [])])
     return headers, rows
@@ -119,11 +123,16 @@ def _confirmed(entry: RankedVariant) -> str:
     return "" if entry.confirmed is None else estimate_text(entry.confirmed)
 
 
-def _language(metrics: Mapping[str, float], code: str, with_bits: bool) -> str:
+def _language(metrics: Mapping[str, float], code: str, languages: int) -> str:
+    """Return the loss of a language, with bits per byte or fewer decimals as the number of languages allows."""
     if f"{LOSS}{code}" not in metrics:
         return ""
-    loss = percent(metrics[f"{LOSS}{code}"])
-    return f"{metrics[f'bits_per_byte.{code}']:.3f} {loss}" if with_bits else loss
+    loss = metrics[f"{LOSS}{code}"]
+    if languages > DECIMAL_COLUMNS:
+        return f"{100 * loss:+.0f}%"
+    return (
+        f"{metrics[f'bits_per_byte.{code}']:.3f} {percent(loss)}" if languages <= BITS_COLUMNS else percent(loss)
+    )
 
 
 def _calibration(entry: RankedVariant) -> str:

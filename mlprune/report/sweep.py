@@ -97,6 +97,8 @@ def _ranking(outcome: SweepOutcome) -> Table:
     table = new_table(title, *headers)
     for column in (1, 3):
         table.columns[column].justify = "left"
+    for column in table.columns:
+        column.no_wrap = column is not table.columns[3]  # only calibrations are folded
     table.columns[3].overflow = "fold"
     table.padding = (0, 1, 0, 0)  # narrow: the table has many columns
     for row in rows:
@@ -107,6 +109,7 @@ def _ranking(outcome: SweepOutcome) -> Table:
 def _languages(outcome: SweepOutcome) -> Table:
     headers, rows = language_cells(outcome)
     table = new_table("bits per byte of held-out lines, and loss, by language", *headers)
+    table.padding = (0, 1, 0, 0)
     for row in rows:
         table.add_row(*row, style="bold" if row[0].endswith("*") else None)
     return table
