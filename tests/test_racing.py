@@ -1,34 +1,18 @@
-"""Races: which variants a block drops, by hand; and whole races on a tiny model, without Ray, held to a plain run."""
+"""Races: which variants are dropped after a block, by hand. Whole races are in `test_verdict`."""
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mlprune.evaluation.items import from_json
 from mlprune.evaluation.significance import holm
-from mlprune.evaluation.suite import Suite
-from mlprune.shards.pipeline import Pipeline
-from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Variant
-from mlprune.storage.results import Result
-from mlprune.sweep.masks import gather_moments
-from mlprune.sweep.plan import SweepPlan, select_variants
-from mlprune.sweep.prepare import Prepared, prepare
-from mlprune.sweep.racing import race, to_drop
-from mlprune.sweep.ranking import Standing, Trial, difference, loss_estimate
-from mlprune.sweep.session import open_local
-from mlprune.sweep.stage import Stage
-from mlprune.sweep.stage_runner import StageRunner
-from mlprune.sweep.trial import run_dense, run_trial, trial_metrics
-from mlprune.sweep.verdict import Verdict, run_stages
+from mlprune.sweep.racing import to_drop
+from mlprune.sweep.ranking import Trial, difference
 from tests.runs import names
-from tests.tiny_models import source
 from tests.trials import DE, DENSE, EN, ES, FR, seeds_of, texts, trial, variant
+
+CODES = ("fr", "de", "es", "hi", "sw", "ru", "ar", "ja", "ko", "vi", "th", "tr", "zh", "it", "pt", "nl")
 
 
 def by_variant(*trials: Trial) -> dict[Variant, Trial]:
@@ -86,9 +70,6 @@ def test_the_level_is_divided_by_the_looks_and_by_the_variants() -> None:
     assert dropped(leader, *[trial(variant(f"mono:{code}"), other.items) for code in CODES[:looks]], looks=1) == []
 
 
-CODES = "fr de es hi sw ru ar ja ko vi th tr zh it pt nl pl cs sv da fi hu el he id ms ro bg uk hr sk sl lt lv et".split()
-
-
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("metric", ["loss.mean", "loss.worst"])
 def test_a_loss_that_is_not_finite_is_dropped_and_never_leads(broken: float, metric: str) -> None:
@@ -129,97 +110,3 @@ def test_what_is_better_on_the_seeds_that_both_have_is_not_dropped() -> None:
     ]
     assert difference(trials[2:], trials[:2], DENSE, "loss.mean").high < 0
     assert dropped(*trials) == []
-
-
-# whole races, on a tiny model in this process
-
-
-@dataclass
-class Tracker:
-    """What a race logs of trials, in place of MLflow."""
-
-    started: list[str] = field(default_factory=list)
-    finished: dict[str, Result] = field(default_factory=dict)
-
-    def start_trial(self, key: str, variant: Variant | None) -> None:
-        self.started.append(key)
-
-    def finish_trial(self, result: Result, items: Any, standing: str = "") -> None:
-        assert from_json(items())
-        self.finished[result.key] = result
-
-
-class Killed(Exception):
-    """The process dies."""
-
-
-class LocalRunner(StageRunner):
-    """Runs the trials of a stage one after another on an open pipeline, and dies before trial number `dies`."""
-
-    def __init__(self, prepared: Prepared, pipeline: Pipeline, dies: int = -1) -> None:
-        self.tracker: Any = Tracker()
-        super().__init__(prepared, self.tracker, lambda _: None)
-        self._pipeline, self._dies = pipeline, dies
-        self.ran: list[tuple[str, Variant | None]] = []  # the purpose of the stage, and the trial
-
-    def _evaluate_dense(self, suite: Suite) -> Result:
-        return self._kept("dense", None, *run_dense(self._prepared, self._pipeline, suite))
-
-    def _run(self, stage: Stage, todo: Sequence[Variant], count: int) -> dict[Variant, Result]:
-        gather_moments(self._prepared, self._pipeline, todo)
-        results = {}
-        for one in todo:
-            trial = run_trial(self._prepared, self._pipeline, one, stage.suite)
-            results[one] = self._kept(stage.purpose.name, one, *trial)
-        return results
-
-    def _kept(self, purpose: str, one: Variant | None, result: Result, items: str) -> Result:
-        if len(self.ran) == self._dies:
-            raise Killed
-        self._store.save(result, items)
-        self.ran.append((purpose, one))
-        return result
-
-
-SEARCH: dict[str, Any] = {
-    "calibration": ["mono:en", "translation:en-fr"],
-    "score": ["wanda", "magnitude", "inverse-wanda"],
-    "sparsity": [0.4, 0.7],
-    "propagation": ["dense"],
-    "seed": [0, 1],
-    "racing": True,
-}
-
-
-def planned(storage: Path, **search: Any) -> SweepPlan:
-    values = {
-        "name": "race",
-        "model": {"path": str(source().folder)},
-        "pipeline": {"shards": 1},
-        "calibration": {"samples": 4, "shots": 2, "max_tokens": 64},
-        "search": {**SEARCH, **search},
-        "evaluation": {"perplexity": {"languages": ["en", "fr"], "lines": 40, "confirmation_lines": 6}},
-        "storage": str(storage),
-    }
-    spec = parse_spec(values)
-    variants = select_variants(spec.search, spec.calibration.seed)
-    return SweepPlan(prepare(spec, variants), variants, ())
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SweepPlan, Pipeline, dict[Variant | None, Trial]]]:
-    """All trials on all tasks, without a race, and an open model for further trials."""
-    plan = planned(tmp_path_factory.mktemp("plain"))
-    prepared = plan.prepared
-    with open_local(prepared) as pipeline:
-        gather_moments(prepared, pipeline, plan.variants)
-        store = prepared.result_store()
-        trials = {}
-        for one in (None, *plan.variants):
-            suite = prepared.suite
-            result, items = (
-                run_trial(prepared, pipeline, one, suite) if one else run_dense(prepared, pipeline, suite)
-            )
-            store.save(result, items)
-            trials[one] = Trial(result, from_json(items))
-        yield plan, pipeline, trials

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlprune.evaluation.estimates import estimate
-from mlprune.evaluation.items import Items, from_json, to_json
+from mlprune.evaluation.items import from_json, to_json
 from mlprune.evaluation.loss import LOSS, loss_metrics, objective_samples, shared_items
 from mlprune.evaluation.resampling import clusters
 from mlprune.evaluation.significance import holm
@@ -17,6 +17,7 @@ from mlprune.sweep.ranking import RankedVariant, Standing, Trial, difference, ra
 from mlprune.sweep.trial import trial_metrics
 from tests.runs import choice, names
 from tests.trials import DE, DENSE, EN, ES, FR, LINES, MAGNITUDE, seeds_of, texts, trial, variant
+
 
 def ranked(*trials: Trial, metric: str = "loss.mean", dense: Trial = DENSE) -> list[RankedVariant]:
     """Rank the trials, and check that their order does not matter."""
@@ -59,10 +60,10 @@ def test_by_the_worst_language_another_one_is_best() -> None:
     assert variants_of([first, second]) == [FR, EN]
     assert first.loss is not None
     assert second.to_best is not None
-    assert (
-        first.loss.value == first.metrics["loss.worst"] == max(first.metrics["loss.en"], first.metrics["loss.fr"])
-    )
-    assert second.to_best.value == second.metrics["loss.worst"] - first.metrics["loss.worst"]
+    assert first.loss.value == pytest.approx(first.metrics["loss.worst"], abs=1e-12)
+    assert first.metrics["loss.worst"] == max(first.metrics["loss.en"], first.metrics["loss.fr"])
+    change = second.metrics["loss.worst"] - first.metrics["loss.worst"]
+    assert second.to_best.value == pytest.approx(change, abs=1e-12)
     assert (second.tied, second.to_best.low > 0) == (False, True)
 
 

@@ -28,6 +28,8 @@ from mlprune.sweep.stage import Purpose, Stage
 from mlprune.sweep.stage_runner import StageRunner
 from mlprune.sweep.trial import trial_metrics
 
+OF_MASKS = ("sparsity.", "forecast.")  # the metrics that do not depend on the lines
+
 logger = logging.getLogger(__name__)
 
 
@@ -118,10 +120,11 @@ class _Racer:
     def _result(self, items: Sequence[Items]) -> Result:
         """Return the result of these items, with the times of all blocks."""
         first = self._results[0]
+        of_masks = {name: value for name, value in first.metrics.items() if name.startswith(OF_MASKS)}
         seconds = {
             name: sum(result.metrics[name] for result in self._results)
             for name in first.metrics
             if name.startswith("seconds.")
         }
-        metrics = {**first.metrics, **trial_metrics(items), **seconds}
+        metrics = {**of_masks, **trial_metrics(items), **seconds}
         return replace(first, key=self._prepared.result_key(self._variant), metrics=metrics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from mlprune.console import size_text, step
@@ -69,13 +69,17 @@ class StageRunner(contextlib.ExitStack):
         results = self.stored(stage, variants)
         todo = [variant for variant in variants if variant not in results and variant not in self.failed]
         if stage.purpose is Purpose.SELECT:
-            for result in results.values():  # logged again, because MLflow may lack them
-                self._tracker.finish_trial(result, partial(self._store.items, result.key))
+            self.log_finished(results.values())
             if results:
                 logger.info("  %d of %d trials had finished before", len(results), len(variants))
         if todo:
             results |= self._run(stage, todo, len(todo))
         return {variant: results[variant] for variant in variants if variant in results}
+
+    def log_finished(self, results: Iterable[Result]) -> None:
+        """Log stored results as finished trials, in case MLflow lacks them."""
+        for result in results:
+            self._tracker.finish_trial(result, partial(self._store.items, result.key))
 
     def search(self, stage: Stage, variants: Sequence[Variant], samples: int) -> dict[Variant, Result]:
         """Run the trials that Optuna chooses among the variants.

@@ -58,8 +58,7 @@ def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
         trials = _trials(prepared, results)
     elif search.racing:
         trials = race(prepared, runner, dense, variants)
-        survivors = [trial.result.variant for trial in trials if trial.standing is Standing.EVALUATED]
-        runner.run(_selection(prepared), [variant for variant in survivors if variant])  # logs them as finished
+        runner.log_finished(trial.result for trial in trials if trial.standing is Standing.EVALUATED)
     else:
         trials = _trials(prepared, runner.run(_selection(prepared), variants))
     if not any(trial.standing is Standing.EVALUATED for trial in trials):
