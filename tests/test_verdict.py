@@ -60,7 +60,7 @@ class TextModel:
         forecast = {code: harm(recipe.variant) / 10 for code, _ in recipe.forecasts}
         return MaskOutcome(1, 2, f"masks of {recipe.variant.key}", (), (0.5,), forecast)
 
-    def release(self, key: str) -> None:
+    def release(self, key: str, keep: bool = False) -> None:
         pass
 
     def likelihood(self, rows: RowSet, variant: str | None = None, progress: object = None) -> list[float]:
@@ -100,8 +100,9 @@ class LocalRunner(StageRunner):
     """Runs trials one after another on an open model, and dies before the trial number `dies`."""
 
     def __init__(self, plan: SweepPlan, model: Any, dies: int = -1, broken: Sequence[Variant] = ()) -> None:
-        self.tracker: Any = Tracker()
-        super().__init__(plan.prepared, self.tracker, lambda _: None)
+        tracker: Any = Tracker()
+        super().__init__(plan.prepared, tracker, lambda _: None)
+        self.tracker: Tracker = tracker
         self._model, self._dies, self._broken = model, dies, broken
         self.ran: list[tuple[Purpose | None, Variant | None]] = []
 
@@ -220,9 +221,9 @@ def test_a_race_takes_the_decisions_of_a_plain_sweep_and_survivors_have_its_resu
         assert replace(result, metrics={}) == replace(trials[one].result, metrics={})
         assert runner.tracker.finished[key] == result
     for trial in verdict.unfinished:
-        one = trial.result.variant
-        assert one is not None
-        assert trial.items == likelihoods(trials[one].items, drops[one])
+        loser = trial.result.variant
+        assert loser is not None
+        assert trial.items == likelihoods(trials[loser].items, drops[loser])
         assert trial.result.metrics.items() >= trial_metrics(trial.items).items()
         assert store.load(trial.result.key) is None
     blocks = [one for purpose, one in runner.ran if purpose is Purpose.BLOCK]
