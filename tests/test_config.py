@@ -84,6 +84,7 @@ def test_every_key_but_search_has_a_default() -> None:
             "task_path": None,
             "task_items": None,
         },
+        "claims": [],
         "storage": str(Path("mlprune-store").absolute()),
         "tracking": {"uri": None, "experiment": None},
     }

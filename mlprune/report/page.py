@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from mlprune.report.claims import claim_notes
 from mlprune.report.ranking import estimate_text, legend, ranking_cells
 from mlprune.report.sweep import agreement_notes, export_command, forecast_notes, language_notes
 from mlprune.spec.languages import language_name
@@ -56,6 +57,11 @@ def _description(outcome: SweepOutcome, rows: int) -> str:
         f"- {escaped(note)}"
         for note in (*forecast_notes(outcome), *agreement_notes(outcome), *language_notes(outcome))
     ]
+    if claims := claim_notes(outcome.claims):
+        parts += [
+            "**Claims** (on the confirmation lines, Holm-corrected)",
+            *(f"- {escaped(note)}" for note in claims),
+        ]
     parts += ["**Export commands**", _exports(outcome), *_failures(outcome)]
     parts += ["**Ranking**", _table(headers, trials[:rows])]
     parts += [f"... and {len(trials) - rows} more"] if rows < len(trials) else []

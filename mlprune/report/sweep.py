@@ -13,12 +13,14 @@ from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.evaluation.forecasts import forecast_correlation, with_forecasts
 from mlprune.evaluation.significance import LEVEL
+from mlprune.report.claims import LEGEND, LEGEND_LANGUAGES, claims_by_language, claims_table
 from mlprune.report.ranking import language_cells, legend, ranking_cells
 from mlprune.report.tables import memory_table, new_table, program, shard_values, show_tracking
 from mlprune.spec.languages import language_name
 from mlprune.spec.schema import DEFAULT_STORAGE
 from mlprune.spec.urls import redact
 from mlprune.storage.results import Result
+from mlprune.sweep.claims import ClaimTest, claim_values
 from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.ranking import RankedVariant, SweepOutcome, task_metrics
 
@@ -68,6 +70,8 @@ def show_outcome(outcome: SweepOutcome) -> None:
     out.print(_languages(outcome))
     if tasks := _tasks(outcome):
         out.print(tasks)
+    if outcome.claims:
+        _show_claims(outcome.claims)
     for note in (*forecast_notes(outcome), *agreement_notes(outcome), *language_notes(outcome)):
         out.print(note, soft_wrap=True)
     out.print()
@@ -78,6 +82,14 @@ def show_outcome(outcome: SweepOutcome) -> None:
         out.print(f"export     {export_command(outcome, result)}", soft_wrap=True)
     for label, cause in outcome.failed.items():
         out.print(f"failed     {label}: {cause}", style="red", soft_wrap=True)
+
+
+def _show_claims(tests: Sequence[ClaimTest]) -> None:
+    out.print(claims_table(tests))
+    out.print(LEGEND, style="dim")
+    if by_language := claims_by_language(tests):
+        out.print(by_language)
+        out.print(LEGEND_LANGUAGES, style="dim")
 
 
 def export_command(outcome: SweepOutcome, entry: RankedVariant) -> str:
@@ -177,6 +189,7 @@ def outcome_values(outcome: SweepOutcome) -> dict[str, object]:
         "objective": outcome.objective,
         "dense": _result_values(outcome, outcome.dense),
         "ranking": [_entry_values(outcome, entry) for entry in outcome.ranking],
+        "claims": [claim_values(test) for test in outcome.claims],
         "agreements": [vars(one) for one in outcome.agreements],
         "unknown_languages": dict(outcome.unknown_languages),
         "winner": outcome.runs[outcome.ranking[0].key],

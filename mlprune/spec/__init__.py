@@ -3,6 +3,7 @@
 schema      the whole spec, as frozen pydantic models
 search      its section `search`
 evaluation  its section `evaluation`
+claims      its section `claims`
 section     what the sections share
 loading     a YAML file and `key=value` settings, to a checked spec
 variants    what one trial is, with its text form and content key

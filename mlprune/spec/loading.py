@@ -105,6 +105,7 @@ def _spec_error(error: ValidationError) -> SpecError:
 _REMEDIES = {
     "tuple_type": "must be a list, e.g. [a, b]",
     "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
     "model_type": "must be a section of keys",
     "dict_type": "must be a section of keys",
     "string_type": "must be text; put it in quotes",
@@ -126,7 +127,9 @@ def _known_keys(names: list[str | int]) -> str:
     """Return a hint for an unknown key: the closest key of its section, or all of them."""
     section: type[BaseModel] = SweepSpec
     for name in names[:-1]:
-        annotation = section.model_fields[str(name)].annotation
+        if isinstance(name, int):  # a place in a list of sections
+            continue
+        annotation = section.model_fields[name].annotation
         kinds = (*get_args(annotation), annotation)  # a section may be optional
         section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
     known = list(section.model_fields)

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from mlprune.errors import SpecError
+from mlprune.spec.claims import ClaimSpec, check_claims
 from mlprune.spec.evaluation import EvaluationSpec
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.section import Count, Section
@@ -100,8 +101,15 @@ class SweepSpec(Section):
     calibration: CalibrationSpec = CalibrationSpec()
     search: SearchSpec
     evaluation: EvaluationSpec = EvaluationSpec()
+    claims: tuple[ClaimSpec, ...] = ()
     storage: Annotated[str, Field(validate_default=True)] = DEFAULT_STORAGE
     tracking: TrackingSpec = TrackingSpec()
+
+    @field_validator("claims")
+    @classmethod
+    def _claims(cls, values: tuple[ClaimSpec, ...]) -> tuple[ClaimSpec, ...]:
+        check_claims(values)
+        return values
 
     @field_validator("storage")
     @classmethod

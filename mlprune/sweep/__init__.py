@@ -19,5 +19,6 @@ failure_policy  what happens to trials that lost a worker
 monitor         observes a running sweep
 status          the status of running sweeps, as files
 ranking         orders finished trials
+claims          tests the claims of the spec
 sweep           the whole sweep
 """

@@ -12,6 +12,7 @@ from mlprune.spec.schema import SweepSpec
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.claims import PlannedClaim, plan_claims
 from mlprune.sweep.grid import variants_of
 from mlprune.sweep.objective import check_objective
 from mlprune.sweep.prepare import Prepared, prepare
@@ -38,6 +39,7 @@ class SweepPlan:
     prepared: Prepared
     variants: tuple[Variant, ...]
     finished: tuple[Result, ...]  # results of the variants from an earlier run
+    claims: tuple[PlannedClaim, ...] = ()
 
     @property
     def unfinished(self) -> list[Variant]:
@@ -61,7 +63,16 @@ class SweepPlan:
             "calibration": len(missing),
             "sequential pruning (two forwards each)": len(sequential),
             "evaluation, at most" if search.has_stages else "evaluation": len(unfinished) + no_baseline,
+            **({"confirmation, for claims": self._untested} if self.claims else {}),
         }
+
+    @property
+    def _untested(self) -> int:
+        """The number of trials that claims compare and that have no result on the confirmation lines."""
+        assert self.prepared.evaluation is not None
+        suite, store = self.prepared.evaluation.confirmation, self.prepared.result_store()
+        variants = {variant for claim in self.claims for variant in claim.variants}
+        return sum(store.load(self.prepared.result_key(variant, suite)) is None for variant in variants)
 
     @property
     def disk(self) -> int:
@@ -75,7 +86,10 @@ def plan_sweep(spec: SweepSpec) -> SweepPlan:
     variants = select_variants(spec.search, spec.calibration.seed)
     prepared = prepare(spec, variants)
     check_objective(spec.search, prepared.suite)
+    assert prepared.evaluation is not None
+    claims = plan_claims(spec, variants, confirms=prepared.evaluation.confirmation is not None)
     check_tracking(spec.tracking_uri)
     store = prepared.result_store()
     results = [store.load(prepared.result_key(variant)) for variant in variants]
-    return SweepPlan(prepared, variants, tuple(result for result in results if result is not None))
+    finished = tuple(result for result in results if result is not None)
+    return SweepPlan(prepared, variants, finished, claims)

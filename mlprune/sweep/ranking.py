@@ -20,6 +20,7 @@ from mlprune.evaluation.significance import LEVEL, holm
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.claims import ClaimTest
 from mlprune.sweep.screening import forecast_metric
 from mlprune.sweep.trial import trial_metrics
 
@@ -103,6 +104,7 @@ class SweepOutcome:
     pictures: tuple[Path, ...]  # the line plot first
     failed: Mapping[str, str]  # label of the trial -> cause
     nodes: tuple[str, ...]  # address of each shard's node; empty if no trial had to be run
+    claims: tuple[ClaimTest, ...] = ()  # of one claim after another, at each sparsity
 
     @property
     def objective(self) -> str:

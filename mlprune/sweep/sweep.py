@@ -8,6 +8,7 @@ and are pickles): its state is temporary.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from mlprune.spec.urls import redact
 from mlprune.storage.files import Storage
 from mlprune.storage.lock import sweep_lock
 from mlprune.storage.results import Result
+from mlprune.sweep.claims import claim_values
 from mlprune.sweep.monitor import Show
 from mlprune.sweep.plan import SweepPlan, plan_sweep
 from mlprune.sweep.prepare import Prepared
@@ -140,6 +142,9 @@ def _conclude(
     for entry in verdict.ranking:
         for result in entry.seeds:
             tracker.log_trial(result.key, result.variant, _verdict_metrics(entry, result))
+    if verdict.claims:
+        values = [claim_values(test) for test in verdict.claims]
+        tracker.log_sweep({}, {"claims.json": json.dumps(values, indent=1, ensure_ascii=False)})
     shows_mean = spec.search.metric in ("loss.mean", *task_metrics(verdict.dense.metrics))
     drawn = [entry.result for entry in verdict.ranking if entry.standing is Standing.EVALUATED]
     pictures = draw_pictures(
@@ -165,6 +170,7 @@ def _conclude(
         pictures=tuple(pictures),
         failed=failed,
         nodes=tuple(nodes),
+        claims=verdict.claims,
     )
 
 

@@ -14,6 +14,7 @@ from mlprune.evaluation.items import from_json
 from mlprune.evaluation.loss import LOSS, lower_is_better
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.claims import ClaimTest, claim_tests
 from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.racing import race
@@ -44,6 +45,7 @@ class Verdict:
     ranking: tuple[RankedVariant, ...]
     agreements: tuple[Agreement, ...] = ()
     unfinished: tuple[Trial, ...] = ()  # dropped or not evaluated
+    claims: tuple[ClaimTest, ...] = ()
 
 
 def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
@@ -65,7 +67,13 @@ def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
         return Verdict(result, ())
     ranking = rank_trials([*trials, *screened], dense, search.metric)
     unfinished = tuple(trial for trial in (*trials, *screened) if trial.standing is not Standing.EVALUATED)
-    return Verdict(result, _confirm(prepared, runner, ranking), _agreements(ranking), unfinished)
+    confirmation = _confirm(plan, runner, ranking)
+    if confirmation is None:
+        return Verdict(result, ranking, _agreements(ranking), unfinished)
+    ranking = _with_confirmed(ranking, confirmation, search.metric)
+    items = {variant: trial.items for variant, trial in confirmation.trials.items()}
+    claims = claim_tests(plan.claims, items, confirmation.dense.items)
+    return Verdict(result, ranking, _agreements(ranking), unfinished, claims)
 
 
 def _selection(prepared: Prepared) -> Stage:
@@ -95,29 +103,44 @@ def _trials(prepared: Prepared, results: Mapping[Variant, Result]) -> list[Trial
     return [Trial(result, read_items(store.items(result.key), metric)) for result in results.values()]
 
 
-def _confirm(
-    prepared: Prepared, runner: StageRunner, ranking: tuple[RankedVariant, ...]
-) -> tuple[RankedVariant, ...]:
-    """Evaluate the best of each sparsity, and what is not significantly different, on the confirmation lines."""
-    assert prepared.evaluation is not None
-    suite, store, metric = prepared.evaluation.confirmation, prepared.result_store(), prepared.spec.search.metric
+@dataclass(frozen=True, eq=False)
+class Confirmation:
+    """Trials on the confirmation lines. Failed ones are missing."""
+
+    dense: Trial
+    trials: Mapping[Variant, Trial]
+
+
+def _confirm(plan: SweepPlan, runner: StageRunner, ranking: Sequence[RankedVariant]) -> Confirmation | None:
+    """Evaluate trials on the confirmation lines; None if there are no such lines.
+
+    These are the best of each sparsity, what is not significantly different from them, and what claims compare.
+    """
+    assert plan.prepared.evaluation is not None
+    suite, store = plan.prepared.evaluation.confirmation, plan.prepared.result_store()
     if suite is None:
-        return ranking
-    metric = metric if metric.startswith(LOSS) else f"{LOSS}mean"
-    best = [entry for entry in ranking if entry.is_best or entry.tied]
-    variants = [result.variant for entry in best for result in entry.seeds if result.variant]
+        return None
+    best = [seed.variant for entry in ranking if entry.is_best or entry.tied for seed in entry.seeds]
+    claimed = [variant for claim in plan.claims for variant in claim.variants]
+    variants = list(dict.fromkeys(variant for variant in (*best, *claimed) if variant))
     dense = runner.dense(suite)
-    dense_trial = Trial(dense, from_json(store.items(dense.key)))
-    results = runner.run(Stage(Purpose.CONFIRM, "confirming the best", suite), variants)
+    name = "confirming the best" + (", testing claims" if claimed else "")
+    results = runner.run(Stage(Purpose.CONFIRM, name, suite), variants)
+    trials = {variant: Trial(result, from_json(store.items(result.key))) for variant, result in results.items()}
+    return Confirmation(Trial(dense, from_json(store.items(dense.key))), trials)
+
+
+def _with_confirmed(
+    ranking: Sequence[RankedVariant], confirmation: Confirmation, metric: str
+) -> tuple[RankedVariant, ...]:
+    """Add the loss on the confirmation lines to the best ones."""
+    metric = metric if metric.startswith(LOSS) else f"{LOSS}mean"
     confirmed = {}
-    for entry in best:
-        trials = [
-            Trial(results[seed.variant], from_json(store.items(results[seed.variant].key)))
-            for seed in entry.seeds
-            if seed.variant in results
-        ]
-        if trials:
-            confirmed[entry.key] = loss_estimate(trials, dense_trial, metric)
+    for entry in ranking:
+        seeds = [result.variant for result in entry.seeds if result.variant]
+        trials = [confirmation.trials[variant] for variant in seeds if variant in confirmation.trials]
+        if trials and (entry.is_best or entry.tied):
+            confirmed[entry.key] = loss_estimate(trials, confirmation.dense, metric)
     return tuple(replace(entry, confirmed=confirmed.get(entry.key)) for entry in ranking)
 
 
