@@ -107,11 +107,11 @@ def _ranking(outcome: SweepOutcome) -> Table:
     headers, rows = ranking_cells(outcome)
     title = f"{outcome.spec.name}: {len(outcome.ranking)} variants by {outcome.objective}"
     table = new_table(title, *headers)
-    for column in (1, 3):
-        table.columns[column].justify = "left"
     for column in table.columns:
-        column.no_wrap = column is not table.columns[3]  # only calibrations are folded
-    table.columns[3].overflow = "fold"
+        column.no_wrap = True
+    score, calibrations = table.columns[1], table.columns[3]
+    score.justify = calibrations.justify = "left"
+    calibrations.no_wrap, calibrations.overflow = False, "fold"
     table.padding = (0, 1, 0, 0)  # narrow: the table has many columns
     for row in rows:
         table.add_row(*row, style="bold" if row[0].endswith("*") else None)
