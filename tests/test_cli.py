@@ -29,6 +29,9 @@ from mlprune.spec.loading import load_spec, read_yaml
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import variants_of
+from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.prepare import prepare
+from mlprune.sweep.session import open_local
 from mlprune.sweep.status import RunningSweep
 from mlprune.tracking.tracker import SweepTracker
 from tests import tiny_models
@@ -311,6 +314,21 @@ def test_trial_of_any_score_is_exported_by_its_run(score: str) -> None:
     manifest = values_of("prune", "--run", tracker.run_id("key"), "--output", "by-run")
     assert manifest["variant"] == variant.to_dict()
     assert len(set(manifest["sparsity"]["layers"])) > 1
+
+
+def test_trial_of_a_seed_is_exported_with_its_own_masks() -> None:
+    """The digests are those of masks that are made as in a sweep, from text of the trial's seed."""
+    tracker, spec, variant = tracked("search.calibration=['mono:fr']", "search.seed=[3,1]")
+    assert variant.seed == 1
+    variants = variants_of(spec.search)
+    prepared = prepare(spec, variants, evaluate=False)
+    with open_local(prepared) as pipeline:
+        gather_moments(prepared, pipeline, variants)
+        digests = {one.seed: make_masks(prepared, pipeline, one).digest for one in variants}
+    assert digests[1] != digests[3]
+    manifest = values_of("prune", "--run", tracker.run_id("key"), "--output", "by-run")
+    assert manifest["masks"]["digest"] == digests[1]
+    assert manifest["variant"] == variant.to_dict()
 
 
 def test_run_that_cannot_be_exported_is_answered() -> None:

@@ -10,6 +10,7 @@ from mlprune.pruning.scores import SCORES
 from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Allocation, Demonstration, Propagation, Scoring, Variant
 from mlprune.sweep.grid import needs_dense_moments, parse_variant, variants_of
+from mlprune.sweep.plan import select_variants
 
 
 def search(**keys: Any) -> Any:
@@ -53,6 +54,35 @@ def test_a_grid_is_the_product_of_its_lists_each_different_trial_once() -> None:
         "sparsegpt 0.5 code sequential",
         "sparsegpt 2:4 code sequential",
     ]
+
+
+def test_seeds_are_an_axis_and_a_trial_without_one_runs_once() -> None:
+    """Without an axis, the seed is that of the calibration."""
+    grid = {"calibration": ["mono:en"], "score": ["magnitude", "wanda", "random"], "propagation": ["dense"]}
+    assert labels(**grid, seed=[2, 0]) == [
+        "magnitude 0.5",
+        "wanda 0.5 mono:en seed 2",
+        "wanda 0.5 mono:en",
+        "random 0.5 seed 2",
+        "random 0.5",
+    ]
+    assert [variant.seed for variant in variants_of(search(**grid), 4)] == [0, 4, 4]
+
+
+def test_samples_are_variants_with_all_their_seeds() -> None:
+    calibrations = ["mono:en", "mono:fr", "code"]
+    grid = {"calibration": calibrations, "sparsity": [0.3, 0.5, 0.7], "score": ["wanda", "magnitude"]}
+    section = search(**grid, seed=[3, 1], samples=6)
+    whole, drawn = variants_of(section), select_variants(section, 0)
+    assert len({variant.without_seed for variant in drawn}) == 6
+    for variant in drawn:
+        own = [one for one in drawn if one.without_seed == variant.without_seed]
+        assert own == [one for one in whole if one.without_seed == variant.without_seed]
+        assert [one.seed for one in own] == ([3, 1] if variant.sides else [0])
+    assert select_variants(section, 0) == drawn != select_variants(section, 1)
+    assert select_variants(search(**grid, seed=[3, 1], samples=12), 0) == whole
+    optuna = search(**grid, samples=4, searcher="optuna")
+    assert select_variants(optuna, 5) == variants_of(optuna, 5), "all that it may choose from"
 
 
 def test_allocation_needs_a_calibration_where_the_score_does_not_and_no_pattern() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
 from mlprune.spec.loading import parse_spec
-from mlprune.spec.variants import Allocation, Calibration, Demonstration, Pattern, Propagation, Scoring
+from mlprune.spec.variants import Allocation, Calibration, Demonstration, Pattern, Propagation, Scoring, Variant
 from mlprune.sweep.grid import parse_variant, variants_of
 
 HALF = Fraction(1, 2)
@@ -178,11 +178,38 @@ def test_the_key_follows_every_field() -> None:
         replace(VARIANT, sparsity=0.5000001),
         replace(VARIANT, pattern=Pattern(2, 4)),
         replace(VARIANT, propagation="sequential"),
+        replace(VARIANT, allocation="owl"),
+        replace(VARIANT, seed=1),
+        replace(VARIANT, seed=-1),
     ]
     assert VARIANT.key == replace(VARIANT).key
     assert len({VARIANT.key, *(other.key for other in others)}) == 1 + len(others)
     assert len(VARIANT.key) == 16
     assert int(VARIANT.key, 16)
+
+
+def test_the_key_of_seed_0_is_that_of_versions_without_seeds() -> None:
+    """Literals from such a version: results that it stored are found by these keys."""
+    assert VARIANT.key == "d5642cc03f31d653"
+    assert parse_variant(None, "magnitude", 0.3, "2:4", "dense").key == "8118d5608d5cb0c3"
+    without = {name: value for name, value in VARIANT.to_dict().items() if name != "seed"}
+    assert Variant.from_dict(without) == VARIANT
+
+
+def test_the_seed_is_kept_where_masks_depend_on_it() -> None:
+    seeds = {
+        parse_variant("mono:en", "magnitude", 0.5, "unstructured", "dense", seed=3).seed,
+        parse_variant("mono:en", "inverse-magnitude", 0.5, "2:4", "dense", "owl", seed=3).seed,  # owl is ignored
+    }
+    assert seeds == {0}
+    cases: list[tuple[str, Allocation]] = [("wanda", "uniform"), ("sparsegpt", "uniform"), ("random", "uniform")]
+    for score, allocation in (*cases, ("magnitude", "owl")):
+        variant = parse_variant("mono:en", score, 0.5, "unstructured", "dense", allocation, seed=3)
+        assert variant.seed == 3
+        assert variant.without_seed == parse_variant("mono:en", score, 0.5, "unstructured", "dense", allocation)
+        assert variant.label == f"{variant.without_seed.label} seed 3"
+        assert variant.short == f"{variant.without_seed.short} seed 3"
+        assert Variant.from_dict(variant.to_dict()) == variant
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
@@ -236,6 +263,7 @@ def test_short_names_tell_variants_apart() -> None:
         "pattern": ["unstructured", "2:4"],
         "propagation": ["dense", "sequential"],
         "allocation": ["uniform", "owl"],
+        "seed": [0, 7],
     }
     variants = variants_of(parse_spec({"search": search}).search)
     assert len({variant.short for variant in variants}) == len(variants) > 100
