@@ -26,7 +26,7 @@ from mlprune.spec.loading import load_spec, parse_spec, read_yaml
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Calibration, Scoring, Variant
 from mlprune.storage.results import Result
-from mlprune.sweep import sweep
+from mlprune.sweep import ranking, sweep
 from mlprune.sweep.claims import ClaimDifference, ClaimTest, PlannedClaim, claim_tests, claim_values, plan_claims
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments
@@ -395,6 +395,7 @@ def test_a_sweep_tests_its_claims_on_the_confirmation_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "StageRunner", InProcessRunner)
+    monkeypatch.setattr(ranking, "LEVEL", 1.1)  # no trial is tied with the best, so none is confirmed for that
     InProcessRunner.ran.clear()
     outcome, printed = tiny_sweep(tmp_path)
     (_, selected), (purpose, confirmed) = InProcessRunner.ran
@@ -402,6 +403,8 @@ def test_a_sweep_tests_its_claims_on_the_confirmation_lines(
     compared = {variant for claim in plan.claims for variant in claim.variants}
     assert (len(selected), len(compared)) == (2 * (1 + 4 * 2), 2 * (1 + 3 * 2))
     assert purpose is Purpose.CONFIRM
+    best = {json.dumps(one["variant"]) for one in outcome["ranking"] if one["to_best"] is None}
+    assert {one for one in confirmed if json.dumps(one.without_seed.to_dict()) not in best} <= compared
     assert compared <= set(confirmed)
     assert len(set(confirmed)) == len(confirmed), "each is evaluated once"
     assert plan.passes["confirmation, for claims"] == 0

@@ -142,6 +142,7 @@ RANGE = "sparsity must be in [0, 1)"
 PRUNES, SCORED = (*SWEEPS, "prune"), (*SWEEPS, "evaluate")
 BOTH_SIDES = "both sides"
 CODE = ("search.calibration=[code]",)
+CLAIM = "claims=[{claim: French is spared, better: 'mono:fr', than: 'mono:en', metric: loss.fr}]"
 TASK = ("evaluation.tasks=[sample_xwinograd_fr]",)
 OPTUNA = ("search.searcher=optuna", "search.samples=2")
 XNLI, SHOTS = "evaluation.xnli", "evaluation.translation.shots: 40: "
@@ -178,6 +179,10 @@ MISTAKES = [
     setting("score", PRUNES, "search.score=[wonda]", "search.score[0]: 'wonda': ", "magnitude, wanda"),
     setting("n:m", ALL, "search.pattern=['4:2']", "search.pattern[0]: '4:2': ", "e.g. 2:4"),
     setting("no calibration", SWEEPS, "search.calibration=[]", "search.calibration: []: ", "wanda needs"),
+    setting(
+        "claim", SWEEPS, CLAIM, "claims[0].better: 'wanda 0.5 mono:fr': ", "no such trial", "French is spared"
+    ),
+    setting("no confirmation", SWEEPS, [CLAIM, f"{CONFIRMATION}=0"], f"{CONFIRMATION}: 0: ", "claims need"),
     setting("no folder", ALL, "model.path=PLACE/none", "model.path: PLACE/none: ", "no such folder"),
     setting("no weights", ALL, "model.path=PLACE/empty", "model.path: PLACE/empty: ", "no weights", "safetensors"),
     setting("pickle", ALL, "model.path=PLACE/pickled", "model.path: PLACE/pickled: ", "model.allow_pickle=true"),
