@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from mlprune.cli import main
 from mlprune.models.hollow import FAMILIES
+from mlprune.report.ranking import LEGEND
 from mlprune.spec.loading import load_spec, parse_spec, sweeps_folder
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
 from mlprune.spec.variants import Pattern
@@ -56,6 +57,13 @@ def test_the_table_of_keys_is_that_of_the_spec() -> None:
             default = [str(item) if isinstance(item, Pattern) else item for item in default]
         assert shown == default, key
     assert keys["storage"] == DEFAULT_STORAGE
+
+
+def test_the_readme_shows_a_ranking_as_it_is_printed() -> None:
+    (headers,) = re.findall(r"^ +(score  .*)$", README, re.MULTILINE)
+    assert re.split(" {2,}", headers) == ["score", "sparsity", "calibration", "loss", "to the best", "confirmed"]
+    units = "documents (lines, where the corpus names no documents)"
+    assert all(f"    {line}\n" in README for line in LEGEND.format(units=units, spread="").splitlines())
 
 
 def test_the_readme_lists_the_families() -> None:

@@ -14,7 +14,7 @@ BITS_COLUMNS = 5  # with more languages, the table of languages has losses alone
 DECIMAL_COLUMNS = 9  # with more languages, numbers are shorter, and there is no forecast
 LEGEND = (
     "* best of its sparsity; ~ not significantly different from it (Holm-corrected within the sparsity).\n"
-    "loss: change of bits per byte against the dense model, mean over languages (± SD over seeds);\n"
+    "loss: change of bits per byte against the dense model, mean over languages{spread};\n"
     "to the best: difference in percentage points; confirmed: loss on lines that nothing was chosen by.\n"
     "In brackets: 95% CI over {units}."
 )
@@ -77,23 +77,23 @@ def legend(outcome: SweepOutcome) -> str:
     """Return what the marks and columns mean."""
     seeds = max((len(entry.seeds) for entry in outcome.ranking), default=1)
     units = "documents (lines, where the corpus names no documents)" + (f" and {seeds} seeds" if seeds > 1 else "")
-    return LEGEND.format(units=units)
+    return LEGEND.format(units=units, spread=" (± SD over seeds)" if seeds > 1 else "")
 
 
 def percent(value: float) -> str:
     """Return a relative change: `+4.2%`."""
-    return f"{100 * value:+.1f}%"
+    return f"{100 * value:+z.1f}%"
 
 
 def estimate_text(one: Estimate) -> str:
     """Return a loss with its interval: `+4.2% [3.9, 4.5]`."""
-    return f"{percent(one.value)} [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+    return f"{percent(one.value)} [{100 * one.low:z.1f}, {100 * one.high:z.1f}]"
 
 
 def _difference(one: Estimate, metric: str) -> str:
     scale, digits = (100, 1) if metric.startswith(LOSS) else (1, 3)
     value, low, high = (scale * end for end in (one.value, one.low, one.high))
-    return f"{value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:+z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
 def _number(metrics: Mapping[str, float], name: str) -> str:
