@@ -13,12 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from mlflow.tracking import MlflowClient
+from transformers import AutoModelForCausalLM
 
+from mlprune.spec.loading import load_spec
+from mlprune.sweep.grid import variants_of
+from mlprune.sweep.plan import SweepPlan
+from mlprune.sweep.prepare import prepare
+from mlprune.sweep.session import open_local
+from mlprune.sweep.stage import MASKS_ONLY
+from mlprune.sweep.verdict import run_stages
 from tests import faults
+from tests.local_runner import LocalRunner, lasting
 from tests.numbers import Numbers, numbers, plain_numbers
 from tests.servers import Server
+from tests.tiny import sample, tokenizer
 from tests.tiny_models import source
 
 
@@ -149,6 +160,93 @@ def test_the_driver_dies_in_each_phase(undisturbed: Numbers, tmp_path: Path) -> 
     assert before.items() <= after.items()
     assert numbers(outcome) == undisturbed
     check_runs(outcome, {"FINISHED"})
+
+
+RACE = {
+    "calibration": ["mono:en", "translation:en-fr"],
+    "score": ["magnitude", "wanda", "inverse-wanda"],
+    "sparsity": [0.5],
+    "propagation": ["dense"],
+    "screen": 2,
+    "racing": True,
+}
+
+
+def trained(folder: Path) -> str:
+    """Write the tiny model after a few steps of training: bad masks harm it, so that a race drops some."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(source().folder)
+    rows = [tokenizer()(line).input_ids[:24] for line in sample("en").lines["en"][-200:]]
+    ids = torch.tensor([row for row in rows if len(row) == 24])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(15):
+        batch = ids[torch.randint(len(ids), (8,))]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def undisturbed_race(file: Path) -> tuple[SweepPlan, list[Any]]:
+    """Run the race in this process; return its plan, and of each variant what `--json` must say."""
+    values = load_spec(str(file), ["pipeline.shards=1", f"storage={file.parent / 'plain'}"])
+    variants = variants_of(values.search)
+    plan = SweepPlan(prepare(values, variants), variants, ())
+    with open_local(plan.prepared) as pipeline:
+        ranking = run_stages(plan, LocalRunner(plan, pipeline)).ranking
+    return plan, [
+        {
+            "variant": entry.variant.to_dict(),
+            "masks": entry.result.digest,
+            "metrics": lasting(entry.metrics),
+            "standing": entry.standing.name.lower(),
+            "lines": entry.lines,
+            "tied": entry.tied,
+            **{
+                name: one and vars(one)
+                for name, one in (("loss", entry.loss), ("to_best", entry.to_best), ("confirmed", entry.confirmed))
+            },
+        }
+        for entry in ranking
+    ]
+
+
+def test_the_driver_dies_in_each_stage_of_a_race(tmp_path: Path) -> None:
+    """While it screens, in a block of the race, and while it confirms; each time the same command resumes."""
+    evaluation = {"perplexity": {"languages": ["en", "fr"], "lines": 16, "confirmation_lines": 4}}
+    model = trained(tmp_path / "model")
+    file = spec(tmp_path, model={"path": model}, search=RACE, evaluation=evaluation)
+    plan, expected = undisturbed_race(file)
+    assert {entry["standing"] for entry in expected} == {"evaluated", "dropped", "screened"}
+    assert plan.prepared.evaluation is not None
+    results = tmp_path / "store" / "results"
+    before: dict[str, int] = {}
+    for suite in (MASKS_ONLY, plan.prepared.evaluation.blocks[0], plan.prepared.evaluation.confirmation):
+        process = start(tmp_path, "sweep", str(file))
+        keys = [plan.prepared.result_key(variant, suite) for variant in plan.variants]
+        while not any((results / f"{key}.json").exists() for key in keys):
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        found = {file.name: file.stat().st_mtime_ns for file in results.glob("*.json")}
+        assert before.items() <= found.items(), "a finished trial ran again"
+        before = found
+    outcome = done(tmp_path, "sweep", str(file))
+    assert before.items() <= {file.name: file.stat().st_mtime_ns for file in results.glob("*.json")}.items()
+    ranking = [{**entry, "metrics": lasting(entry["metrics"])} for entry in outcome["ranking"]]
+    assert [{name: entry[name] for name in expected[0]} for entry in ranking] == expected
+    check_runs(outcome, {"FINISHED"})
+    client = MlflowClient(outcome["tracking_uri"])
+    for entry in outcome["ranking"]:
+        logged = client.get_run(entry["run"]).data
+        standing = {"dropped": "dropped in the race", "screened": "not evaluated"}.get(entry["standing"])
+        assert logged.tags.get("mlprune.standing") == standing
+        assert lasting(logged.metrics).items() >= lasting(entry["metrics"]).items()
+        assert logged.metrics.get("confirmation.loss.estimate") == (entry["confirmed"] or {"value": None})["value"]
+        assert ("loss.worst" in logged.metrics) == (standing != "not evaluated")
 
 
 PRUNE = ["prune", "--calibration", "mono:en", "--score", "wanda", "--sparsity", "0.5"]

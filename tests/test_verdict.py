@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,19 @@ from mlprune.data.batches import RowSet
 from mlprune.evaluation.items import Items, from_json
 from mlprune.evaluation.loss import loss_metrics
 from mlprune.evaluation.perplexity import Perplexity
-from mlprune.evaluation.suite import Suite
 from mlprune.shards.masking import MaskRecipe
 from mlprune.shards.pipeline import MaskOutcome
 from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Variant
-from mlprune.storage.results import Result
-from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.plan import SweepPlan, select_variants
 from mlprune.sweep.prepare import prepare
 from mlprune.sweep.racing import race, to_drop
 from mlprune.sweep.ranking import RankedVariant, Standing, Trial
 from mlprune.sweep.session import open_local
 from mlprune.sweep.stage import Purpose, Stage
-from mlprune.sweep.stage_runner import StageRunner
-from mlprune.sweep.trial import run_dense, run_trial, trial_metrics
+from mlprune.sweep.trial import run_trial, trial_metrics
 from mlprune.sweep.verdict import Verdict, run_stages
+from tests.local_runner import KilledError, LocalRunner, lasting
 from tests.tiny_models import source
 
 LINES, CONFIRMED = 40, 6
@@ -78,51 +75,6 @@ def harm(variant: Variant) -> float:
     return variant.sparsity * HARM[variant.calibration_text] + 0.002 * variant.seed
 
 
-@dataclass
-class Tracker:
-    """What is logged of trials, in place of MLflow."""
-
-    finished: dict[str, Result] = field(default_factory=dict)
-
-    def start_trial(self, key: str, variant: Variant | None) -> None:
-        pass
-
-    def finish_trial(self, result: Result, items: Any, standing: str = "") -> None:
-        assert from_json(items())
-        self.finished[result.key] = result
-
-
-class KilledError(Exception):
-    """The driver dies."""
-
-
-class LocalRunner(StageRunner):
-    """Runs trials one after another on an open model, and dies before the trial number `dies`."""
-
-    def __init__(self, plan: SweepPlan, model: Any, dies: int = -1, broken: Sequence[Variant] = ()) -> None:
-        tracker: Any = Tracker()
-        super().__init__(plan.prepared, tracker, lambda _: None)
-        self.tracker: Tracker = tracker
-        self._model, self._dies, self._broken = model, dies, broken
-        self.ran: list[tuple[Purpose | None, Variant | None]] = []
-
-    def _evaluate_dense(self, suite: Suite) -> Result:
-        return self._kept(None, run_dense(self._prepared, self._model, suite))
-
-    def _run(self, stage: Stage, todo: Sequence[Variant], count: int) -> dict[Variant, Result]:
-        gather_moments(self._prepared, self._model, todo)
-        self.failed |= dict.fromkeys([one for one in todo if one in self._broken], "it is broken")
-        trials = {one: run_trial(self._prepared, self._model, one, stage.suite) for one in todo}
-        return {one: self._kept(stage.purpose, trial) for one, trial in trials.items() if one not in self.failed}
-
-    def _kept(self, purpose: Purpose | None, trial: tuple[Result, str]) -> Result:
-        if len(self.ran) == self._dies:
-            raise KilledError
-        self._store.save(*trial)
-        self.ran.append((purpose, trial[0].variant))
-        return trial[0]
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> SweepPlan:
     """A plan whose spec is replaced in part by `planned`: preparing it takes seconds."""
@@ -160,10 +112,6 @@ def plain_trials(plan: SweepPlan) -> dict[Variant | None, Trial]:
     store = plan.prepared.result_store()
     results = {one: store.load(plan.prepared.result_key(one)) for one in (None, *plan.variants)}
     return {one: Trial(result, from_json(store.items(result.key))) for one, result in results.items() if result}
-
-
-def lasting(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in sorted(metrics.items()) if not name.startswith("seconds.")}
 
 
 def state(verdict: Verdict) -> str:
