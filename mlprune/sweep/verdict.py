@@ -6,6 +6,7 @@ A stage is run by `stage_runner`; what is logged to MLflow and drawn of the verd
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,11 +70,11 @@ def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
     unfinished = tuple(trial for trial in (*trials, *screened) if trial.standing is not Standing.EVALUATED)
     confirmation = _confirm(plan, runner, ranking)
     if confirmation is None:
-        return Verdict(result, ranking, _agreements(ranking), unfinished)
+        return Verdict(result, ranking, task_agreements(ranking), unfinished)
     ranking = _with_confirmed(ranking, confirmation, search.metric)
     items = {variant: trial.items for variant, trial in confirmation.trials.items()}
     claims = claim_tests(plan.claims, items, confirmation.dense.items)
-    return Verdict(result, ranking, _agreements(ranking), unfinished, claims)
+    return Verdict(result, ranking, task_agreements(ranking), unfinished, claims)
 
 
 def _selection(prepared: Prepared) -> Stage:
@@ -144,8 +145,11 @@ def _with_confirmed(
     return tuple(replace(entry, confirmed=confirmed.get(entry.key)) for entry in ranking)
 
 
-def _agreements(ranking: Sequence[RankedVariant]) -> tuple[Agreement, ...]:
-    """Correlate the mean loss of the evaluated variants with each task; nothing if they are few."""
+def task_agreements(ranking: Sequence[RankedVariant]) -> tuple[Agreement, ...]:
+    """Correlate the mean loss of the evaluated variants with each task; nothing if they are few.
+
+    A task by which all variants are equal is left out.
+    """
     evaluated = [entry.metrics for entry in ranking if entry.standing is Standing.EVALUATED]
     if len(evaluated) < FEWEST_CORRELATED:
         return ()
@@ -154,7 +158,8 @@ def _agreements(ranking: Sequence[RankedVariant]) -> tuple[Agreement, ...]:
     for name in task_metrics(evaluated[0]):
         sign = -1 if lower_is_better(name) else 1
         tau, p = rank_correlation(loss, [sign * metrics[name] for metrics in evaluated])
-        agreements.append(Agreement(name, tau, p))
+        if not math.isnan(tau):
+            agreements.append(Agreement(name, tau, p))
     return tuple(agreements)
 
 
