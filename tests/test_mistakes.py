@@ -216,6 +216,7 @@ MISTAKES = [
         "search.objective: 'xnli.fr': ",
         "loss.fr",
     ),
+    setting("short race", SWEEPS, [f"{LINES}=15", "search.racing=true"], f"{LINES}: 15: ", "at least 16"),
     setting("seeds", ALL, [*OPTUNA, "search.seed=[0,1]"], "search.seed: [0, 1]: ", "write one"),
     setting("no seed", ALL, "search.seed=[]", "search.seed: []: "),
     setting("positions", PRUNES, "calibration.max_tokens=513", "calibration.max_tokens: 513: ", "takes 512"),

@@ -11,6 +11,7 @@ from mlprune.spec.schema import ModelSpec
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import parse_variant, variants_of
 from mlprune.sweep.prepare import Prepared, prepare
+from mlprune.sweep.stage import MASKS_ONLY
 from tests.tiny_models import config, save, source
 from tests.work import MIXED, RANDOM, WANDA, ready, seeded
 
@@ -68,6 +69,17 @@ def test_the_dense_model_does_not_depend_on_calibration(tmp_path: Path) -> None:
 def test_random_scores_depend_on_the_seed_though_they_need_no_text(tmp_path: Path) -> None:
     assert key(tmp_path, RANDOM) == key(tmp_path, RANDOM, **CHANGES["samples"])
     assert key(tmp_path, RANDOM) != key(tmp_path, RANDOM, **CHANGES["seed"])
+
+
+def test_masks_without_tasks_are_stored_with_the_texts_of_their_forecasts(tmp_path: Path) -> None:
+    """Otherwise a sweep in other languages would be screened by the forecasts of an earlier one."""
+
+    def screening_key(**changes: Any) -> str:
+        return ready(tmp_path, **changes).result_key(seeded(RANDOM, 0), MASKS_ONLY)
+
+    for change in ("languages", "samples", "seed"):
+        assert screening_key(**CHANGES[change]) != screening_key(), change
+    assert screening_key(**CHANGES["lines"]) == screening_key()
 
 
 def test_another_model_has_another_key(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from mlprune.errors import SpecError
+from mlprune.evaluation.perplexity import FIRST_BLOCK
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import Variant
@@ -81,11 +83,23 @@ class SweepPlan:
         return moments + 2**13 * len(self.variants) + 2**21
 
 
+def _check_race(prepared: Prepared) -> None:
+    """Raise SpecError if a race would have a single block of lines, and could drop nothing."""
+    spec = prepared.spec
+    assert prepared.evaluation is not None
+    if spec.search.racing and len(prepared.evaluation.blocks) == 1:
+        remedy = (
+            f"search.racing needs at least {2 * FIRST_BLOCK}: the first variants are dropped after {FIRST_BLOCK}"
+        )
+        raise SpecError("evaluation.perplexity.lines", spec.evaluation.perplexity.lines, remedy)
+
+
 def plan_sweep(spec: SweepSpec) -> SweepPlan:
     """Check everything and plan the work. Raises UserError for the first mistake."""
     variants = select_variants(spec.search, spec.calibration.seed)
     prepared = prepare(spec, variants)
     check_objective(spec.search, prepared.suite)
+    _check_race(prepared)
     assert prepared.evaluation is not None
     claims = plan_claims(spec, variants, confirms=prepared.evaluation.confirmation is not None)
     check_tracking(spec.tracking_uri)

@@ -143,6 +143,8 @@ class Prepared:
             recipe = self.recipe(variant)
             content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
             content += [str(variant.seed)] if variant.score.name == "random" else []
+            if not suite.likelihood_tasks and not suite.pipeline_tasks:  # then the forecasts are the result
+                content += [f"{code}={key}" for code, key in self.forecasts]
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
 

@@ -229,13 +229,13 @@ def tests_against(
     return {variant: (one, p) for (variant, one), p in zip(estimates.items(), adjusted, strict=True)}
 
 
-def _rank(entry: RankedVariant, metric: str) -> tuple[int, int, bool, float]:
-    """Return a sort key: the most evaluated first, then the best; NaN is last (the model may be destroyed)."""
+def _rank(entry: RankedVariant, metric: str) -> tuple[int, bool, float]:
+    """Return a sort key: most lines first, then the best; NaN is last (the model may be destroyed)."""
     if entry.standing is Standing.SCREENED:
         value = entry.metrics[forecast_metric(metric)]
     else:
         value = entry.metrics[metric] * (1 if lower_is_better(metric) else -1)
-    return list(Standing).index(entry.standing), -entry.lines, math.isnan(value), value
+    return -entry.lines, math.isnan(value), value
 
 
 def task_metrics(metrics: Mapping[str, float]) -> list[str]:
