@@ -1,4 +1,4 @@
-"""What a person sees of a finished sweep: its pictures, and the description of its run in MLflow."""
+"""What a person sees of a finished sweep: its pictures. Tables and texts are in test_sweep_report."""
 
 import math
 import random
