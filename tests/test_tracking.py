@@ -389,6 +389,27 @@ def test_a_killed_sweep_continues_its_runs(proxy: Proxy, server: Server, opened:
     assert history(server.uri, again.run_id("a"), "bits") == [(0, 1.0)]
 
 
+def test_a_trial_that_was_dropped_says_so_until_it_is_evaluated(opened: Opened, database: str) -> None:
+    """A sweep is resumed in which other trials had failed, so that a race takes other decisions."""
+    tracker = opened(database)
+    tracker.start_trial("a", WANDA)
+    tracker.finish_trial(Result("a", WANDA, {"bits": 1.0}), lambda: "[1]", "dropped in the race")
+    tracker.log_trial("a", WANDA, {"loss.mean": 0.1})
+    tracker.finish_trial(Result("a", WANDA, {"bits": 9.0}), lambda: "never requested", "dropped in the race")
+    arrived(tracker)
+    run = runs_of(database, tracker)["a"]
+    assert (run.info.status, run.data.tags["mlprune.standing"]) == ("FINISHED", "dropped in the race")
+    assert run.data.metrics == {"bits": 1.0, "loss.mean": 0.1}
+    tracker.start_trial("a", WANDA)
+    tracker.finish_trial(Result("a", WANDA, {"bits": 2.0}), lambda: "[2]")
+    arrived(tracker)
+    run = runs_of(database, tracker)["a"]
+    assert run.info.status == "FINISHED"
+    assert "mlprune.standing" not in run.data.tags
+    assert run.data.metrics == {"bits": 2.0, "loss.mean": 0.1}
+    assert load_trial_items(database, tracker.run_id("a"), "RUN")[1] == "[2]"
+
+
 def test_a_rejected_update_is_raised_once_and_the_others_are_delivered(
     proxy: Proxy, server: Server, opened: Opened
 ) -> None:

@@ -169,7 +169,7 @@ class SweepTracker:
         self._submit(lambda: self._client.log_batch(self._trial_run_id(key, variant, now), metrics=points))
 
     def finish_trial(self, result: Result, items: Callable[[], str], standing: str = "") -> None:
-        """Log a finished trial and its answers, unless its run is already finished.
+        """Log a finished trial and its answers, unless its run is already finished, with the same standing.
 
         `items` is called at delivery, so that answers do not wait in memory. `standing`: why it was not evaluated
         in full.
@@ -180,10 +180,11 @@ class SweepTracker:
     def _finish(self, result: Result, items: Callable[[], str], standing: str, now: int) -> None:
         run_id = self._trial_run_id(result.key, result.variant, now)
         run = self._client.get_run(run_id)
-        if run.info.status == "FINISHED":
+        if run.info.status == "FINISHED" and run.data.tags.get(STANDING_TAG, "") == standing:
             return
-        if CAUSE_TAG in run.data.tags:
-            self._client.delete_tag(run_id, CAUSE_TAG)
+        for tag in (CAUSE_TAG, STANDING_TAG):
+            if tag in run.data.tags:
+                self._client.delete_tag(run_id, tag)
         self._client.log_batch(run_id, metrics=_points(result.metrics, now))
         self._client.log_text(run_id, items(), ITEMS)
         tags = {MASKS_TAG: result.digest, STANDING_TAG: standing}
