@@ -23,7 +23,7 @@ import mlprune.sweep.plan
 import mlprune.sweep.status
 from mlprune import console
 from mlprune.cli import main
-from mlprune.data.corpora import held_out, open_corpus
+from mlprune.data.corpora import open_corpus, split_held_out
 from mlprune.models.source import find_model
 from mlprune.spec.loading import load_spec, read_yaml
 from mlprune.spec.schema import SweepSpec
@@ -101,7 +101,7 @@ def plain_metrics(folder: str, languages: tuple[str, ...], lines: int) -> dict[s
     metrics, all_bits = {}, []
     for code in languages:
         nll = tokens = size = 0.0
-        for index in held_out(corpus)[:lines]:
+        for index in split_held_out(corpus, confirm=True).selection[:lines]:
             text = corpus.lines[code][index]
             ids = torch.tensor([[words.bos_token_id, *words(text, add_special_tokens=False).input_ids]])
             with torch.inference_mode():
@@ -196,9 +196,11 @@ pipeline: {shards: 3, residency: zero, offload: nvme, offload_folder: /fast, ran
 calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11, template: "{text}",
   separator: "|", count_padding: true, code: sources}
 search: {calibration: ["mono:no", "mix:mono:en=0.5,mono:fr=0.5"], score: [random], sparsity: [0.1, 0.25],
-  pattern: ["2:4"], allocation: [owl], propagation: [sequential], samples: 2, searcher: optuna, objective: worst}
+  pattern: ["2:4"], allocation: [owl], propagation: [sequential], seed: [3, 4], samples: 2, searcher: random,
+  objective: worst, screen: 6, racing: true}
+claims: [{claim: better, better: "wanda mono:no", than: dense, metric: loss.sw, languages: []}]
 evaluation:
-  perplexity: {languages: ["no", "sw"], lines: 5}
+  perplexity: {languages: ["no", "sw"], lines: 5, confirmation_lines: 4}
   xnli:
     {languages: ["no"], data: questions, items: 3, shuffle_seed: 5, template: "{premise}{label}{hypothesis}",
      labels: [a, b, c]}
@@ -248,14 +250,16 @@ def test_pruned_checkpoint_is_an_ordinary_one_with_its_zeros(model: str) -> None
 
 
 def test_manifest_says_how_to_make_it_again(model: str) -> None:
-    manifest = values_of("prune", model, *PRUNE, "--set", "calibration.max_tokens=400")
+    manifest = values_of(
+        "prune", model, *PRUNE, "--set", "calibration.max_tokens=400", "--set", "calibration.seed=8"
+    )
     assert manifest == strict_json(Path("out/mlprune.json").read_text(encoding="utf-8"))
     expected = {"calibration": "translation:en-fr", "score": "wanda", "sparsity": 0.3}
-    plain = {"pattern": "unstructured", "propagation": "sequential", "allocation": "uniform"}
+    plain = {"pattern": "unstructured", "propagation": "sequential", "allocation": "uniform", "seed": 8}
     assert manifest["variant"] == expected | plain
     fingerprint = find_model(model).fingerprint()
     assert manifest["model"] == {"path": model, "fingerprint": fingerprint, "dtype": "float32"}
-    settings = {"corpus": "sample", "samples": 4, "shots": 2, "max_tokens": 400, "seed": 5}
+    settings = {"corpus": "sample", "samples": 4, "shots": 2, "max_tokens": 400, "seed": 8}
     layout = {"template": "{language}: {text}", "separator": None, "count_padding": False, "code": "stdlib"}
     assert manifest["calibration"] == settings | layout
     assert manifest["mlprune"] == mlprune.__version__
@@ -290,7 +294,7 @@ def tracked(*settings: str) -> tuple[SweepTracker, SweepSpec, Variant]:
     spec = load_spec("tiny.yaml", ["search.score=[wanda]", *settings])
     tracker = SweepTracker(spec.tracking_uri, "ours", spec.storage_folder / "mlartifacts", spec.key, spec.name)
     tracker.log_sweep({}, {"spec.yaml": spec.yaml()})
-    variant = variants_of(spec.search)[1]
+    variant = variants_of(spec.search, spec.calibration.seed)[1]
     tracker.start_trial("key", variant)
     tracker.start_trial("dense", None)
     assert tracker.flush(10, print)
