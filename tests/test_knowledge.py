@@ -41,9 +41,10 @@ def test_text_of_the_language_helps_and_more_helps_more() -> None:
     needed = {}
     for code, text in corpus.lines.items():
         heldout = [text[line] for line in kept]
-        own = [compressed_bits_per_byte([text[line] for line in lines[:count]], heldout) for count in (0, 32, 445)]
+        parts = [[text[line] for line in lines[:count]] for count in (0, 32, len(lines))]
+        own = [compressed_bits_per_byte(part, heldout) for part in parts]
         assert own == sorted(own, reverse=True)
         foreign = corpus.lines["de" if code != "de" else "en"]
         assert compressed_bits_per_byte([foreign[line] for line in lines], heldout) > own[2] + 0.2
         needed[code] = own[2]
-    assert needed == pytest.approx({"en": 3.0, "fr": 2.8, "de": 2.8, "sw": 2.7, "hi": 1.3}, abs=0.05)
+    assert needed == pytest.approx({"en": 2.72, "fr": 2.55, "de": 2.53, "sw": 2.44, "hi": 1.18}, abs=0.01)
