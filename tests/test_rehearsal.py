@@ -62,9 +62,10 @@ def run(prepared: Prepared) -> tuple[list[Result], list[int]]:
 
 
 def numbers(results: Any) -> dict[str, Any]:
-    """What must not depend on how the model is held: all but the times."""
+    """What must not depend on how the model is held: all but the times; losses follow from the rest."""
     kept = [
-        (r.key, r.digest, {k: v for k, v in r.metrics.items() if not k.startswith("seconds")}) for r in results
+        (r.key, r.digest, {k: v for k, v in r.metrics.items() if not k.startswith(("seconds", "loss"))})
+        for r in results
     ]
     return {key: rest for key, *rest in kept}
 
