@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from mlprune import console
 from mlprune.evaluation.estimates import Estimate
 from mlprune.report.page import description, escaped
 from mlprune.report.ranking import language_cells, ranking_cells
@@ -157,8 +158,9 @@ def test_what_markdown_would_take_for_its_own_is_escaped() -> None:
 
 @pytest.mark.parametrize(("count", "objective"), [(5, "worst"), (9, "mean"), (14, "mean")])
 def test_tables_of_a_sweep_fit_a_hundred_columns(
-    count: int, objective: str, capsys: pytest.CaptureFixture[str]
+    count: int, objective: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(console.results, "stderr", False)  # a command with --json - has left it True
     made = outcome(CODES[:count], ["mono:en", "translation:en-fr", "mix:mono:hi=0.5,translation:en-fr=0.5"])
     search = made.spec.search.model_copy(update={"objective": objective})
     entries = [
