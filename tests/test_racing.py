@@ -88,7 +88,7 @@ def test_equal_variants_and_few_documents_drop_nothing() -> None:
     assert dropped(*(trial(one, part) for one, part in zip((EN, FR), one_document, strict=True))) == []
 
 
-def test_seeds_of_a_variant_share_their_fate() -> None:
+def test_seeds_of_a_variant_are_dropped_together() -> None:
     """The best of all trials is a seed of the variant that is worse on average."""
     better = [trial(one, texts([0.3, 0.3], 0.02, one.seed)) for one in seeds_of(EN, 0, 1, 2)]
     harm = {0: 0.2, 1: 0.7, 2: 0.9}

@@ -1,14 +1,12 @@
 """Two runs, item by item: p against hand-made ones, verdicts, and what cannot be tested."""
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from mlprune.evaluation import significance
 from mlprune.evaluation.estimates import estimate
 from mlprune.evaluation.items import Items, metrics_of
 from mlprune.evaluation.resampling import metric_samples
@@ -19,15 +17,12 @@ from mlprune.evaluation.significance import (
     gain,
     holm,
     mcnemar,
-    mean_ratio_interval,
 )
 from tests.runs import (
-    Array,
     choice,
     likelihood,
     lines,
     names,
-    of_languages,
     runs_of_every_kind,
     sentences,
     translation,
@@ -40,17 +35,6 @@ NAN, INF = math.nan, math.inf
 def only(a: Items, b: Items) -> Difference:
     (found,) = compare([a], [b])
     return found
-
-
-def drawn(items: int, stream: int = 0) -> Iterator[Array]:
-    """The items of each resample."""
-    draw = np.random.default_rng((significance.SEED, stream))
-    return (draw.integers(items, size=items) for _ in range(significance.RESAMPLES))
-
-
-def percentiles(values: list[float]) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return low, high
 
 
 def test_values_are_metrics_and_interval_and_p_are_estimates() -> None:
@@ -207,10 +191,6 @@ def test_a_model_in_pieces_is_worse_and_not_tested(broken: float) -> None:
     assert compare(pieces, sound)[1].verdict == "better"
     assert compare(pieces, pieces)[1].verdict == "no difference shown"
     assert only(value([0.5, broken]), value([0.5, 0.7])).verdict == "better"
-    ratio, low, high = mean_ratio_interval(sound, pieces)
-    assert repr(ratio) == repr(broken)
-    assert math.isnan(low)
-    assert math.isnan(high)
 
 
 def test_scores_in_pieces_are_wrong_answers() -> None:
@@ -242,43 +222,3 @@ def test_runs_that_cannot_be_compared_are_refused_by_name() -> None:
         compare([a[0].select(["0"])], [a[0].select(["1"])])
     with pytest.raises(ValueError, match=r"perplexity en: .*different texts"):
         compare(a, [likelihood([1.0, 2.0], [3, 5], "en"), a[1]])
-
-
-def renamed(items: Items) -> Items:
-    ids = tuple(f"{items.language} {one}" for one in items.ids)
-    return Items(items.task, items.language, items.kind, ids, items.columns)
-
-
-def plain_ratio(a: Sequence[Items], b: Sequence[Items], rows: Sequence[Array]) -> float:
-    means = []
-    for run in (a, b):
-        columns = [[np.array(x.columns[name]) for name in ("nll", "bytes")] for x in run]
-        means.append(np.mean([nll[r].sum() / size[r].sum() for (nll, size), r in zip(columns, rows, strict=True)]))
-    return float(means[1] / means[0] - 1)
-
-
-def test_the_mean_over_parallel_languages_resamples_lines_in_all_of_them() -> None:
-    a, b = of_languages(10, ("en", "fr", "de"), 50)
-    ratio, low, high = mean_ratio_interval(a, b)
-    metrics_a, metrics_b = metrics_of(a), metrics_of(b)
-    assert ratio == pytest.approx(metrics_b["bits_per_byte.mean"] / metrics_a["bits_per_byte.mean"] - 1, abs=1e-14)
-    joint = [plain_ratio(a, b, [rows] * 3) for rows in drawn(50)]
-    assert (low, high) == pytest.approx(percentiles(joint), abs=1e-12)
-
-
-def test_other_languages_are_drawn_each_for_itself() -> None:
-    a, b = of_languages(10, ("en", "fr", "de"), 50)
-    parallel = mean_ratio_interval(a, b)
-    a, b = ([run[0], run[1], renamed(run[2])] for run in (a, b))
-    ratio, low, high = mean_ratio_interval(a, b)
-    assert ratio == parallel[0]
-    streams = zip(drawn(50, 0), drawn(50, 1), strict=True)
-    assert (low, high) == pytest.approx(percentiles([plain_ratio(a, b, [x, x, y]) for x, y in streams]), abs=1e-12)
-    # what harms a line harms it in every language: as if independent, the interval would be too narrow
-    apart = mean_ratio_interval([renamed(x) for x in a], [renamed(x) for x in b])
-    assert apart[2] - apart[1] < high - low < parallel[2] - parallel[1]
-
-
-def test_a_mean_that_does_not_change_has_no_width() -> None:
-    a, _ = of_languages(11, ("en", "fr"), 30)
-    assert mean_ratio_interval([choice([1]), *a], [*a, choice([0])]) == (0, 0, 0)

@@ -5,24 +5,16 @@ over items. Right or wrong answers that belong to no documents are tested by McN
 1947): of the items that only one run answered correctly, each run should have half.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mlprune.evaluation.estimates import estimate
 from mlprune.evaluation.items import Items, metric_name, outcomes, values_of
 from mlprune.evaluation.loss import lower_is_better, shared_items
 from mlprune.evaluation.resampling import clusters, metric_samples
 
-Array = NDArray[np.float64]
-Interval = tuple[float, float, float]  # a value, and the low and high end of its 95% confidence interval
-RESAMPLES = 2000  # of `mean_ratio_interval`
-SEED = 0
 LEVEL = 0.05
 
 
@@ -148,50 +140,3 @@ def _with_verdict(difference: Difference) -> Difference:
     else:
         return difference
     return replace(difference, verdict="better" if better else "worse")
-
-
-def _column(items: Items, name: str) -> Array:
-    return np.array(items.columns[name], float)
-
-
-@functools.lru_cache(maxsize=1)
-def _resamples(items: int, stream: int = 0) -> Array:
-    """Return how often each resample draws each item, [R, N]. Each stream has its own draws."""
-    draw = np.random.default_rng((SEED, stream))
-    counts_RN = np.empty((RESAMPLES, items))
-    for count_N in counts_RN:
-        count_N[:] = np.bincount(draw.integers(items, size=items), minlength=items)
-    return counts_RN
-
-
-def _interval(value_R: Array) -> tuple[float, float]:
-    low, high = np.quantile(value_R, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def mean_ratio_interval(a: Sequence[Items], b: Sequence[Items]) -> Interval:
-    """Return the ratio of run b's mean bits per byte over languages to run a's, minus 1, and its 95% interval.
-
-    0.04 means 4% more than run a. Languages with the same ids are parallel text: a resample draws the same lines
-    of all of them. Other languages are drawn independently. The interval is NaN where a likelihood is not finite.
-    Raises ValueError as `compare` does.
-    """
-    pairs = _pairs(*([part for part in run if part.kind == "likelihood"] for run in (a, b)))
-    bits_a, bits_b = (sum(values_of(pair[run])["bits_per_byte"] for pair in pairs) for run in (0, 1))
-    ratio = bits_b / bits_a - 1
-    if not (math.isfinite(bits_a) and math.isfinite(bits_b)):
-        return ratio, math.nan, math.nan
-    parallel: dict[tuple[str, ...], list[tuple[Items, Items]]] = {}
-    for pair in pairs:
-        parallel.setdefault(pair[0].ids, []).append(pair)
-    bits_R, delta_R = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
-    for stream, group in enumerate(parallel.values()):
-        counts_RN = _resamples(len(group[0][0].ids), stream)
-        nll_NL, bytes_NL = (
-            np.stack([_column(part_a, name) for part_a, _ in group], 1) for name in ("nll", "bytes")
-        )
-        delta_NL = np.stack([_column(part_b, "nll") for _, part_b in group], 1) - nll_NL
-        bytes_RL = counts_RN @ bytes_NL
-        bits_R += (counts_RN @ nll_NL / bytes_RL).sum(1)
-        delta_R += (counts_RN @ delta_NL / bytes_RL).sum(1)
-    return (ratio, *_interval(delta_R / bits_R))
