@@ -181,26 +181,28 @@ def test_plain_lines_tell_news_at_once_and_else_seldom() -> None:
     at = replace(a_status(), notes=(), now=0.0, finished=0, failed=0, seconds_left=None)
     counts = "3 active, 100 tokens/s, shards 50% busy"
 
-    def told(**changes: object) -> list[str]:
+    def new_lines(**changes: object) -> list[str]:
         nonlocal at
         at = replace(at, now=at.now + 1, **changes)  # type: ignore[arg-type]
         return plain.lines(at)
 
-    assert told() == [f"quickstart, trials: 0 of 40 trials, {counts}"]
-    quiet = [told() for _ in range(65)]  # a second each
+    assert new_lines() == [f"quickstart, trials: 0 of 40 trials, {counts}"]
+    quiet = [new_lines() for _ in range(65)]  # a second each
     assert [second for second, lines in enumerate(quiet, start=1) if lines] == [30, 60]
     assert quiet[29] == [f"0 of 40 trials, {counts}"]
-    assert told(finished=1, seconds_left=840.0) == [f"1 of 40 trials, {counts}, about 14 min left"]
-    assert told(failed=1) == [f"1 of 40 trials, 1 failed, {counts}, about 14 min left"]
-    assert told(trials=at.trials[:2], shards=(a_shard(0, 0, busy=0.9),)) == []  # these change all the time
+    assert new_lines(finished=1, seconds_left=840.0) == [f"1 of 40 trials, {counts}, about 14 min left"]
+    assert new_lines(failed=1) == [f"1 of 40 trials, 1 failed, {counts}, about 14 min left"]
+    assert new_lines(trials=at.trials[:2], shards=(a_shard(0, 0, busy=0.9),)) == []  # these change all the time
     waits = "{} updates queued for MLflow: connection refused"
-    assert told(notes=(waits.format(1),)) == ["note: 1 updates queued for MLflow: connection refused"]
-    assert [told(notes=(waits.format(number),)) for number in (2, 13, "1,400", 1)] == [[]] * 4
-    assert told(notes=(waits.format(3), "waiting for 2 GPUs")) == ["note: waiting for 2 GPUs"]
-    assert told(notes=("waiting for 2 GPUs",)) == ["resolved: 3 updates queued for MLflow: connection refused"]
-    assert [len(told()) for _ in range(30)] == [0] * 29 + [1]  # from the last line on, whatever it told
-    assert told(phase="ending", notes=())[0] == "resolved: waiting for 2 GPUs"
-    assert told(phase="done")[0].startswith("quickstart, done: 1 of 40 trials")
+    assert new_lines(notes=(waits.format(1),)) == ["note: 1 updates queued for MLflow: connection refused"]
+    assert [new_lines(notes=(waits.format(number),)) for number in (2, 13, "1,400", 1)] == [[]] * 4
+    assert new_lines(notes=(waits.format(3), "waiting for 2 GPUs")) == ["note: waiting for 2 GPUs"]
+    assert new_lines(notes=("waiting for 2 GPUs",)) == [
+        "resolved: 3 updates queued for MLflow: connection refused"
+    ]
+    assert [len(new_lines()) for _ in range(30)] == [0] * 29 + [1]  # from the last line on, whatever it printed
+    assert new_lines(phase="ending", notes=())[0] == "resolved: waiting for 2 GPUs"
+    assert new_lines(phase="done")[0].startswith("quickstart, done: 1 of 40 trials")
 
 
 def test_without_a_terminal_lines_go_to_the_error_stream(capfd: pytest.CaptureFixture[str]) -> None:
@@ -403,14 +405,14 @@ def test_sweeps_are_seen_while_their_processes_live(folder: Path) -> None:
     with a_driver("second", 2000.0) as second, a_driver("first", 1000.0) as first:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert [one.pid for one in running_sweeps()] == [first.pid, second.pid]  # the oldest first
-        told = running_sweeps()[0].status
+        stored = running_sweeps()[0].status
         expected = SweepStatus(
-            *("first", "trials", 1000.0, told.now, 1, 4, 0),
+            *("first", "trials", 1000.0, stored.now, 1, 4, 0),
             (TrialStatus("wanda 0.5 mono:fr", "masking", 1.5),),
             (ShardStatus(0, 0, (0, 9), "::1", 0.5, 9.5, True),),
             *(None, ("a note",)),
         )
-        assert told == expected
+        assert stored == expected
         second.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, second.pid, os.WEXITED | os.WNOWAIT)  # dead; its parent has not asked yet
         assert psutil.Process(second.pid).status() == psutil.STATUS_ZOMBIE
@@ -434,8 +436,8 @@ def test_a_reused_process_id_is_recognised(folder: Path) -> None:
     write_status(a_status())
     assert names() == ["quickstart"]
     file = next(folder.iterdir())
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps(told | {"born": told["born"] - 60}))
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"born": stored["born"] - 60}))
     assert names() == []
     assert not file.exists()
 
@@ -452,9 +454,9 @@ def test_files_of_another_host_stay(folder: Path) -> None:
 def test_a_sweep_of_another_version_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_status(a_status())
     file = next(folder.iterdir())
-    told = json.loads(file.read_text())
-    for changed in (told["status"] | {"new": 1}, {"name": "quickstart"}):
-        file.write_text(json.dumps(told | {"status": changed}))
+    stored = json.loads(file.read_text())
+    for changed in (stored["status"] | {"new": 1}, {"name": "quickstart"}):
+        file.write_text(json.dumps(stored | {"status": changed}))
         assert running_sweeps() == []
         assert f"process {os.getpid()} runs a sweep with another version" in caplog.text
         caplog.clear()

@@ -162,7 +162,7 @@ def device(chosen: Plan) -> int:
     return max(part.total for part in chosen.memory)
 
 
-def away(chosen: Plan) -> int:
+def offloaded(chosen: Plan) -> int:
     return sum(part.disk or part.host or part.total for part in chosen.memory)
 
 
@@ -175,7 +175,11 @@ def gpus(need: int, workers: int = 2) -> Machine:
 
 
 ENOUGH, SHORT = gpus(device(plan(GPUS))), gpus(device(plan(GPUS)) - 1)  # by one byte
-HOST, DISK, CORE = away(plan(GPUS, **ZERO)), away(plan(GPUS, **ZERO, offload="nvme")), away(plan(CORES))
+HOST, DISK, CORE = (
+    offloaded(plan(GPUS, **ZERO)),
+    offloaded(plan(GPUS, **ZERO, offload="nvme")),
+    offloaded(plan(CORES)),
+)
 LACK, LACKS = r"resident needs [\d.]+ GiB of [\d.]+ GiB", "needs .* host memory"
 CHOICES = [
     (ENOUGH, "resident", ""),
@@ -253,7 +257,7 @@ def test_worker_memory_is_a_limit(machine: Machine) -> None:
 
 
 def test_a_limit_above_every_need_changes_nothing() -> None:
-    machine = replace(CORES, host_memory=away(plan(CORES, BRIEF, UNEVEN, shards=2)))
+    machine = replace(CORES, host_memory=offloaded(plan(CORES, BRIEF, UNEVEN, shards=2)))
     plans = [plan(machine, BRIEF, UNEVEN, shards=2, worker_memory=limit) for limit in (None, BIG)]
     assert [chosen.residency for chosen in plans] == [RESIDENT, RESIDENT]
 
@@ -266,7 +270,7 @@ def test_workers_share_gpus_and_nodes() -> None:
         assert plan(machine, shards=4).residency == RESIDENT
         less = replace(machine, gpu_memory=machine.gpu_memory - 1, host_memory=machine.host_memory - 1)
         refused(less, shards=4, residency="resident")
-    two_ranks = replace(GPUS, host_memory=2 * away(plan(GPUS, ranks_per_shard=2)))
+    two_ranks = replace(GPUS, host_memory=2 * offloaded(plan(GPUS, ranks_per_shard=2)))
     assert plan(two_ranks, ranks_per_shard=2).residency.offload == "cpu"
     assert (
         plan(replace(two_ranks, host_memory=two_ranks.host_memory - 1), ranks_per_shard=2).residency.offload
@@ -299,7 +303,7 @@ def test_chunks_between_shards_leave_most_of_the_host_free() -> None:
 
 def test_without_gpus_a_chunk_is_what_fits_or_a_micro_batch() -> None:
     for model, spare, compared in ((BLOCKS, GIB, int.__gt__), (UNEVEN, 0, int.__eq__)):  # one is over its share
-        tight = replace(CORES, host_memory=away(plan(CORES, BRIEF, model, **ZERO, shards=2)) + spare)
+        tight = replace(CORES, host_memory=offloaded(plan(CORES, BRIEF, model, **ZERO, shards=2)) + spare)
         assert compared(plan(tight, LONG, model, **ZERO, shards=2).chunks.limit, MICRO_BATCH_TOKENS)
 
 

@@ -54,7 +54,7 @@ def s3() -> Iterator[str]:
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
         files("s3").mkdir("bucket")
         yield f"http://{host}:{port}"
-        forget("s3")
+        clear_file_systems("s3")
     server.stop()
 
 
@@ -78,7 +78,7 @@ def gs() -> Iterator[str]:
         environment.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         environment.setenv("NO_GCE_CHECK", "true")  # otherwise gcsfs looks for the credentials of a Google machine
         yield f"http://127.0.0.1:{port}"
-        forget("gs")
+        clear_file_systems("gs")
     server.stop()
 
 
@@ -89,7 +89,7 @@ def files(protocol: str) -> Any:
     return storage._file_system(f"{protocol}://bucket")
 
 
-def forget(protocol: str) -> None:
+def clear_file_systems(protocol: str) -> None:
     """Drop fsspec's file systems, which stay connected to the server that they were created for."""
     type(files(protocol)).clear_instance_cache()
 
@@ -299,7 +299,7 @@ def test_wrong_credentials_for_google(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_GCE_CHECK", "true")
-    forget("gs")
+    clear_file_systems("gs")
     try:
         for use in uses("gs://bucket/x"):
             message = str(refused(use))
@@ -307,7 +307,7 @@ def test_wrong_credentials_for_google(
             assert "verysecret" not in message
         assert "verysecret" not in caplog.text
     finally:
-        forget("gs")
+        clear_file_systems("gs")
         server.shutdown()
         server.server_close()
 
@@ -315,13 +315,13 @@ def test_wrong_credentials_for_google(
 def test_an_unreachable_s3_is_reported_without_its_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:verysecret@127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    forget("s3")
+    clear_file_systems("s3")
     try:
         message = str(refused(partial(check_storage, "s3://bucket/x")))
         assert message.startswith("storage: s3://bucket/x: cannot be used: ")
         assert not any(secret in message for secret in ("somebody", "127.0.0.1"))
     finally:
-        forget("s3")
+        clear_file_systems("s3")
 
 
 def test_impossible_folders_are_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ CORPUS = Corpus(
 )
 
 
-def asked(*pairs: str, **changes: Any) -> TranslationSpec:
+def translation_spec(*pairs: str, **changes: Any) -> TranslationSpec:
     values = {"pairs": pairs or ("fr-en",), "shots": 2, "lines": 3, "max_new_tokens": 9, **changes}
     return TranslationSpec(**values)
 
@@ -52,7 +52,7 @@ def made(
         "selection": held_out(corpus),
         **changes,
     }
-    return build_translation(spec or asked(), corpus, by or tokenizer(), positions, **layout)
+    return build_translation(spec or translation_spec(), corpus, by or tokenizer(), positions, **layout)
 
 
 def texts(task: Translation) -> list[str]:
@@ -65,7 +65,7 @@ def test_a_prompt_is_shots_the_line_and_the_name_of_the_target() -> None:
     en, fr, sw = NUMBERS["en"], NUMBERS["fr"], NUMBERS["sw"]
     french = f"French: {fr[a]}</s>English: {en[a]}</s>French: {fr[b]}</s>English: {en[b]}</s>French: "
     english = f"English: {en[a]}</s>Swahili: {sw[a]}</s>English: {en[b]}</s>Swahili: {sw[b]}</s>English: "
-    task = made(asked("fr-en", "en-sw"))
+    task = made(translation_spec("fr-en", "en-sw"))
     assert texts(task) == [
         *(f"{french}{fr[n]}</s>English:" for n in lines),
         *(f"{english}{en[n]}</s>Swahili:" for n in lines),
@@ -79,7 +79,7 @@ def test_a_prompt_is_shots_the_line_and_the_name_of_the_target() -> None:
 def test_template_and_separator_are_calibrations() -> None:
     ((a,), *_), x = sample_lines(CORPUS, 1, 1, seed=3), held_out(CORPUS)[0]
     en, fr = NUMBERS["en"], NUMBERS["fr"]
-    spec = asked(shots=1, lines=1)
+    spec = translation_spec(shots=1, lines=1)
     task = made(spec, template="In {language} «{text}»", separator=" ## ")
     assert texts(task) == [f"In French «{fr[a]}» ## In English «{en[a]}» ## In French «{fr[x]}» ## In English «"]
     task = made(spec, template="{language}:\n{text}", separator="\n\n")
@@ -92,7 +92,7 @@ def test_template_and_separator_are_calibrations() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_no_shot_is_a_held_out_line_and_all_pairs_have_the_same(seed: int) -> None:
     corpus = sample("en", "fr", "sw")
-    task = made(asked("fr-en", "sw-en", shots=3, lines=2), corpus, seed=seed)
+    task = made(translation_spec("fr-en", "sw-en", shots=3, lines=2), corpus, seed=seed)
     kept = {corpus.lines["en"][line] for line in held_out(corpus)}
     shots = [text.split("English: ")[1:] for text in texts(task)]
     english = [[shot.partition("</s>")[0] for shot in of_prompt] for of_prompt in shots]
@@ -106,11 +106,11 @@ def test_no_shot_is_a_held_out_line_and_all_pairs_have_the_same(seed: int) -> No
 
 
 class Writer:
-    """In place of a pipeline: writes what it is told to, and keeps count of the tokens that were asked for."""
+    """In place of a pipeline: writes the given texts, and keeps what was requested."""
 
     def __init__(self, *texts: str) -> None:
         self.texts = texts
-        self.asked: dict[str, Any] = {}
+        self.request: dict[str, Any] = {}
         self.written: list[str] = []
 
     def generate(
@@ -121,7 +121,7 @@ class Writer:
         variant: str | None = None,
         progress: Any = None,
     ) -> list[list[int]]:
-        self.asked = {"prompts": prompts, "variant": variant, "progress": progress}
+        self.request = {"prompts": prompts, "variant": variant, "progress": progress}
         told = []
         for row, text in enumerate(self.texts):
             new: list[int] = []
@@ -157,7 +157,7 @@ ENDS: list[tuple[dict[str, Any], str, str, str]] = [  # layout, text, what is wr
 def test_an_answer_ends_at_the_first_of_separator_end_of_sequence_and_line_end(
     layout: dict[str, Any], text: str, written: str, answer: str
 ) -> None:
-    task = made(asked(lines=1, max_new_tokens=90), **layout)
+    task = made(translation_spec(lines=1, max_new_tokens=90), **layout)
     writer: Any = Writer(text)
     (items,) = task.run(writer, None)
     assert items.columns["output"] == (answer,)
@@ -165,10 +165,10 @@ def test_an_answer_ends_at_the_first_of_separator_end_of_sequence_and_line_end(
 
 
 def test_every_pair_gets_the_answers_to_its_lines_in_one_call() -> None:
-    task = made(asked("fr-en", "en-fr", lines=2))
+    task = made(translation_spec("fr-en", "en-fr", lines=2))
     writer: Any = Writer(" one</s>", " two</s>", " un</s>", " deux</s>")
     english, french = task.run(writer, "a variant", print)
-    assert writer.asked == {
+    assert writer.request == {
         "prompts": [one.prompt for one in task.requests],
         "variant": "a variant",
         "progress": print,
@@ -182,7 +182,7 @@ def test_every_pair_gets_the_answers_to_its_lines_in_one_call() -> None:
         assert items.columns == {"output": output, "reference": reference}
     assert {"bleu.fr-en", "chrf.en-fr", "bleu.mean"} <= set(metrics_of([english, french]))
     writer = Writer(" a</s>")
-    unnamed = made(asked(lines=1), replace(CORPUS, documents_named=False)).run(writer, "a variant")
+    unnamed = made(translation_spec(lines=1), replace(CORPUS, documents_named=False)).run(writer, "a variant")
     assert unnamed[0].documents == ()
 
 
@@ -192,7 +192,7 @@ def test_answers_are_what_the_whole_model_writes(tmp_path: Path) -> None:
         load: Any = AutoModelForCausalLM.from_pretrained
         model = load(source("gpt2").folder).eval()
     model.generation_config.eos_token_id = None
-    task = made(asked("fr-en", "en-sw", lines=6, shots=1, max_new_tokens=24), positions=512)
+    task = made(translation_spec("fr-en", "en-sw", lines=6, shots=1, max_new_tokens=24), positions=512)
 
     def plain(prompt: Sequence[int]) -> str:
         ids = torch.tensor([prompt])
@@ -217,7 +217,7 @@ def test_answers_are_what_the_whole_model_writes(tmp_path: Path) -> None:
 
 
 def test_the_plan_counts_padded_prompts_and_room_for_the_answer() -> None:
-    spec = asked("fr-en", "en-sw", lines=5)
+    spec = translation_spec("fr-en", "en-sw", lines=5)
     lengths = [len(request.prompt) for request in made(spec).requests]
     assert len(set(lengths)) > 1
     assert made(spec).tokens == 10 * max(lengths), "all are one group"
@@ -234,10 +234,10 @@ def test_the_key_is_of_all_that_the_answers_depend_on() -> None:
         made(seed=4),
         made(template="{language}: {text}."),
         made(separator="\n"),
-        made(asked(shots=1)),
-        made(asked(lines=2)),
-        made(asked(max_new_tokens=8)),
-        made(asked("en-fr")),
+        made(translation_spec(shots=1)),
+        made(translation_spec(lines=2)),
+        made(translation_spec(max_new_tokens=8)),
+        made(translation_spec("en-fr")),
         made(corpus=replace(CORPUS, lines={**CORPUS.lines, "en": corrected})),
     ]
     assert len({task.key for task in tasks}) == len(tasks)
@@ -250,7 +250,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt() -> None:
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[eos])
     assert ending("a").input_ids[-1] == ending.eos_token_id
     assert [one.prompt for one in made(by=ending).requests] == [one.prompt for one in made().requests]
-    last = made(asked(lines=1), template="{text}").requests[0]
+    last = made(translation_spec(lines=1), template="{text}").requests[0]
     assert last.prompt[-1] == tokenizer().eos_token_id, "the separator stays"
 
 
@@ -266,25 +266,25 @@ def without_end() -> Any:
 LONGEST = max(len(request.prompt) for request in made().requests)
 MISTAKES: dict[str, tuple[Callable[[], object], type[UserError], str, str]] = {
     "language": (
-        lambda: made(asked("fr-en", "fr-de")),
+        lambda: made(translation_spec("fr-en", "fr-de")),
         CorpusError,
         "evaluation.translation.pairs: 'de': ",
         "not in the corpus 'numbers'; it has en, fr, sw",
     ),
     "source": (
-        lambda: made(asked("de-fr")),
+        lambda: made(translation_spec("de-fr")),
         CorpusError,
         "evaluation.translation.pairs: 'de': ",
         "not in the corpus",
     ),
     "shots": (
-        lambda: made(asked(shots=19)),
+        lambda: made(translation_spec(shots=19)),
         CorpusError,
         "evaluation.translation.shots: 19: ",
         "the corpus 'numbers' has 18 lines for calibration; use a smaller number",
     ),
     "lines": (
-        lambda: made(asked(lines=7)),
+        lambda: made(translation_spec(lines=7)),
         CorpusError,
         "evaluation.translation.lines: 7: ",
         "the corpus 'numbers' of 24 lines has 6 for selection; use a smaller number",
@@ -311,5 +311,5 @@ def test_a_mistake_is_one_line(mistake: str) -> None:
 
 def test_what_fits_just_so_is_taken() -> None:
     assert made(positions=LONGEST + 9).longest_row == LONGEST + 9
-    assert len(made(asked(lines=6, shots=18)).requests) == 6
+    assert len(made(translation_spec(lines=6, shots=18)).requests) == 6
     assert made(by=without_end(), separator="\n").ends == ("\n",)
