@@ -16,7 +16,7 @@ from mlprune.data.calibration import CalibrationSet, build_calibration_set
 from mlprune.data.corpora import Corpus, held_out
 from mlprune.data.heldout import Line, build_heldout_rows
 from mlprune.errors import CorpusError, ModelError
-from mlprune.spec.variants import Demonstration
+from mlprune.spec.calibrations import Demonstration
 from tests.tiny import SAMPLE, sample, tokenizer
 
 TRANSLATION = Demonstration.parse("translation:en-fr")

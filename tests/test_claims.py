@@ -21,10 +21,11 @@ from mlprune.evaluation.loss import loss_metrics, loss_samples
 from mlprune.evaluation.significance import holm
 from mlprune.evaluation.suite import Suite
 from mlprune.report.claims import claim_notes, claims_by_language, claims_table
+from mlprune.spec.calibrations import Calibration
 from mlprune.spec.claims import ClaimSpec, Comparison, Side
 from mlprune.spec.loading import load_spec, parse_spec, read_yaml
 from mlprune.spec.schema import SweepSpec
-from mlprune.spec.variants import Calibration, Scoring, Variant
+from mlprune.spec.variants import Scoring, Variant
 from mlprune.storage.results import Result
 from mlprune.sweep import ranking, sweep
 from mlprune.sweep.claims import ClaimDifference, ClaimTest, PlannedClaim, claim_tests, claim_values, plan_claims

@@ -20,7 +20,7 @@ from mlprune.data import code as code_module
 from mlprune.data.calibration import CODE_CHARACTERS, CalibrationSet, build_calibration_set
 from mlprune.data.code import CodeFiles, open_code
 from mlprune.errors import CorpusError
-from mlprune.spec.variants import Demonstration
+from mlprune.spec.calibrations import Demonstration
 from tests.tiny import tokenizer
 
 CODE = Demonstration("code", ())

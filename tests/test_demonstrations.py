@@ -9,8 +9,8 @@ import pytest
 from mlprune.data.corpora import Corpus, calibration_lines, held_out, open_corpus
 from mlprune.data.demonstrations import build_prompt, sample_lines
 from mlprune.errors import CorpusError, SpecError
+from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.templates import check_template
-from mlprune.spec.variants import Demonstration
 from tests.tiny import hand_made, sample
 
 TRANSLATION = Demonstration.parse("translation:en-fr")

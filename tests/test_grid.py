@@ -7,8 +7,9 @@ import pytest
 
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import SCORES
+from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.loading import parse_spec
-from mlprune.spec.variants import Allocation, Demonstration, Propagation, Scoring, Variant
+from mlprune.spec.variants import Allocation, Propagation, Scoring, Variant
 from mlprune.sweep.grid import needs_dense_moments, parse_variant, variants_of
 from mlprune.sweep.plan import select_variants
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sysconfig
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ from transformers import AutoModelForCausalLM
 from mlprune.commands.prune import prune
 from mlprune.errors import ModelError
 from mlprune.pruning import sparsegpt
+from mlprune.pruning.combinations import combine
+from mlprune.pruning.masks import keep_mask
 from mlprune.pruning.moments import Moments
+from mlprune.pruning.ranks import best_rank
+from mlprune.pruning.scores import SCORES, Score
+from mlprune.spec.calibrations import Combination
 from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
+from mlprune.sweep.prepare import prepare
 from tests.tiny_models import source
 from tests.work import CONTRASTIVE, OWL, SPARSEGPT, masks_of, opened, ready
 
@@ -125,3 +132,56 @@ def test_code_calibrates_and_is_named_in_the_manifest(tmp_path: Path) -> None:
                 assert prompt["sha256"] == hashlib.sha256(text.encode()).hexdigest()
                 assert prompt["corpus"].startswith("stdlib 3.")
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize("score", ["wanda", "ria"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("combination", ["rank", "max", "power=3"])
+def test_combined_texts_give_the_masks_of_their_stored_moments(
+    combination: str, pattern: str, score: str, tmp_path: Path
+) -> None:
+    """Each text's moments are read from the store, combined by hand, and masked with the rule alone."""
+    text = f"{combination}:mono:en=0.2,mono:fr=0.3,mono:hi=0.5"
+    variant = parse_variant(text, score, 0.5, pattern, "dense")
+    prepared = prepare(ready(tmp_path).spec, [variant])
+    with opened(prepared) as pipeline:
+        gather_moments(prepared, pipeline, [variant])
+        make_masks(prepared, pipeline, variant)
+        masked = masks_of(prepared, pipeline, variant)
+    dense = AutoModelForCausalLM.from_pretrained(prepared.source.folder).state_dict()
+    shares = {"en": Fraction(2, 10), "fr": Fraction(3, 10), "hi": Fraction(5, 10)}
+    store = prepared.moment_store()
+    for index in range(len(prepared.model_size.layers)):
+        layers = {code: store.load(prepared.set_of(f"mono:{code}").key, index) for code in shares}
+        for name in layers["en"] or ():
+            full_name = f"model.layers.{index}.{name}.weight"
+            texts = [(by_name[name], shares[code]) for code, by_name in layers.items() if by_name]
+            expected = plain_mask(combination, dense[full_name], texts, SCORES[score], variant)
+            assert torch.equal(masked[full_name], dense[full_name] * expected), full_name
+
+
+def plain_mask(
+    combination: str,
+    weight_OI: torch.Tensor,
+    texts: list[tuple[Moments, Fraction]],
+    rule: object,
+    variant: Variant,
+) -> torch.Tensor:
+    assert isinstance(rule, Score)
+    assert len(texts) == 3
+    if combination == "rank":
+        scores = [(rule.function(weight_OI, [moments], 0), share) for moments, share in texts]
+        score_OI = best_rank(scores, variant.pattern, rule.within)
+    else:
+        score_OI = rule.function(weight_OI, [combine(texts, Combination.parse(combination))], 0)
+    return keep_mask(score_OI, variant.sparsity, variant.pattern, rule.within)
+
+
+def test_outliers_of_ranked_texts_are_the_largest_of_any_text(tmp_path: Path) -> None:
+    ranked = parse_variant("rank:mono:en,mono:hi", "wanda", 0.5, "unstructured", "dense", "owl")
+    alone = [parse_variant(f"mono:{code}", "wanda", 0.5, "unstructured", "dense", "owl") for code in ("en", "hi")]
+    prepared = prepare(ready(tmp_path).spec, [ranked, *alone])
+    with opened(prepared) as pipeline:
+        gather_moments(prepared, pipeline, [ranked, *alone])
+        largest, *each = [pipeline.outlier_shares(prepared.recipe(variant)) for variant in (ranked, *alone)]
+    assert list(largest) == [max(shares) for shares in zip(*each, strict=True)]

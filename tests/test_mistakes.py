@@ -145,6 +145,12 @@ CODE = ("search.calibration=[code]",)
 CLAIM = "claims=[{claim: French is spared, better: 'mono:fr', than: 'mono:en', metric: loss.fr}]"
 TASK = ("evaluation.tasks=[sample_xwinograd_fr]",)
 OPTUNA = ("search.searcher=optuna", "search.samples=2")
+
+
+def combined(calibration: str) -> str:
+    return f'search.calibration=["{calibration}"]'
+
+
 XNLI, SHOTS = "evaluation.xnli", "evaluation.translation.shots: 40: "
 
 
@@ -260,6 +266,23 @@ MISTAKES = [
     ),
     setting("no side", PRUNES, "search.score=[contrastive]", "search.score[0]: 'contrastive': ", BOTH_SIDES),
     option("--score with one side", "prune", ("--score", "contrastive:code"), "--score: 'contrast", BOTH_SIDES),
+    setting(
+        "rank of products",
+        PRUNES,
+        ["search.score=[sparsegpt]", 'search.calibration=["rank:mono:en,mono:fr"]'],
+        "search.calibration: 'rank:mono:en,mono:fr': ",
+        "write mix",
+    ),
+    setting(
+        "rank of a contrast",
+        PRUNES,
+        'search.score=["contrastive:rank:mono:en,mono:fr/code"]',
+        "search.score: 'contrastive:rank",
+        "write max",
+    ),
+    setting("power 0", PRUNES, combined("power=0:mono:en,mono:fr"), "search.calibration[0]: 'power=0'", "than 0"),
+    setting("twice", PRUNES, combined("rank:mono:en,mono:en"), "search.calibration[0]: 'rank:", "each part once"),
+    setting("language", PRUNES, combined("max:mono:en,mono:uk"), "calibration.corpus: ", "uk"),
     option("--allocation", "prune", ("--allocation", "owls"), "", "allocation", "'owls'", "'uniform' or 'owl'"),
     setting("slots", PRUNES, 'calibration.template="{language}: "', "calibration.template: '{lang", "{text}"),
     setting("slot", PRUNES, 'calibration.template="{text} {line}"', "calibration.template: '{text}", "{line}"),

@@ -97,7 +97,7 @@ def test_masks_equal_the_plain_ones(family: str, variant: Variant, tmp_path: Pat
         outcome = make_masks(prepared, pipeline, variant)
         weights = masks_of(prepared, pipeline, variant)
     model = AutoModelForCausalLM.from_pretrained(source(family).folder).eval()
-    shares = [float(weight) for side in prepared.recipe(variant).sides for _, weight in side]
+    shares = [float(weight) for side in prepared.recipe(variant).sides for _, weight in side.sets]
     prompts = [[torch.tensor(p.ids) for p in calibration.prompts] for calibration in prepared.sets_of(variant)]
     layers = model.get_submodule(PLAIN[family])
     scores = plain_prune(model, layers, variant, list(zip(prompts, shares, strict=True)))

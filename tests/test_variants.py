@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlprune.errors import SpecError
+from mlprune.spec.calibrations import Calibration, Demonstration
 from mlprune.spec.languages import language_name
 from mlprune.spec.loading import parse_spec
-from mlprune.spec.variants import Allocation, Calibration, Demonstration, Pattern, Propagation, Scoring, Variant
+from mlprune.spec.variants import Allocation, Pattern, Propagation, Scoring, Variant
 from mlprune.sweep.grid import parse_variant, variants_of
 
 HALF = Fraction(1, 2)
 VARIANT = parse_variant("translation:en-fr", "wanda", 0.5, "unstructured", "dense")
-FORMS = "write mono:fr, translation:en-fr, code or mix:KIND=WEIGHT,..."
+FORMS = "write mono:fr, translation:en-fr, code, or several of them combined, "
 NO_CODE = "not an ISO 639 code of a language"
 
 # text as written -> text in canonical form
@@ -33,6 +34,18 @@ GOOD = {
     "mix:mono:en=.25,translation:en-hi=0.750": "mix:mono:en=0.25,translation:en-hi=0.75",
     "mix:mono:fr=0.333,mono:en=0.333,mono:de=0.333": "mix:mono:de=0.333,mono:en=0.333,mono:fr=0.333",
     "mix:mono:en=1": "mono:en",
+    "mix:mono:fr,mono:en": "mix:mono:en=0.5,mono:fr=0.5",
+    "mix:mono:fr,mono:en,mono:de": "mix:mono:de,mono:en,mono:fr",
+    "mix:mono:en": "mono:en",
+    "max:mono:fr,mono:en": "max:mono:en,mono:fr",
+    "rank:mono:fr=0.5,mono:en=0.5": "rank:mono:en,mono:fr",
+    "rank:mono:fr=0.75,code=0.25": "rank:code=0.25,mono:fr=0.75",
+    "rank:mono:fr": "mono:fr",
+    "power=8:mono:en,mono:fr": "power=8:mono:en,mono:fr",
+    "power=8.50:mono:en,mono:fr": "power=8.5:mono:en,mono:fr",
+    "power=10:mono:en,mono:fr": "power=10:mono:en,mono:fr",
+    "variance=0:mono:en,translation:en-fr": "variance=0:mono:en,translation:en-fr",
+    "variance=.5:mono:en,mono:fr": "variance=0.5:mono:en,mono:fr",
 }
 BAD = {
     "": FORMS,
@@ -50,18 +63,32 @@ BAD = {
     "mono:xx": NO_CODE,
     "mono:french": NO_CODE,
     "mono:e1": NO_CODE,
-    "mix:": "the weight of '' must be a number in (0, 1]",
-    "mix:mono:en": "the weight of 'mono:en' must be a number in (0, 1]",
+    "mix:": FORMS,
+    "rank:": FORMS,
+    "mix": FORMS,
+    "rank:mono:en=0.5,mono:fr": "write a weight for every part, or for none",
+    "rank:mono:en,mono:en": "name each part once",
+    "max:mono:en=0.5,mono:fr=0.4": "the weights sum to 0.9; they must sum to 1",
+    "max=2:mono:en,mono:fr": "max has no parameter; write max:...",
+    "power:mono:en,mono:fr": "power needs a number of at most 100",
+    "power=:mono:en,mono:fr": "power needs a number of at most 100",
+    "power=0:mono:en,mono:fr": "the exponent of power must be greater than 0",
+    "power=-1:mono:en,mono:fr": "power needs a number of at most 100",
+    "power=101:mono:en,mono:fr": "power needs a number of at most 100",
+    "power=1e1:mono:en,mono:fr": "power needs a number of at most 100",
+    "power=nan:mono:en,mono:fr": "power needs a number of at most 100",
+    "variance=-0.5:mono:en,mono:fr": "variance needs a number of at most 100",
+    "rank:rank:mono:en,mono:fr": FORMS,
     "mix:mono:en=": "the weight of 'mono:en' must be a number in (0, 1]",
     "mix:mono:en=0,mono:fr=1": "the weight of 'mono:en' must be a number in (0, 1]",
     "mix:mono:en=-1,mono:fr=2": "the weight of 'mono:en' must be a number in (0, 1]",
     "mix:mono:en=1/2,mono:fr=1/2": "the weight of 'mono:en' must be a number in (0, 1]",
     "mix:mono:en=1e-1,mono:fr=0.9": "the weight of 'mono:en' must be a number in (0, 1]",
     "mix:mono:en=nan,mono:fr=1": "the weight of 'mono:en' must be a number in (0, 1]",
-    "mix:mono:en=0.5,mono:fr=0.5,": "the weight of '' must be a number in (0, 1]",
+    "mix:mono:en=0.5,mono:fr=0.5,": "write a weight for every part, or for none",
     "mix:mono:en=0.5,mono:fr=0.4": "the weights sum to 0.9; they must sum to 1",
     "mix:mono:en=0.5,mono:fr=0.502": "the weights sum to 1.002; they must sum to 1",
-    "mix:mono:en=0.5,mono:en=0.5": "name each part of a mixture once",
+    "mix:mono:en=0.5,mono:en=0.5": "name each part once",
     "mix:mono:en=0.5,mix:mono:fr=0.5": FORMS,
 }
 

@@ -30,9 +30,23 @@ MIXED_SEQUENTIAL = parse_variant(
 )
 RANDOM = parse_variant(None, "random", 0.4, "unstructured", "dense")
 CONTRASTIVE = parse_variant(None, "contrastive:translation:en-fr/mono:hi", 0.4, "unstructured", "dense")
+LARGEST = parse_variant("max:translation:en-fr,mono:hi", "ria", 0.4, "unstructured", "dense")
+RANKED = parse_variant("rank:translation:en-fr=0.4,mono:hi=0.6", "wanda", 0.5, "unstructured", "sequential", "owl")
 OWL = parse_variant("mono:hi", "wanda", 0.5, "unstructured", "sequential", "owl")
 SPARSEGPT = parse_variant("translation:en-fr", "sparsegpt", 0.5, "unstructured", "sequential")
-VARIANTS = (WANDA, SEQUENTIAL, SPARSE_2_4, MIXED, MIXED_SEQUENTIAL, RANDOM, CONTRASTIVE, OWL, SPARSEGPT)
+VARIANTS = (
+    WANDA,
+    SEQUENTIAL,
+    SPARSE_2_4,
+    MIXED,
+    MIXED_SEQUENTIAL,
+    RANDOM,
+    CONTRASTIVE,
+    LARGEST,
+    RANKED,
+    OWL,
+    SPARSEGPT,
+)
 
 
 def ready(

@@ -31,9 +31,10 @@ from mlprune.commands.checkpoint import check_output
 from mlprune.console import step
 from mlprune.errors import ModelError, SpecError, StorageError
 from mlprune.shards.pipeline import Pipeline
+from mlprune.spec.calibrations import Calibration, Demonstration
 from mlprune.spec.languages import language_name
 from mlprune.spec.schema import SweepSpec
-from mlprune.spec.variants import Calibration, Demonstration, Pattern, Scoring, Variant
+from mlprune.spec.variants import Pattern, Scoring, Variant
 from mlprune.storage.files import check_folder, write_whole
 from mlprune.sweep.grid import canonical_variant
 from mlprune.sweep.prepare import Prepared, prepare

@@ -17,9 +17,10 @@ from mlprune.console import step
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import find_score
 from mlprune.shards.pipeline import MaskOutcome, Pipeline
+from mlprune.spec.calibrations import Calibration
 from mlprune.spec.loading import apply_assignments, load_spec, parse_spec, read_values, to_assignments
 from mlprune.spec.schema import SweepSpec
-from mlprune.spec.variants import Calibration, Pattern, Scoring, Variant
+from mlprune.spec.variants import Pattern, Scoring, Variant
 from mlprune.sweep.grid import variants_of
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared, prepare

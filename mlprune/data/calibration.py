@@ -18,7 +18,7 @@ from mlprune.data.code import CodeFiles
 from mlprune.data.corpora import Corpus
 from mlprune.data.demonstrations import build_prompt, sample_files, sample_lines
 from mlprune.data.special_tokens import line_end, pad_id, tokenizer_error
-from mlprune.spec.variants import Demonstration
+from mlprune.spec.calibrations import Demonstration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

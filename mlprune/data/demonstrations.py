@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from mlprune.data.code import CodeFiles
 from mlprune.data.corpora import Corpus, calibration_lines
 from mlprune.errors import CorpusError
+from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.languages import language_name
-from mlprune.spec.variants import Demonstration
 
 
 def build_prompt(

@@ -28,9 +28,9 @@ from mlprune.evaluation.items import Items
 from mlprune.evaluation.suite import EvaluatedModel
 from mlprune.shards.decoding import grouped, kept_at_once
 from mlprune.shards.pipeline import Progress
+from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.evaluation import TranslationSpec
 from mlprune.spec.languages import language_name
-from mlprune.spec.variants import Demonstration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -155,11 +155,13 @@ def _working(model: ModelSize, work: Work, largest_layer: int) -> int:
     """Return the bytes of the largest step on one matrix or layer.
 
     The steps are: a masked copy of a layer with one mask unpacked; the scores of one matrix, sorted; and, where
-    weights are changed, a Hessian with its factors plus the matrix with its errors.
+    weights are changed, a Hessian with its factors plus the matrix with its errors. Where ranks are combined, the
+    best ranks and the scores of the next text exist at once; ranking a whole matrix also takes its keys.
     """
     matrix, item = model.largest_matrix, model.dtype.itemsize
+    scoring = 36 if work.sorted_matrix else 10 if item == 4 else 14
     solving = (model.intermediate**2 * 8 * 4 + matrix * 4 * 4) * (work.solved > 0)
-    return max(largest_layer * item + 3 * matrix, matrix * (10 if item == 4 else 14), solving)
+    return max(largest_layer * item + 3 * matrix, matrix * scoring, solving)
 
 
 def _writing(model: ModelSize, work: Work, layers: int, resident: int) -> int:

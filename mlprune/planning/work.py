@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from mlprune.data.batches import MICRO_BATCH_TOKENS
-from mlprune.pruning.scores import Solver, find_score
+from mlprune.pruning.scores import Score, Solver, find_score
 from mlprune.spec.variants import Variant
 
 
@@ -21,6 +21,7 @@ class Work:
     sequential: int = 0  # trials that are pruned layer by layer
     sequential_tokens: int = 0  # tokens of all calibration sets of the largest such trial
     solved: int = 0  # trials whose remaining weights are changed (sparsegpt)
+    sorted_matrix: bool = False  # whether some trial ranks the weights of a whole matrix over several texts
     written: int = 0  # tokens of the rows that are generated at the same time, prompts included
     returning: int = 0  # trials whose masks may be used again by a later stage: of a race, or after screening
 
@@ -57,6 +58,13 @@ def build_work(
         sequential=len(sequential),
         sequential_tokens=max(sequential, default=0),
         solved=sum(isinstance(find_score(variant.score.name), Solver) for variant in variants),
+        sorted_matrix=any(map(_sorts_matrices, variants)),
         written=written,
         returning=len(variants) if stages else 0,
     )
+
+
+def _sorts_matrices(variant: Variant) -> bool:
+    rule = find_score(variant.score.name)
+    within_matrix = isinstance(rule, Score) and rule.within == "matrix" and not variant.pattern.group
+    return within_matrix and any(side.combination.kind == "rank" for side in variant.sides)

@@ -18,21 +18,55 @@ from torch import Tensor
 from mlprune.errors import ModelError
 from mlprune.models.matrices import Matrix, matrices
 from mlprune.pruning.allocation import outlier_share
+from mlprune.pruning.combinations import combine
 from mlprune.pruning.energy import dropped_energy
 from mlprune.pruning.masks import LayerMasks, PackedMask, PackedWeights, keep_mask
-from mlprune.pruning.moments import Moments, mix
+from mlprune.pruning.moments import Moments
+from mlprune.pruning.ranks import best_rank
 from mlprune.pruning.scores import SCORES, Score, Solver, find_score
 from mlprune.pruning.sparsegpt import SingularHessianError
+from mlprune.spec.calibrations import MIX, Combination
 from mlprune.spec.variants import Variant
 
-Side = tuple[tuple[str, Fraction], ...]  # one side of a calibration: the key of each set, and its share
 UNSEEN = cast(Score, SCORES["magnitude"])  # replaces a solver for an expert that no token reached
 Gathered = Mapping[str, Mapping[str, Moments]]  # of one layer: calibration set key -> matrix name -> moments
 
 
 @dataclass(frozen=True)
+class Side:
+    """One side of a calibration: the key of each calibration set and its weight, and how they are combined."""
+
+    sets: tuple[tuple[str, Fraction], ...]
+    combination: Combination = MIX
+
+    @property
+    def texts(self) -> tuple[tuple[Side, Fraction], ...]:
+        """The sides that a rule scores one by one, each with its weight: the sets, if their ranks are combined."""
+        if self.combination.kind != "rank":
+            return ((self, Fraction(1)),)
+        return tuple((Side(((key, Fraction(1)),)), weight) for key, weight in self.sets)
+
+    def moments(self, gathered: Gathered, name: str) -> Moments:
+        """Return the combined moments of a matrix."""
+        return combine([(gathered[key][name], weight) for key, weight in self.sets], self.combination)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The moments of a rule's sides, and the weight of their text among those whose ranks are combined."""
+
+    sides: Sequence[Moments]
+    weight: Fraction = Fraction(1)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether each side has tokens."""
+        return all(side.tokens for side in self.sides)
+
+
+@dataclass(frozen=True)
 class MaskRecipe:
-    """All that determines masks besides moments: the variant, and the shares of calibration sets.
+    """All that determines masks besides moments: the variant, and the sides of its calibration.
 
     `forecasts` does not change the masks: each language with the key of the calibration set of its monolingual
     text, on whose dense moments the masks' damage is forecast.
@@ -46,7 +80,7 @@ class MaskRecipe:
     @property
     def keys(self) -> tuple[str, ...]:
         """The calibration sets that the recipe reads, each once."""
-        return tuple(dict.fromkeys(key for side in self.sides for key, _ in side))
+        return tuple(dict.fromkeys(key for side in self.sides for key, _ in side.sets))
 
     @property
     def rule(self) -> Score | Solver:
@@ -60,9 +94,17 @@ class MaskRecipe:
     def sparsity(self, layer: int) -> float:
         return self.ratios[layer] if self.ratios else self.variant.sparsity
 
-    def moments(self, gathered: Gathered, name: str) -> list[Moments]:
-        """Return a matrix's moments, one for each side."""
-        return [mix([(gathered[key][name], share) for key, share in side]) for side in self.sides]
+    def read(self, gathered: Gathered, name: str) -> list[Reading]:
+        """Return what the rule reads of a matrix.
+
+        There are several readings if ranks are combined: one for each text. A text without tokens is left out,
+        unless all are.
+        """
+        sides = self.sides[: self.rule.sides]
+        if len(sides) != 1:
+            return [Reading([side.moments(gathered, name) for side in sides])]
+        readings = [Reading([text.moments(gathered, name)], weight) for text, weight in sides[0].texts]
+        return [reading for reading in readings if reading.is_complete] or readings[:1]
 
 
 @dataclass(frozen=True)
@@ -80,9 +122,14 @@ class MaskSummary:
 
 
 def outliers_of_layer(layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered) -> float:
-    """Return the share of outliers among weights times inputs of the borrowed dense layer; OWL allocates by it."""
-    return outlier_share(
-        [(_weight(layer, matrix), recipe.moments(gathered, name)[0]) for name, matrix in matrices(layer).items()]
+    """Return the share of outliers among weights times inputs of the borrowed dense layer; OWL allocates by it.
+
+    If ranks of several texts are combined, it is the largest share of any text.
+    """
+    weights = {name: _weight(layer, matrix) for name, matrix in matrices(layer).items()}
+    return max(
+        outlier_share([(weight_OI, text.moments(gathered, name)) for name, weight_OI in weights.items()])
+        for text, _ in recipe.sides[0].texts
     )
 
 
@@ -98,11 +145,11 @@ def masks_of_layer(
     masks, unseen = {}, []
     energy: dict[str, list[float]] = {language: [] for language, _ in recipe.forecasts}
     for name, matrix in matrices(layer).items():
-        sides = recipe.moments(gathered, name)[: recipe.rule.sides]
-        if not all(side.tokens for side in sides):
+        readings = recipe.read(gathered, name)
+        if not readings[0].is_complete:
             unseen.append(f"{index}.{name}")
         weight_OI = _weight(layer, matrix)
-        keep_OI, masks[name] = _mask(index, name, weight_OI, recipe, sides)
+        keep_OI, masks[name] = _mask(index, name, weight_OI, recipe, readings)
         for language, share in _forecast(index, name, weight_OI, keep_OI, recipe, dense).items():
             energy[language].append(share)
     return masks, _summary(masks, unseen, energy)
@@ -113,27 +160,44 @@ def _weight(layer: torch.nn.Module, matrix: Matrix) -> Tensor:
 
 
 def _mask(
-    index: int, name: str, weight_OI: Tensor, recipe: MaskRecipe, sides: Sequence[Moments]
+    index: int, name: str, weight_OI: Tensor, recipe: MaskRecipe, readings: Sequence[Reading]
 ) -> tuple[Tensor, PackedMask | PackedWeights]:
     """Return which weights are kept, as a boolean matrix and packed."""
-    rule, pattern, sparsity = recipe.rule, recipe.variant.pattern, recipe.sparsity(index)
-    where = f"layer {index}, {name}"
-    for side in sides:
-        _check_finite(side.sumsq_I, "the sums of its inputs", where)
-    if isinstance(rule, Solver) and sides[0].tokens:
-        try:
-            keep_OI, changed_OI = rule.function(weight_OI, sides[0], sparsity, pattern)
-        except SingularHessianError:
-            remedy = "its Hessian is not positive definite; raise calibration.samples, or load it in float32"
-            raise ModelError("search.score", f"{recipe.variant.score.name} at {where}", remedy) from None
-        changed_OI = changed_OI.to(weight_OI.dtype)
-        _check_finite(changed_OI, "the changed weights", where)
+    rule, where = recipe.rule, f"layer {index}, {name}"
+    for reading in readings:
+        for side in reading.sides:
+            _check_finite(side.sumsq_I, "the sums of its inputs", where)
+    if isinstance(rule, Solver) and readings[0].is_complete:
+        keep_OI, changed_OI = _solved(rule, weight_OI, readings[0].sides[0], recipe, index, where)
         return keep_OI, PackedWeights.pack(keep_OI, changed_OI)
     score = rule if isinstance(rule, Score) else UNSEEN
-    score_OI = score.function(weight_OI, sides, _seed(recipe.variant.seed, index, name))
-    _check_finite(score_OI, "the scores", where)
-    keep_OI = keep_mask(score_OI, sparsity, pattern, score.within)
+    seed, pattern = _seed(recipe.variant.seed, index, name), recipe.variant.pattern
+
+    def scored(reading: Reading) -> Tensor:
+        score_OI = score.function(weight_OI, reading.sides, seed)
+        _check_finite(score_OI, "the scores", where)
+        return score_OI
+
+    if len(readings) == 1:
+        score_OI = scored(readings[0])
+    else:
+        score_OI = best_rank(((scored(one), one.weight) for one in readings), pattern, score.within)
+    keep_OI = keep_mask(score_OI, recipe.sparsity(index), pattern, score.within)
     return keep_OI, PackedMask.pack(keep_OI)
+
+
+def _solved(
+    solver: Solver, weight_OI: Tensor, moments: Moments, recipe: MaskRecipe, index: int, where: str
+) -> tuple[Tensor, Tensor]:
+    """Return which weights a solver keeps, and their new values in the model's dtype."""
+    try:
+        keep_OI, changed_OI = solver.function(weight_OI, moments, recipe.sparsity(index), recipe.variant.pattern)
+    except SingularHessianError:
+        remedy = "its Hessian is not positive definite; raise calibration.samples, or load it in float32"
+        raise ModelError("search.score", f"{recipe.variant.score.name} at {where}", remedy) from None
+    changed_OI = changed_OI.to(weight_OI.dtype)
+    _check_finite(changed_OI, "the changed weights", where)
+    return keep_OI, changed_OI
 
 
 def _forecast(

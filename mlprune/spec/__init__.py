@@ -1,13 +1,14 @@
 """What the user writes: the spec of a sweep, and the text forms of calibrations, scores and patterns.
 
-schema      the whole spec, as frozen pydantic models
-search      its section `search`
-evaluation  its section `evaluation`
-claims      its section `claims`
-section     what the sections share
-loading     a YAML file and `key=value` settings, to a checked spec
-variants    what one trial is, with its text form and content key
-languages   language codes and names
-templates   checks of templates with slots
-urls        secrets in addresses: found, refused, redacted
+schema        the whole spec, as frozen pydantic models
+search        its section `search`
+evaluation    its section `evaluation`
+claims        its section `claims`
+section       what the sections share
+loading       a YAML file and `key=value` settings, to a checked spec
+calibrations  demonstrations, and combinations of them
+variants      what one trial is, with its text form and content key
+languages     language codes and names
+templates     checks of templates with slots
+urls          secrets in addresses: found, refused, redacted
 """

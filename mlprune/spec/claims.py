@@ -12,9 +12,10 @@ from typing import Annotated
 from pydantic import Field
 
 from mlprune.errors import SpecError
+from mlprune.spec.calibrations import Calibration
 from mlprune.spec.evaluation import checked_languages
 from mlprune.spec.section import Section
-from mlprune.spec.variants import Calibration, Scoring
+from mlprune.spec.variants import Scoring
 
 PLACEHOLDER = "{xx}"
 DENSE = "dense"

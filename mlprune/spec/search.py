@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, InstanceOf, PlainSerializer, field_validator, model_validator
 
 from mlprune.errors import SpecError
+from mlprune.spec.calibrations import Calibration
 from mlprune.spec.section import Count, Section
-from mlprune.spec.variants import Allocation, Calibration, Pattern, Propagation, Scoring, two_sides
+from mlprune.spec.variants import Allocation, Pattern, Propagation, Scoring, two_sides
 
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 # text in a file, parsed objects in the spec, and text again wherever the spec is written

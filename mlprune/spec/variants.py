@@ -3,7 +3,7 @@
 Holds the objects and their text form. What is allowed in combination is decided in `sweep/grid.py`, and the scores
 themselves are in `pruning/scores.py`. The text form, as users write it:
 
-    calibration   mono:fr | translation:en-fr | code | mix:translation:en-fr=0.5,code=0.5
+    calibration   see `spec/calibrations.py`
     score         wanda | ... | contrastive:KEEP/AGAINST (two calibrations)
     pattern       unstructured | n:m (n weights kept of every m along a row)
     allocation    uniform | owl
@@ -15,94 +15,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from fractions import Fraction
 from typing import Literal, TypedDict, cast
 
 from mlprune.errors import SpecError
-from mlprune.spec.languages import language_name
+from mlprune.spec.calibrations import Calibration, Demonstration
 
 Propagation = Literal["sequential", "dense"]
 Allocation = Literal["uniform", "owl"]
-
-LANGUAGES_OF_KIND = {"mono": 1, "translation": 2, "code": 0}
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """Text laid out as prompts: corpus lines, each in all of `languages` in order; or source code."""
-
-    kind: str
-    languages: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{'-'.join(self.languages)}" if self.languages else self.kind
-
-    @classmethod
-    def parse(cls, text: str, key: str = "calibration") -> "Demonstration":
-        """Parse `mono:fr`, `translation:en-fr` or `code`. Raises SpecError, naming `key`."""
-        kind, colon, rest = text.partition(":")
-        languages = tuple(rest.split("-")) if colon else ()
-        if len(languages) != LANGUAGES_OF_KIND.get(kind):
-            raise SpecError(key, repr(text), "write mono:fr, translation:en-fr, code or mix:KIND=WEIGHT,...")
-        for code in languages:
-            language_name(code, key)
-        if len(set(languages)) < len(languages):
-            raise SpecError(key, repr(text), "a translation needs two different languages")
-        return cls(kind, languages)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """One demonstration, or a mixture of several with weights that sum to 1.
-
-    The parts of a mixture are sorted, so that it is the same trial in whatever order it was written.
-    """
-
-    parts: tuple[tuple[Demonstration, Fraction], ...]
-
-    def __str__(self) -> str:
-        if len(self.parts) == 1:
-            return str(self.parts[0][0])
-        return "mix:" + ",".join(f"{part}={_decimal(weight)}" for part, weight in self.parts)
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(code for part, _ in self.parts for code in part.languages))
-
-    @property
-    def short(self) -> str:
-        """Its languages: `fr`, `en-fr`, `en-fr+hi`, with unequal weights `en-fr.75+hi.25`."""
-        equal = len({weight for _, weight in self.parts}) == 1
-        return "+".join(
-            ("-".join(part.languages) or part.kind) + ("" if equal else _decimal(weight).lstrip("0"))
-            for part, weight in self.parts
-        )
-
-    @classmethod
-    def parse(cls, text: str, key: str = "calibration") -> "Calibration":
-        """Parse a demonstration or `mix:PART=WEIGHT,...`. Raises SpecError, naming `key`."""
-        if not text.startswith("mix:"):
-            return cls(((Demonstration.parse(text, key), Fraction(1)),))
-        parts = []
-        for item in text.removeprefix("mix:").split(","):
-            demonstration, _, weight = item.partition("=")
-            if not re.fullmatch(r"\d?\.?\d{1,12}", weight) or Fraction(weight) == 0:
-                raise SpecError(key, repr(text), f"the weight of {demonstration!r} must be a number in (0, 1]")
-            parts.append((Demonstration.parse(demonstration, key), Fraction(weight)))
-        if len({part for part, _ in parts}) < len(parts):
-            raise SpecError(key, repr(text), "name each part of a mixture once")
-        total = sum((weight for _, weight in parts), Fraction(0))
-        if abs(total - 1) > Fraction(1, 1000):  # thirds are written 0.333
-            raise SpecError(key, repr(text), f"the weights sum to {float(total):g}; they must sum to 1")
-        if len(parts) == 1:  # 0.9999 of one part is that part: its text form has no weight
-            return cls(((parts[0][0], Fraction(1)),))
-        return cls(tuple(sorted(parts, key=lambda part: str(part[0]))))
-
-
-def _decimal(weight: Fraction) -> str:
-    """Return the weight as the decimal that it was written as, to its last digit."""
-    return format((Decimal(weight.numerator) / Decimal(weight.denominator)).normalize(), "f")
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,9 @@ from itertools import product
 
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import Score, Solver, find_score
+from mlprune.spec.calibrations import MIX, Calibration
 from mlprune.spec.search import SearchSpec
-from mlprune.spec.variants import (
-    Allocation,
-    Calibration,
-    Pattern,
-    Propagation,
-    Scoring,
-    Variant,
-    parse_sides,
-    two_sides,
-)
+from mlprune.spec.variants import Allocation, Pattern, Propagation, Scoring, Variant, parse_sides, two_sides
 
 # within a group of m, the order of wanda-alpha's scores is that of Wanda's
 SAME_IN_GROUPS = {"wanda-alpha": "wanda"}
@@ -48,6 +40,7 @@ def canonical_variant(
     if fixed is not None:
         score, allocation = Scoring(SAME_IN_GROUPS.get(score.name, score.name), score.sides), "uniform"
     _check_sides(score, rule.sides, key)
+    _check_combinations(calibration, score, rule)
     if score.sides:
         calibration = None
     if not rule.sides:
@@ -69,6 +62,17 @@ def _check_sides(score: Scoring, needed: int, key: str) -> None:
         )
     if needed == 2 and not score.sides:
         raise SpecError(key, repr(str(score)), f"{score.name} needs both sides; write {two_sides(score.name)}")
+
+
+def _check_combinations(calibration: Calibration | None, score: Scoring, rule: Score | Solver) -> None:
+    """Refuse combinations of calibrations that the rule cannot read."""
+    for side in score.sides:
+        if side.combination.kind == "rank":
+            remedy = f"{score.name} compares norms, and rank has none; write max, power or mix"
+            raise SpecError("search.score", repr(str(score)), remedy)
+    if isinstance(rule, Solver) and calibration is not None and calibration.combination != MIX:
+        remedy = f"{score.name} reads products of channels, which only mix combines; write mix, or another score"
+        raise SpecError("search.calibration", repr(str(calibration)), remedy)
 
 
 def parse_variant(

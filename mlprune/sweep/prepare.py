@@ -28,10 +28,11 @@ from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import Plan, make_plan
 from mlprune.planning.work import Work, build_work
 from mlprune.runtime.ray_cluster import cluster_is_running, cluster_machine
-from mlprune.shards.masking import MaskRecipe
+from mlprune.shards.masking import MaskRecipe, Side
+from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
 from mlprune.spec.templates import check_template
-from mlprune.spec.variants import Demonstration, Variant
+from mlprune.spec.variants import Variant
 from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
@@ -111,7 +112,10 @@ class Prepared:
     def recipe(self, variant: Variant) -> MaskRecipe:
         """Return what the workers need to make the variant's masks."""
         sides = tuple(
-            tuple((self.set_of(str(part), variant.seed).key, weight) for part, weight in side.parts)
+            Side(
+                tuple((self.set_of(str(part), variant.seed).key, weight) for part, weight in side.parts),
+                side.combination,
+            )
             for side in variant.sides
         )
         return MaskRecipe(variant, sides)
@@ -141,7 +145,7 @@ class Prepared:
         content = [FORMAT, self.fingerprint, str(self.model_size.dtype), suite.key]
         if variant is not None:
             recipe = self.recipe(variant)
-            content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side)]
+            content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side.sets)]
             content += [str(variant.seed)] if variant.score.name == "random" else []
             if not suite.likelihood_tasks and not suite.pipeline_tasks:  # then the forecasts are the result
                 content += [f"{code}={key}" for code, key in self.forecasts]

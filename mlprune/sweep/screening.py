@@ -1,8 +1,8 @@
 """Chooses by forecasts which variants a sweep evaluates. How forecasts are computed is in `shards/masking.py`.
 
 A forecast compares the calibration texts of one rule. Between rules, and between allocations of sparsity to
-layers, it misleads (benchmarks/LOG.md): so variants are chosen within each rule, pattern, allocation and
-propagation.
+layers, it misleads (benchmarks/LOG.md): so variants are chosen within each rule, combination of texts, pattern,
+allocation and propagation.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def choose(forecasts: Mapping[Variant, float], count: int) -> list[Variant]:
     """Return the variants to evaluate, in the given order: at each sparsity the `count` most promising ones.
 
     `forecasts` maps each trial to the forecast of its loss; a variant's forecast is the mean over its seeds.
-    Rules, patterns, allocations and propagations take turns, each with its best variant that is left. Variants
-    without calibration are baselines: they are evaluated in any case, and not counted.
+    Rules, combinations of texts, patterns, allocations and propagations take turns, each with its best variant
+    that is left. Variants without calibration are baselines: they are evaluated in any case, and not counted.
     """
     by_variant: dict[Variant, list[float]] = {}
     for trial, value in forecasts.items():
@@ -41,9 +41,10 @@ def choose(forecasts: Mapping[Variant, float], count: int) -> list[Variant]:
 
 def _take_turns(ordered: Sequence[Variant], count: int) -> list[Variant]:
     """Return `count` of the variants, ordered by promise, from each group in turn."""
-    groups: dict[tuple[str, str, str, str], list[Variant]] = {}
+    groups: dict[tuple[object, ...], list[Variant]] = {}
     for variant in ordered:
-        kind = (variant.score.name, str(variant.pattern), variant.allocation, variant.propagation)
+        combinations = tuple(side.combination for side in variant.sides)
+        kind = (variant.score.name, combinations, variant.pattern, variant.allocation, variant.propagation)
         groups.setdefault(kind, []).append(variant)
     turns = [
         (turn, number, group[turn]) for number, group in enumerate(groups.values()) for turn in range(len(group))
