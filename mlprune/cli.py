@@ -189,7 +189,9 @@ def _watch(file: str, package: JobPackage | None) -> Values:
 @click.argument("model", required=False)
 @click.option("--spec", help="The spec that provides all other settings.  [default: quickstart]")
 @click.option("--run", "run_id", metavar="ID", help="Prune as a sweep's trial did: its MLflow run id.")
-@click.option("--calibration", metavar="KIND", help="mono:fr, translation:en-fr, code, mix:KIND=WEIGHT,..., rank:KIND,...")
+@click.option(
+    "--calibration", metavar="KIND", help="mono:fr, translation:en-fr, code, mix:KIND=WEIGHT,... (docs/spec.md)."
+)
 @click.option("--score", help="wanda, magnitude, ria, sparsegpt, contrastive:KIND/KIND, ... (docs/spec.md).")
 @click.option("--sparsity", type=float, help="Share of the weights to drop, in [0, 1).")
 @click.option("--pattern", help="unstructured, or n:m, e.g. 2:4.")

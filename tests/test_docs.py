@@ -3,7 +3,7 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,7 +12,9 @@ from pydantic import BaseModel
 
 from mlprune.cli import main
 from mlprune.models.hollow import FAMILIES
+from mlprune.pruning.scores import SCORES
 from mlprune.report.ranking import LEGEND
+from mlprune.spec.calibrations import Calibration, CombinationKind
 from mlprune.spec.loading import load_spec, parse_spec, sweeps_folder
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
 from mlprune.spec.variants import Pattern
@@ -57,6 +59,16 @@ def test_the_table_of_keys_is_that_of_the_spec() -> None:
             default = [str(item) if isinstance(item, Pattern) else item for item in default]
         assert shown == default, key
     assert keys["storage"] == DEFAULT_STORAGE
+
+
+def test_the_tables_of_rules_and_combinations_are_complete() -> None:
+    text = (ROOT / "docs" / "spec.md").read_text()
+    (table,) = re.findall(r"^\| combination \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    examples = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
+    assert [Calibration.parse(one).combination.kind for one in examples] == list(get_args(CombinationKind))
+    (table,) = re.findall(r"^\| `score` \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    names = [name for row in table.splitlines() for name in re.findall(r"`(.*?)`", row.split("|")[1])]
+    assert names == list(SCORES)
 
 
 def test_the_readme_shows_a_ranking_as_it_is_printed() -> None:
