@@ -19,15 +19,19 @@ from typing import Any
 import datasets
 import grpc  # type: ignore[import-untyped]
 import psutil
+import pyarrow
 import pytest
 import torch
 import yaml
+from datasets.packaged_modules.pandas import pandas
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from safetensors.torch import load_file
 
 from mlprune import console
 from mlprune.commands.prune import VariantOptions, select_run
+from mlprune.data.code import open_code
 from mlprune.data.corpora import open_corpus
+from mlprune.data.questions import INFERENCE, SENTIMENT, open_questions
 from mlprune.errors import CorpusError, ModelError, SpecError
 from mlprune.models.hollow import LoadedPart, Span, load_hollow
 from mlprune.models.offload_folder import OffloadFolder
@@ -256,6 +260,40 @@ def test_a_strangers_corpus_runs_no_code(tmp_path: Path, mark: Path) -> None:
     for place in (script, script / "corpus.py", deep, long):
         with pytest.raises(CorpusError, match=r"^calibration\.corpus: "):
             open_corpus(str(place), ["en", "fr"])
+
+
+def unpickle(_: object, files: Any) -> Iterator[tuple[int, pyarrow.Table]]:
+    """Read as the builder `pandas` did in the versions of datasets before 5.2."""
+    for number, file in enumerate(files):
+        pickle.loads(Path(file).read_bytes())  # noqa: S301
+        yield number, pyarrow.table({"en": ["a"]})
+
+
+@pytest.mark.filterwarnings("ignore:The Pandas builder is deprecated:FutureWarning")
+@pytest.mark.parametrize("folder", [None, "pandas", "json"])
+def test_the_builders_of_datasets_are_no_datasets(
+    folder: str | None, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pandas.Pandas, "_generate_tables", unpickle)
+    place = tmp_path / (folder or ".")
+    place.mkdir(exist_ok=True)
+    for name in ("train", "test"):
+        (place / f"{name}.pkl").write_bytes(pickle.dumps(Bomb(mark)))
+    for name in ("pandas", "json", "csv", "parquet", "text", "webdataset"):
+        for where in (name, f"{name}@train", f"{name}:en"):
+            if where == folder:
+                continue
+            with pytest.raises(CorpusError, match=f"^calibration.corpus: '{where}': is a file format "):
+                open_corpus(where, ["en"])
+            with pytest.raises(CorpusError, match=f"^calibration.code: '{where}': is a file format "):
+                open_code(where)
+    for key, form in (("evaluation.xnli", INFERENCE), ("evaluation.reviews", SENTIMENT)):
+        with pytest.raises(CorpusError, match=rf"^{key}.data: 'parquet': en: is a file format "):
+            open_questions("parquet", "en", form, None, key)
+    with pytest.raises(CorpusError, match="csv: is a file format "):
+        open_questions("{language}", "csv", INFERENCE, None, "evaluation.xnli")  # a language of Myanmar
 
 
 # a sweep, while it runs and after it

@@ -113,6 +113,8 @@ def read_dataset(
 
     source, _, split = where.partition("@")
     name, _, config = source.partition(":")
+    if not Path(where).is_dir():
+        _check_no_builder(name, fault, instead)
     try:
         if Path(where).is_dir():
             return read(datasets.load_from_disk(where))
@@ -122,6 +124,18 @@ def read_dataset(
         reason = " ".join(str(error).split()) or type(error).__name__
         remedy = f"cannot be loaded as a Hugging Face dataset ({reason:.200}); check its name, config and split, "
         raise fault(f"{remedy}or give {instead}") from error
+
+
+def _check_no_builder(name: str, fault: Fault, instead: str) -> None:
+    """Refuse the names of the library's builders for files, which are no datasets.
+
+    A builder without files reads those of the working directory, and in versions before 5.2 `pandas` unpickled
+    them, which runs their code.
+    """
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise fault(f"is a file format of the library datasets, not a dataset; give OWNER/NAME, or {instead}")
 
 
 def checked_text(value: object, number: int, name: str, fault: Fault) -> str:
