@@ -1,11 +1,13 @@
 """Resolving a model's name to a folder: error messages, fingerprints and hub downloads."""
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from mlprune.errors import ModelError
+from mlprune.models.fingerprint import fingerprint as fingerprint_of_files
 from mlprune.models.source import ModelSource, find_model
 from tests.tiny import SIZES, as_pickle, as_two_files, change_config, refused
 
@@ -220,7 +223,70 @@ def test_files_are_hashed_once(tiny: Path, cache: Path, monkeypatch: pytest.Monk
     assert [path.name for path in cache.iterdir()] == ["fingerprints.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff", "short entries"])
+BLOCK = 2**20
+
+
+def weights_file(folder: Path) -> Path:
+    """Three MiB, of which only samples are compared at the next use."""
+    path = folder / "large"
+    path.write_bytes(torch.arange(3 * BLOCK // 8).numpy().tobytes())
+    return path
+
+
+def replace_with_equal_times(path: Path, content: bytes) -> None:
+    """Give a file other content, and its old modification time, as `rsync -t` does."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_other_weights_with_equal_size_and_time_have_another_fingerprint(tiny: Path) -> None:
+    large = weights_file(tiny)
+    before = fingerprint_of_files(tiny / "config.json", [large])
+    content = bytearray(large.read_bytes())
+    unsampled = 6000  # the first samples are the bytes up to 4096, and from 49866
+    content[unsampled] ^= 1
+    time.sleep(0.02)  # the clock of a file system may have ticks of 10 ms
+    replace_with_equal_times(large, content)
+    assert fingerprint_of_files(tiny / "config.json", [large]) != before
+
+
+def test_other_weights_have_another_fingerprint_where_times_are_constant(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images and Nix set all times to one; network file systems may number files anew."""
+    real, inodes = os.fstat, itertools.count()
+
+    def constant(file: int) -> SimpleNamespace:
+        size = real(file).st_size
+        return SimpleNamespace(st_size=size, st_mtime_ns=1, st_ctime_ns=1, st_ino=next(inodes))
+
+    large = weights_file(tiny)
+    monkeypatch.setattr(os, "fstat", constant)
+    calls = count_hashes(monkeypatch)
+    before = fingerprint_of_files(tiny / "config.json", [large])
+    assert fingerprint_of_files(tiny / "config.json", [large]) == before
+    assert len(calls) == 1
+    weights = torch.frombuffer(bytearray(large.read_bytes()), dtype=torch.bfloat16)
+    large.write_bytes((weights * 1.01).view(torch.uint8).numpy().tobytes())  # as if trained for a little longer
+    assert fingerprint_of_files(tiny / "config.json", [large]) != before
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4097, 100_000, 64 * 4096])
+def test_every_byte_of_a_small_file_is_compared(size: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fstat", lambda _: SimpleNamespace(st_size=size, st_mtime_ns=1, st_ctime_ns=1))
+    small = tiny / "small"
+    small.write_bytes(bytes(size))
+    seen = {fingerprint_of_files(tiny / "config.json", [small])}
+    places = sorted({*range(0, size, 5000), *range(max(0, size - 2), size)})
+    for place in places:
+        small.write_bytes(bytes(place) + b"1" + bytes(size - place - 1))
+        seen.add(fingerprint_of_files(tiny / "config.json", [small]))
+    assert len(seen) == len(places) + 1
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff", "[" * 100_000, "short entries"])
 def test_damaged_cache_is_rebuilt(tiny: Path, cache: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(tiny)
     stored = cache / "fingerprints.json"
