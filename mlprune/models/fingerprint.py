@@ -2,11 +2,11 @@
 
 Stored moments and masks are named by the fingerprint, so it must stay byte-identical between versions of mlprune.
 
-A cached hash is used again while size, times and samples of the file's content are unchanged. The modification time
-alone does not show other weights: `rsync -t` and archives restore it, images and Nix set it to a constant. The time
-of the last status change (ctime) cannot be set, and shows every change of a file on an ordinary disk. In
-squashfs images and on network file systems it may be the modification time: there, the samples show other weights.
-The inode is not compared, since such file systems may number files anew with every mount.
+A cached hash is used again while size, times and samples of the file's content are unchanged. The modification
+time alone does not show other weights: `rsync -t` and archives restore it, images and Nix set it to a constant.
+The time of the last status change (ctime) cannot be set, and shows every change of a file on an ordinary disk.
+In squashfs images and on network file systems it may be the modification time: there, the samples show other
+weights. The inode is not compared, since such file systems may number files anew with every mount.
 """
 
 from __future__ import annotations
