@@ -248,7 +248,7 @@ def test_other_weights_with_equal_size_and_time_have_another_fingerprint(tiny: P
     unsampled = 6000  # the first samples are the bytes up to 4096, and from 49866
     content[unsampled] ^= 1
     time.sleep(0.02)  # the clock of a file system may have ticks of 10 ms
-    replace_with_equal_times(large, content)
+    replace_with_equal_times(large, bytes(content))
     assert fingerprint_of_files(tiny / "config.json", [large]) != before
 
 
