@@ -81,6 +81,13 @@ def test_folder_without_config(tmp_path: Path) -> None:
     refused(tmp_path, f"no config.json in {tmp_path}", "name a Hugging Face model's folder")
 
 
+def test_gguf_file(tiny: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "model.gguf")
+    refused(tiny, "its weights are GGUF", "convert them with transformers")
+    (tiny / "config.json").unlink()
+    refused(tiny, "its weights are GGUF", "convert them with transformers")
+
+
 def test_malformed_config(tiny: Path) -> None:
     for text in ("{", "\xff", '{"model_type": "llama", "hidden_size": "wide"}'):
         (tiny / "config.json").write_bytes(text.encode("latin-1"))

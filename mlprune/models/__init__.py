@@ -5,8 +5,11 @@ demo            the demo model: fetched, converted, cached
 weight_files    the files that hold a checkpoint's weights
 hub             downloads from the Hugging Face hub
 fingerprint     a hash of a model's content
+config_limits   bounds on the numbers in a config.json
 source          a model's name to a checked local folder
+quantization    which quantised checkpoints are read, and how
 hollow          a model of which only one shard's layers are loaded
+tensor_check    a checkpoint's tensors compared with the model's, without reading them
 matrices        the matrices of a layer that are pruned, and the moments of their inputs
 memory          the memory of this process
 cache           keys and values of earlier tokens, per layer

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mlprune.errors import ModelError
+from mlprune.models.quantization import loading_options
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 
@@ -161,7 +162,8 @@ def load_hollow(
 
     Raises ModelError if the checkpoint lacks a weight of the part.
     """
-    cls = model_class(source.config())
+    config = source.config()
+    cls = model_class(config)
 
     def init(self: PreTrainedModel, config: PretrainedConfig, *args: object, **kwargs: object) -> None:
         cls.__init__(self, config, *args, **kwargs)
@@ -175,11 +177,15 @@ def load_hollow(
             dtype=dtype,
             use_safetensors=None if source.allow_pickle else True,
             output_loading_info=True,
+            **loading_options(config),
         )
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError("model.path", repr(source.name), f"the checkpoint lacks {missing[0]}{more}")
+    if loading_options(config):  # then transformers keeps the dtype of the weights that it does not convert
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
     return loaded
 

@@ -19,10 +19,12 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mlprune.errors import ModelError
+from mlprune.models.config_limits import check_lengths, check_sizes
 from mlprune.models.demo import Progress, demo_folder
 from mlprune.models.fingerprint import fingerprint
 from mlprune.models.hub import fetch_from_hub
-from mlprune.models.weight_files import find_weight_files, unreadable
+from mlprune.models.weight_files import find_weight_files, no_checkpoint, readable, unreadable
+from mlprune.storage.files import DAMAGED_JSON
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,28 +62,30 @@ class ModelSource:
 
     def config(self) -> PretrainedConfig:
         """Read the configuration. Raises ModelError."""
-        try:
+        with readable(self.name, "config.json"):
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # a config class, perhaps the model's own code, may raise anything
-            raise unreadable(self.name, "config.json", error) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer. Raises ModelError."""
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # as above
-            raise unreadable(self.name, "tokenizer", error) from error
+        """Load the tokenizer, and try it. Raises ModelError."""
+        with readable(self.name, "tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+            if not tokenizer("a b", add_special_tokens=False).input_ids:
+                raise _error(self, "its tokenizer makes no tokens: fetch its files again")
+            return tokenizer
 
     def dtype(self, requested: str) -> torch.dtype:
-        """Return the requested dtype; `auto` is the checkpoint's own. Raises ModelError for another name."""
+        """Return the requested dtype; `auto` is the config's own. Raises ModelError for another name."""
         if requested in DTYPES:
             return DTYPES[requested]
         if requested != "auto":
             raise ModelError("model.dtype", requested, f"write auto, {', '.join(DTYPES)}")
         config = self.config()
         own = config.get_text_config().dtype or config.dtype or torch.float32
-        dtype: torch.dtype = getattr(torch, own) if isinstance(own, str) else own
-        return dtype
+        if str(own).removeprefix("torch.") not in DTYPES:
+            raise ModelError("model.dtype", requested, f"its config.json has {own}: write {', '.join(DTYPES)}")
+        return DTYPES[str(own).removeprefix("torch.")]
 
     def weight_files(self) -> list[Path]:
         """Return the files that hold the weights, in order of name. Raises ModelError if one is absent."""
@@ -117,6 +121,7 @@ def find_model(
     source = ModelSource(name, folder, trust_remote_code, allow_pickle, commit)
     _check_config(source)
     _check_attention(source)
+    check_sizes(source.config(), name)
     if weights:
         source.weight_files()
     return source
@@ -148,11 +153,13 @@ def _check_config(source: ModelSource) -> None:
     """Check that the config exists, is well formed, and describes a causal language model that may be run."""
     path = source.config_file
     if not path.is_file():
-        raise _error(source, f"no config.json in {source.folder}: name a Hugging Face model's folder")
+        remedy = f"no config.json in {source.folder}: name a Hugging Face model's folder"
+        raise no_checkpoint(source.name, source.folder, remedy)
     try:
         raw = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, *DAMAGED_JSON) as error:
         raise unreadable(source.name, "config.json", error) from error
+    check_lengths(raw, source.name)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise _error(source, "its config.json names no model_type: name a Hugging Face model's folder")
     own_code = bool(raw.get("auto_map"))

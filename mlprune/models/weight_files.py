@@ -8,9 +8,12 @@ loaded here.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from mlprune.errors import ModelError
+from mlprune.errors import MlpruneError, ModelError
+from mlprune.storage.files import DAMAGED_JSON
 
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -37,9 +40,27 @@ def unreadable(name: str, what: str, error: Exception) -> ModelError:
     return ModelError("model.path", name, f"its {what} cannot be read ({one_line(error)})")
 
 
+@contextmanager
+def readable(name: str, what: str) -> Iterator[None]:
+    """Turn every error of the block into a ModelError; those of transformers and safetensors share no class."""
+    try:
+        yield
+    except MlpruneError:
+        raise
+    except Exception as error:
+        raise unreadable(name, what, error) from error
+
+
 def one_line(error: Exception) -> str:
     """Return the error's message as one line of at most 200 characters; its class if it has no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def no_checkpoint(name: str, folder: Path, remedy: str) -> ModelError:
+    """Return the ModelError for a folder without a file that it needs: `remedy`, unless its weights are GGUF."""
+    if any(folder.glob("*.gguf")):
+        remedy = "its weights are GGUF: convert them with transformers (docs/spec.md, The model)"
+    return ModelError("model.path", name, remedy)
 
 
 def _no_weights(name: str, folder: Path, allow_pickle: bool) -> ModelError:
@@ -48,13 +69,13 @@ def _no_weights(name: str, folder: Path, allow_pickle: bool) -> ModelError:
         return ModelError("model.path", name, remedy + "model.allow_pickle=true if you trust it")
     wanted = " or ".join(PICKLED_WEIGHTS if allow_pickle else SAFE_WEIGHTS)
     hint = "" if allow_pickle else " (pickled weights are read only with model.allow_pickle=true)"
-    return ModelError("model.path", name, f"no weights in {folder}: looked for {wanted}{hint}")
+    return no_checkpoint(name, folder, f"no weights in {folder}: looked for {wanted}{hint}")
 
 
 def _files_of_index(name: str, index: Path) -> list[Path]:
     try:
         files = sorted({str(file) for file in json.loads(index.read_bytes())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *DAMAGED_JSON) as error:
         raise unreadable(name, index.name, error) from error
     remedy = ""
     absent = [file for file in files if not (index.parent / file).is_file()]
@@ -78,5 +99,5 @@ def _is_complete(file: Path) -> bool:
             header = json.loads(opened.read(min(header_bytes, file.stat().st_size)))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return bool(file.stat().st_size == 8 + header_bytes + max(ends, default=0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, IndexError, *DAMAGED_JSON):
         return False

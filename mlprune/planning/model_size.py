@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from mlprune.errors import SpecError
 from mlprune.models.hollow import check_family, decoder_layers, layer_count, meta_model
 from mlprune.models.matrices import has_experts, matrices
+from mlprune.models.weight_files import readable
 from mlprune.models.zero import Layout
 from mlprune.spec.variants import Pattern
 
@@ -55,10 +56,14 @@ class ModelSize:
 
 
 def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> ModelSize:
-    """Measure the model of `config` in `dtype`. Raises ModelError for a family that cannot be sharded."""
+    """Measure the model of `config` in `dtype`.
+
+    Raises ModelError for a family that cannot be sharded, and for a config of which no model can be built.
+    """
     check_family(config, name)
-    model = meta_model(config).to(dtype)
-    _, layers = decoder_layers(model, layer_count(config))
+    with readable(name, "config.json"):
+        model = meta_model(config).to(dtype)
+        _, layers = decoder_layers(model, layer_count(config))
     text = config.get_text_config()
     widths: dict[str, int] = {}
     layer_widths: Counter[int] = Counter()

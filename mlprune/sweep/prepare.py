@@ -22,6 +22,7 @@ from mlprune.evaluation.build import Evaluation, build_evaluation, required_lang
 from mlprune.evaluation.suite import Suite
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
+from mlprune.models.tensor_check import check_tensors
 from mlprune.models.zero import check_disk_access
 from mlprune.planning.machine import Machine, this_machine, with_disk
 from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
@@ -185,6 +186,7 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         progress=step,
     )
     model_size = measure_model(source.config(), source.dtype(spec.model.dtype), source.name)
+    check_tensors(source)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(model_size, pattern, "search.pattern")
     sets, evaluation = _tokenise(spec, variants, source, model_size, evaluate)
