@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from mlprune.analysis import trade_off
+from mlprune.analysis.dot_plot import draw_dot_plot
 from mlprune.analysis.figures import short_names
 from mlprune.analysis.forecast_picture import draw_forecasts
 from mlprune.analysis.heat_map import colour_limits, draw_heat_map, losses, percent_text
@@ -191,7 +192,12 @@ def test_pictures_that_say_nothing_are_not_drawn(tmp_path: Path) -> None:
         assert all(min(size(file)) > 200 for file in files)
         return [file.name for file in files]
 
-    assert names(["en", "fr"], ["mono:en", "mono:fr"], [0.5]) == ["s.png", "s-calibrations.png", "s-languages.png"]
+    assert names(["en", "fr"], ["mono:en", "mono:fr"], [0.5]) == [
+        "s.png",
+        "s-calibrations.png",
+        "s-losses.png",
+        "s-languages.png",
+    ]
     assert names(["en", "fr"], ["mono:en"], [0.3, 0.5]) == ["s.png", "s-languages.png"]
     assert names(["en", "fr"], ["mono:en"], [0.3]) == ["s.png"]
     assert names(["en"], ["mono:en", "mono:fr"], [0.3]) == ["s.png"]
@@ -252,6 +258,14 @@ def test_the_picture_of_forecasts_has_a_panel_per_language(tmp_path: Path) -> No
     width, height = size(tmp_path / "s.png")
     assert width == round(3 * 4.2 * 150)
     assert height == round((2 * 3.5 + 1.4) * 150)
+
+
+def test_the_dot_plot_has_a_panel_per_sparsity_and_a_row_per_variant(tmp_path: Path) -> None:
+    _, results = trials(CODES[:6], [f"mono:{code}" for code in CODES[:5]], [0.3, 0.5, 0.7])
+    gone = [broken(results[0], math.nan), broken(results[1], 1e6), *results[2:]]
+    draw_dot_plot(gone, CODES[:6], "losses", tmp_path / "s.png")
+    rows, width = 5, 4.2 + 0.075 * len("mono:en")
+    assert size(tmp_path / "s.png") == (int(2 * width * 150), int((2 * (0.24 * rows + 0.7) + 0.9) * 150))
 
 
 def test_models_pruned_to_pieces_have_pictures_too(tmp_path: Path) -> None:

@@ -115,6 +115,22 @@ def test_a_calibration_that_cannot_be_is_answered(text: str, remedy: str) -> Non
     assert remedy in line_of(caught)
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("mono:fr", "mono:fr"),
+        ("rank:mono:fr,mono:en", "rank:mono:en+fr"),
+        ("mix:mono:fr=0.5,mono:en=0.5", "mix:mono:en+fr"),
+        ("mix:mono:fr=0.7,mono:en=0.3", "mix:mono:en=0.3+fr=0.7"),
+        ("max:translation:en-fr,translation:en-de", "max:translation:en-de+en-fr"),
+        ("rank:mono:fr,translation:en-de", "rank:mono:fr,translation:en-de"),
+        ("power=8:code,mono:fr", "power=8:code,mono:fr"),
+    ],
+)
+def test_the_label_of_a_calibration(text: str, label: str) -> None:
+    assert Calibration.parse(text).label == label
+
+
 def test_the_parts_of_a_mixture_are_exact_and_in_one_order() -> None:
     calibration = Calibration.parse("mix:translation:en-fr=0.1,mono:fr=0.9")
     mono, translation = Demonstration("mono", ("fr",)), Demonstration("translation", ("en", "fr"))

@@ -55,7 +55,7 @@ def method_words(result: Result) -> tuple[str, ...]:
     pattern = str(variant.pattern) if variant.pattern.group else ""
     allocation = "" if variant.allocation == "uniform" else variant.allocation
     propagation = "" if variant.propagation == "dense" else variant.propagation
-    return variant.score.name, variant.calibration_text or "", pattern, allocation, propagation
+    return variant.score.name, variant.calibration_label, pattern, allocation, propagation
 
 
 def short_names(results: Sequence[Result]) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Decides which pictures of a sweep are worth drawing.
 
-They are drawn in `lines`, `heat_map`, `trade_off` and `forecast_picture`.
+They are drawn in `lines`, `heat_map`, `dot_plot`, `trade_off` and `forecast_picture`.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mlprune.analysis.dot_plot import draw_dot_plot
+from mlprune.analysis.figures import by_sparsity
 from mlprune.analysis.forecast_picture import MIN_TRIALS, draw_forecasts
 from mlprune.analysis.heat_map import draw_heat_map, several_calibrations
 from mlprune.analysis.lines import draw_lines
@@ -34,7 +36,11 @@ def draw_pictures(
     if len(languages) > 1 and several_calibrations(results):
         draw_heat_map(results, languages, title, heat_map)
         files.append(heat_map)
-    if len(languages) > 1 and sum(map(has_likelihood, results)) > 1:
+    finite = [result for result in results if has_likelihood(result)]
+    if len(languages) > 1 and any(len(group) > 1 for group in by_sparsity(finite).values()):
+        files.append(folder / f"{stem}-losses.png")
+        draw_dot_plot(results, languages, title, files[-1])
+    if len(languages) > 1 and len(finite) > 1:
         draw_trade_off(results, title, trade_off, losses)
         files.append(trade_off)
     forecast = with_forecasts(results)

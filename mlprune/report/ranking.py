@@ -137,4 +137,4 @@ def _language(metrics: Mapping[str, float], code: str, languages: int) -> str:
 
 def _calibration(entry: RankedVariant) -> str:
     variant = entry.variant
-    return (variant.calibration_text or "-") + (f" ({', '.join(variant.special)})" if variant.special else "")
+    return (variant.calibration_label or "-") + (f" ({', '.join(variant.special)})" if variant.special else "")

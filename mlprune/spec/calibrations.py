@@ -119,6 +119,17 @@ class Calibration:
         return tuple(dict.fromkeys(code for part, _ in self.parts for code in part.languages))
 
     @property
+    def label(self) -> str:
+        """A readable name: its text, in which parts of one kind share it: `rank:mono:en+fr`."""
+        kinds = {part.kind for part, _ in self.parts}
+        if len(self.parts) == 1 or len(kinds) > 1:
+            return str(self)
+        equal = len({weight for _, weight in self.parts}) == 1
+        weights = ["" if equal else f"={_decimal(weight)}" for _, weight in self.parts]
+        parts = ("-".join(part.languages) + weight for (part, _), weight in zip(self.parts, weights, strict=True))
+        return f"{self.combination}:{kinds.pop()}:{'+'.join(parts)}"
+
+    @property
     def short(self) -> str:
         """Its languages: `fr`, `en-fr`, `en-fr+hi`, `rank en+fr`, with unequal weights `en-fr.75+hi.25`."""
         equal = len({weight for _, weight in self.parts}) == 1

@@ -143,6 +143,11 @@ class Variant:
         return "/".join(map(str, self.sides)) or None
 
     @property
+    def calibration_label(self) -> str:
+        """All that it is calibrated on, for people: `mono:fr`, `rank:mono:en+fr`, `KEEP/AGAINST`, or empty."""
+        return "/".join(side.label for side in self.sides)
+
+    @property
     def key(self) -> str:
         """A content hash of the plain values, the same in every process and version.
 
@@ -159,7 +164,7 @@ class Variant:
     @property
     def label(self) -> str:
         """A readable name: `wanda 0.5 translation:en-fr`."""
-        parts = [self.score.name, self.shape, self.calibration_text, *self.special, self._seed_text]
+        parts = [self.score.name, self.shape, self.calibration_label, *self.special, self._seed_text]
         return " ".join(filter(None, parts))
 
     @property
