@@ -17,16 +17,30 @@ class MlpruneError(Exception):
     """The root of all exceptions that mlprune raises on purpose."""
 
 
+VALUE_LENGTH, REMEDY_LENGTH = 200, 1000  # characters of a value and a remedy that are shown
+
+
 class UserError(MlpruneError):
-    """Wrong input, as one line: `key: value: remedy`. A `value` of None was not given, and is left out."""
+    """Wrong input, as one line: `key: value: remedy`. A `value` of None was not given, and is left out.
+
+    Values come from files of other people: long ones are cut in the middle, and control characters are escaped.
+    """
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
         super().__init__(key, value, remedy)
         self.key, self.value, self.remedy = key, value, remedy
 
     def __str__(self) -> str:
-        value = "" if self.value is None else f" {self.value}:"
-        return f"{self.key}:{value} {self.remedy}"
+        value = "" if self.value is None else f" {_shown(str(self.value), VALUE_LENGTH)}:"
+        return f"{_shown(self.key, VALUE_LENGTH)}:{value} {_shown(self.remedy, REMEDY_LENGTH)}"
+
+
+def _shown(text: str, length: int) -> str:
+    """Return the text in printable characters, at most about `length` of them."""
+    if len(text) > length:
+        text = f"{text[: length // 2]}...{text[-length // 2 :]}"
+    text = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class SpecError(UserError):

@@ -5,7 +5,7 @@ demo            the demo model: fetched, converted, cached
 weight_files    the files that hold a checkpoint's weights
 hub             downloads from the Hugging Face hub
 fingerprint     a hash of a model's content
-config_limits   bounds on the numbers in a config.json
+config_check    what a config.json may ask for
 source          a model's name to a checked local folder
 quantization    which quantised checkpoints are read, and how
 hollow          a model of which only one shard's layers are loaded

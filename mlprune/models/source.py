@@ -13,13 +13,14 @@ import os
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mlprune.errors import ModelError
-from mlprune.models.config_limits import check_lengths, check_sizes
+from mlprune.models.config_check import check_raw, check_values
 from mlprune.models.demo import Progress, demo_folder
 from mlprune.models.fingerprint import fingerprint
 from mlprune.models.hub import fetch_from_hub
@@ -120,10 +121,10 @@ def find_model(
         commit = folder.name
     source = ModelSource(name, folder, trust_remote_code, allow_pickle, commit)
     _check_config(source)
-    _check_attention(source)
-    check_sizes(source.config(), name)
+    check_values(source.config(), name, trust_remote_code)
     if weights:
         source.weight_files()
+        _check_generation_config(source)
     return source
 
 
@@ -155,13 +156,10 @@ def _check_config(source: ModelSource) -> None:
     if not path.is_file():
         remedy = f"no config.json in {source.folder}: name a Hugging Face model's folder"
         raise no_checkpoint(source.name, source.folder, remedy)
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, *DAMAGED_JSON) as error:
-        raise unreadable(source.name, "config.json", error) from error
-    check_lengths(raw, source.name)
+    raw = _read_json(source, path)
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise _error(source, "its config.json names no model_type: name a Hugging Face model's folder")
+    check_raw(raw, source.name)
     own_code = bool(raw.get("auto_map"))
     if raw["model_type"] not in transformers.CONFIG_MAPPING:
         _check_unknown_type(source, raw["model_type"], own_code)
@@ -173,13 +171,23 @@ def _check_config(source: ModelSource) -> None:
         raise _error(source, f"a {raw['model_type']} is not a causal language model: name one that is")
 
 
-def _check_attention(source: ModelSource) -> None:
-    """Refuse an attention implementation of the hub unless it is trusted: it is code. Its name has a slash."""
-    config = source.config()
-    for part in (config, config.get_text_config()):
-        if "/" in str(part._attn_implementation) and not source.trust_remote_code:
-            remedy = f"its attention is code from the hub ({part._attn_implementation}): set "
-            raise _error(source, remedy + "model.trust_remote_code=true if you trust it")
+def _read_json(source: ModelSource, path: Path) -> object:
+    try:
+        value: object = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (OSError, *DAMAGED_JSON) as error:
+        raise unreadable(source.name, path.name, error) from error
+    return value
+
+
+def _check_generation_config(source: ModelSource) -> None:
+    """Check a file that transformers reads with the weights, though generation here does not use it."""
+    path = source.folder / "generation_config.json"
+    if path.exists() and not isinstance(_read_json(source, path), dict):
+        raise _error(source, f"its {path.name} holds no object: fetch it again")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _check_unknown_type(source: ModelSource, model_type: str, own_code: bool) -> None:

@@ -24,6 +24,8 @@ from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 from mlprune.models.weight_files import readable
 
+MOST_TENSORS = 200_000  # twice the number of a large mixture of experts; comparing them takes a minute
+
 
 def check_tensors(source: ModelSource) -> None:
     """Raise ModelError unless the checkpoint has the model's tensors, in their shapes, and no others.
@@ -69,6 +71,8 @@ def _stored_tensors(source: ModelSource) -> dict[str, Tensor]:
         with readable(source.name, file.name):
             tensors = load_state_dict(str(file), map_location="meta")
             stored |= {str(key): tensor for key, tensor in tensors.items()}
+        if len(stored) > MOST_TENSORS:
+            raise ModelError("model.path", source.name, f"the checkpoint has more than {MOST_TENSORS:,} tensors")
     return stored
 
 

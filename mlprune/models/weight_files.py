@@ -53,6 +53,8 @@ def readable(name: str, what: str) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     """Return the error's message as one line of at most 200 characters; its class if it has no message."""
+    if isinstance(error, KeyError):  # its message is the key alone
+        return f"there is no {error}"[:200]
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -74,11 +76,13 @@ def _no_weights(name: str, folder: Path, allow_pickle: bool) -> ModelError:
 
 def _files_of_index(name: str, index: Path) -> list[Path]:
     try:
-        files = sorted({str(file) for file in json.loads(index.read_bytes())["weight_map"].values()})
+        content = json.loads(index.read_bytes())
+        files = sorted({str(file) for file in content["weight_map"].values()})
+        absent = [file for file in files if not (index.parent / file).is_file()]
+        has_metadata = isinstance(content.get("metadata"), dict)
     except (OSError, *DAMAGED_JSON) as error:
         raise unreadable(name, index.name, error) from error
     remedy = ""
-    absent = [file for file in files if not (index.parent / file).is_file()]
     if not files:
         remedy = "names no file"
     elif index.name in SAFE_WEIGHTS and not all(file.endswith(".safetensors") for file in files):
@@ -86,6 +90,8 @@ def _files_of_index(name: str, index: Path) -> list[Path]:
     elif absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         remedy = f"names {absent[0]}{more}, not in {index.parent}"
+    elif not has_metadata:  # transformers requires it
+        remedy = 'has no "metadata"'
     if remedy:
         raise ModelError("model.path", name, f"{index.name} {remedy}: fetch it again")
     return [index.parent / file for file in files]
