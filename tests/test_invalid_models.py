@@ -47,6 +47,7 @@ def refused(folder: Path, *words: str) -> None:
 
 # values of config.json
 
+QUANTIZATIONS: list[Any] = [{}, 5, "x", [], {"load_in_8bit": True}]
 VALUES: list[tuple[str, str, Any, str]] = [
     *(("llama", "num_hidden_layers", value, "num_hidden_layers") for value in (0, -1, MILLION, 10**12, 1.5, "4")),
     *(("llama", "num_attention_heads", value, CONFIG) for value in (0, -1, 3, BILLION, "x", None)),
@@ -69,7 +70,7 @@ VALUES: list[tuple[str, str, Any, str]] = [
     ("llama", "text_config", {"num_hidden_layers": 10**7}, "1,000 at most"),
     *(("llama", "layer_types", value, CONFIG) for value in (["x"], ["full_attention"], 5)),
     *(("llama", "dtype", value, CONFIG) for value in ("nonsense", "int8", "float8_e4m3fn")),
-    *(("llama", "quantization_config", value, "") for value in ({}, 5, "x", [], {"load_in_8bit": True})),
+    *(("llama", "quantization_config", value, "") for value in QUANTIZATIONS),
     ("llama", "transformers_weights", "other.safetensors", "remove this key"),
     ("llama", "fusion_config", {"x": 1}, "remove this key"),
     ("llama", "return_dict", False, "remove this key"),
