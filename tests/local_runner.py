@@ -13,6 +13,7 @@ from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.stage import Purpose, Stage
 from mlprune.sweep.stage_runner import StageRunner
 from mlprune.sweep.trial import run_dense, run_trial
+from mlprune.sweep.trial_progress import TrialProgress
 
 
 def lasting(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -46,15 +47,28 @@ class LocalRunner(StageRunner):
         self.tracker: Tracker = tracker
         self._model, self._dies, self._broken = model, dies, broken
         self.ran: list[tuple[Purpose | None, Variant | None]] = []
+        self.totals: dict[str, list[int]] = {}  # of the live table, after each batch of a stage
+        self.counts: dict[str, list[int]] = {}
 
     def _evaluate_dense(self, suite: Suite) -> Result:
         return self._kept(None, run_dense(self._prepared, self._model, suite))
 
-    def _run(self, stage: Stage, todo: Sequence[Variant], count: int) -> dict[Variant, Result]:
+    def _run(self, stage: Stage, todo: Sequence[Variant], progress: TrialProgress) -> dict[Variant, Result]:
         gather_moments(self._prepared, self._model, todo)
         self.failed |= dict.fromkeys([one for one in todo if one in self._broken], "it is broken")
         trials = {one: run_trial(self._prepared, self._model, one, stage.suite) for one in todo}
-        return {one: self._kept(stage.purpose, trial) for one, trial in trials.items() if one not in self.failed}
+        results = {
+            one: self._kept(stage.purpose, trial) for one, trial in trials.items() if one not in self.failed
+        }
+        progress.results |= {result.key: result for result in results.values()}
+        return results
+
+    def run(self, stage: Stage, variants: Sequence[Variant]) -> dict[Variant, Result]:
+        results = super().run(stage, variants)
+        if progress := self._in_batches.get(stage):
+            self.totals.setdefault(stage.name, []).append(progress.total)
+            self.counts.setdefault(stage.name, []).append(len(progress.results))
+        return results
 
     def _kept(self, purpose: Purpose | None, trial: tuple[Result, str]) -> Result:
         if len(self.ran) == self._dies:

@@ -32,7 +32,7 @@ LIBRARIES = {
     "lm_eval": ("evaluation.harness",),
     "matplotlib": ("analysis",),
     "mlflow": ("tracking",),
-    "optuna": ("sweep.tune_runner",),
+    "optuna": ("sweep.searching",),
     "ray": ("runtime",),
     "ray.autoscaler": ("runtime.ray_cluster", "remote.ssh"),
     "ray.exceptions": ("runtime", "remote.jobs"),
@@ -183,7 +183,7 @@ def test_a_violation_would_be_found() -> None:
     assert misplaced_libraries("models.source", "import datasets.arrow_dataset")
     assert misplaced_libraries("storage.results", "import deepspeed")
     assert not misplaced_libraries("sweep.tune_runner", "from ray import tune")
-    assert not misplaced_libraries("sweep.tune_runner", "from ray.tune.search.optuna import OptunaSearch")
+    assert not misplaced_libraries("sweep.searching", "import optuna")
     assert prints("sweep.sweep", "def f(): print('a')")
     assert prints("sweep.sweep", "from mlprune.console import errors")
     assert prints("sweep.sweep", "from mlprune import console\nconsole.results.print('a')")

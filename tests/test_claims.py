@@ -36,6 +36,7 @@ from mlprune.sweep.session import open_local
 from mlprune.sweep.stage import Purpose, Stage
 from mlprune.sweep.stage_runner import StageRunner
 from mlprune.sweep.trial import run_dense, run_trial
+from mlprune.sweep.trial_progress import TrialProgress
 from tests.runs import likelihood
 from tests.tiny_models import config, save, source
 
@@ -356,7 +357,7 @@ class InProcessRunner(StageRunner):
         self._store.save(result, items)
         return result
 
-    def _run(self, stage: Stage, todo: Sequence[Variant], count: int) -> dict[Variant, Result]:
+    def _run(self, stage: Stage, todo: Sequence[Variant], progress: TrialProgress) -> dict[Variant, Result]:
         self.ran.append((stage.purpose, list(todo)))
         results = {}
         with open_local(self._prepared) as pipeline:

@@ -62,7 +62,9 @@ def test_every_key_but_search_has_a_default() -> None:
             "code": "stdlib",
         },
         "search": {
+            "pretraining": None,
             "calibration": [],
+            "mixture": [],
             "score": ["magnitude"],
             "sparsity": [0.5],
             "pattern": ["unstructured"],

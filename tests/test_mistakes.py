@@ -144,6 +144,7 @@ BOTH_SIDES = "both sides"
 CODE = ("search.calibration=[code]",)
 CLAIM = "claims=[{claim: French is spared, better: 'mono:fr', than: 'mono:en', metric: loss.fr}]"
 TASK = ("evaluation.tasks=[sample_xwinograd_fr]",)
+PRETRAINING = ["search.calibration=['pretraining:mono:en,mono:fr']"]
 OPTUNA = ("search.searcher=optuna", "search.samples=2")
 
 
@@ -152,6 +153,11 @@ def combined(calibration: str) -> str:
 
 
 XNLI, SHOTS = "evaluation.xnli", "evaluation.translation.shots: 40: "
+
+
+def mixture(searcher: str, **given: object) -> list[str]:
+    section = {"searcher": searcher, "parts": "['mono:en', 'mono:fr']", **given}
+    return [f"search.mixture={{{', '.join(f'{key}: {value}' for key, value in section.items())}}}"]
 
 
 def xnli(**given: object) -> list[str]:
@@ -223,6 +229,31 @@ MISTAKES = [
         "loss.fr",
     ),
     setting("short race", SWEEPS, [f"{LINES}=15", "search.racing=true"], f"{LINES}: 15: ", "at least 16"),
+    setting(
+        "one part", ALL, mixture("optuna", parts="['mono:en']"), "search.mixture.parts: ['mono:en']: ", "two or"
+    ),
+    setting(
+        "part twice", ALL, mixture("optuna", parts="['mono:en', 'mono:en']"), "search.mixture.parts[1]: ", "once"
+    ),
+    setting(
+        "Italian part", SWEEPS, mixture("optuna", parts="['mono:en', 'mono:it']"), f"{CORPUS}: 'sample': ", *HAS
+    ),
+    setting("few trials", ALL, mixture("optuna", trials=2), "search.mixture.evaluate: 3: ", "than the 2 trials"),
+    setting("eta", ALL, mixture("minimax", eta=0), "search.mixture.eta: 0: ", "greater than 0"),
+    setting("key of minimax", ALL, mixture("optuna", eta=6), "search.mixture.eta: 6: ", "unknown key", "evaluate"),
+    setting(
+        "key of optuna", ALL, mixture("minimax", trials=6), "search.mixture.trials: 6: ", "unknown key", "eta"
+    ),
+    setting("no searcher", ALL, mixture("grid"), "search.mixture.searcher: 'grid': ", "optuna or minimax"),
+    setting(
+        "no loss", ALL, mixture("minimax", parts="['mono:en', 'mono:de']"), "search.mixture.parts[1]: ", "add it"
+    ),
+    setting("no reader", SWEEPS, [*mixture("optuna"), "search.score=[magnitude]"], "search.score: [magnitude]: "),
+    setting("no shares", ALL, PRETRAINING, "search.pretraining: ", "needs each language's share", "{en: 0.9"),
+    setting(
+        "no share", ALL, [*PRETRAINING, "search.pretraining={en: 1}"], "search.calibration[0]: ", "no share of fr"
+    ),
+    setting("share", ALL, "search.pretraining={en: 0}", "search.pretraining.en: 0: ", "greater than 0"),
     setting("seeds", ALL, [*OPTUNA, "search.seed=[0,1]"], "search.seed: [0, 1]: ", "write one"),
     setting("no seed", ALL, "search.seed=[]", "search.seed: []: "),
     setting("positions", PRUNES, "calibration.max_tokens=513", "calibration.max_tokens: 513: ", "takes 512"),

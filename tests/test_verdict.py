@@ -1,12 +1,10 @@
 """The stages of a sweep with screening, racing and confirmation, without Ray, also interrupted before each trial.
 
-Most tests have text in place of a model: the likelihood of a line depends on the line and on the variant. One test
-has a tiny model.
+Most tests have text in place of a model (`text_model.py`). One test has a tiny model.
 """
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlprune.data.batches import RowSet
 from mlprune.evaluation.items import Items, from_json
 from mlprune.evaluation.loss import loss_metrics
 from mlprune.evaluation.perplexity import Perplexity
-from mlprune.shards.masking import MaskRecipe
-from mlprune.shards.pipeline import MaskOutcome
 from mlprune.spec.loading import parse_spec
 from mlprune.spec.variants import Variant
 from mlprune.sweep.plan import SweepPlan, select_variants
@@ -31,6 +26,7 @@ from mlprune.sweep.stage import Purpose, Stage
 from mlprune.sweep.trial import run_trial, trial_metrics
 from mlprune.sweep.verdict import Verdict, run_stages
 from tests.local_runner import KilledError, LocalRunner, lasting
+from tests.text_model import TextModel
 from tests.tiny_models import source
 
 LINES, CONFIRMED = 40, 6
@@ -44,34 +40,7 @@ SEARCH: dict[str, Any] = {
 }
 
 
-class TextModel:
-    """Stands for a pipeline. Nats of a row: random by its tokens, times 1 + the harm of the variant."""
-
-    def __init__(self, variants: Sequence[Variant]) -> None:
-        self._by_key = {variant.key: variant for variant in variants}
-
-    def restore(self, key: str) -> tuple[bool, list[str]]:
-        return True, []
-
-    def prune(self, recipe: MaskRecipe) -> MaskOutcome:
-        forecast = {code: harm(recipe.variant) / 10 for code, _ in recipe.forecasts}
-        return MaskOutcome(1, 2, f"masks of {recipe.variant.key}", (), (0.5,), forecast)
-
-    def release(self, key: str, keep: bool = False) -> None:
-        pass
-
-    def likelihood(self, rows: RowSet, variant: str | None = None, progress: object = None) -> list[float]:
-        nats = [0.0] * rows.count
-        for batch in rows.batches:
-            for place, row in enumerate(batch.rows):
-                ids = batch.input_ids[place, : batch.lengths[place]].tolist()
-                nats[row] = random.Random(str(ids)).uniform(1, 5) * len(ids)
-                if variant is not None:
-                    nats[row] *= 1 + harm(self._by_key[variant]) + random.Random(f"{variant} {ids}").gauss(0, 0.05)
-        return nats
-
-
-def harm(variant: Variant) -> float:
+def harm(variant: Variant, language: str = "") -> float:
     return variant.sparsity * HARM[variant.calibration_text] + 0.002 * variant.seed
 
 
@@ -103,7 +72,7 @@ def planned(base: SweepPlan, storage: Path, **search: Any) -> SweepPlan:
 
 
 def verdict_of(plan: SweepPlan, **options: Any) -> tuple[Verdict, LocalRunner]:
-    runner = LocalRunner(plan, TextModel(plan.variants), **options)
+    runner = LocalRunner(plan, TextModel(plan.prepared, harm), **options)
     return run_stages(plan, runner), runner
 
 
@@ -187,7 +156,7 @@ def test_results_of_an_earlier_sweep_lead_to_the_same_decisions(
     """All trials have a result, or every second one: those need no block."""
     expected, _ = verdict_of(planned(base, tmp_path / "new", racing=True))
     earlier = planned(base, tmp_path / "earlier")
-    model = TextModel(earlier.variants)
+    model = TextModel(earlier.prepared, harm)
     runner = LocalRunner(earlier, model)
     runner.run(Stage(Purpose.SELECT, "", earlier.prepared.suite), earlier.variants[::share])
     verdict, runner = verdict_of(planned(base, tmp_path / "earlier", racing=True))
@@ -213,7 +182,7 @@ def test_the_verdict_is_the_same_wherever_the_driver_dies(base: SweepPlan, tmp_p
     step = 5  # trials between two deaths
     while True:
         interrupted = LocalRunner(
-            planned(base, tmp_path / "killed", **search), TextModel(base.variants), dies=step
+            planned(base, tmp_path / "killed", **search), TextModel(base.prepared, harm), dies=step
         )
         try:
             verdict = run_stages(planned(base, tmp_path / "killed", **search), interrupted)

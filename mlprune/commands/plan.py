@@ -21,6 +21,7 @@ from mlprune.planning.work import Work, build_work
 from mlprune.runtime.ray_cluster import cluster_machine
 from mlprune.spec.schema import PipelineSpec, SweepSpec
 from mlprune.sweep.grid import variants_of
+from mlprune.sweep.mixtures import evaluated_trials, forecast_trials, mixture_searches
 from mlprune.sweep.prepare import dense_set_names, set_names
 
 TOKENS_PER_LINE = 64  # news text; a language that the tokenizer covers badly takes several times as many
@@ -106,7 +107,8 @@ def _described_machine(options: MachineOptions) -> Machine:
 
 def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
     """Estimate the work of the spec: every prompt has the maximum length, every evaluation line the usual one."""
-    variants = variants_of(spec.search, spec.calibration.seed)
+    searches = mixture_searches(spec.search, spec.calibration.seed)
+    variants = (*variants_of(spec.search, spec.calibration.seed), *evaluated_trials(searches))
     dense = dense_set_names(variants, spec, forecasts=True)
     prompt = min(spec.calibration.max_tokens, model.positions or spec.calibration.max_tokens)
     lines = spec.evaluation.perplexity.lines * len(spec.evaluation.perplexity.languages)
@@ -117,6 +119,7 @@ def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
         evaluation=lines * TOKENS_PER_LINE,
         longest=max(prompt, TOKENS_PER_LINE),
         stages=spec.search.has_stages,
+        forecast=forecast_trials(searches),
     )
 
 

@@ -92,8 +92,9 @@ class _Estimator:
         """Return the phase of making masks: all shards at the same time; offloaded weights are read once more."""
         largest = max(sum(self._model.pruned[index] for index in span.layers) for span in self._plan.spans)
         transfer = self._turn(0)
-        count = self._work.variants - self._work.sequential
-        compute = self._work.variants * largest / (MASKED_PER_SECOND[self._kind] / self._workers_per_device)
+        trials = self._work.variants + self._work.forecast
+        count = trials - self._work.sequential
+        compute = trials * largest / (MASKED_PER_SECOND[self._kind] / self._workers_per_device)
         bound = transfer.bound if count * transfer.seconds > compute else "compute"
         return Phase("masks", max(compute, count * transfer.seconds), bound, count * transfer.weights_moved)
 

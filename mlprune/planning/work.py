@@ -17,12 +17,13 @@ class Work:
     calibration: tuple[int, ...]  # tokens of each calibration set that passes the dense model
     evaluation: int  # tokens of all evaluation tasks
     longest: int  # tokens of the longest row
-    variants: int  # trials in all
+    variants: int  # trials that are evaluated
     sequential: int = 0  # trials that are pruned layer by layer
     sequential_tokens: int = 0  # tokens of all calibration sets of the largest such trial
     solved: int = 0  # trials whose remaining weights are changed (sparsegpt)
     sorted_matrix: bool = False  # whether some trial ranks the weights of a whole matrix over several texts
     written: int = 0  # tokens of the rows that are generated at the same time, prompts included
+    forecast: int = 0  # further trials of which only masks are made, in a search for mixtures
     returning: int = 0  # trials whose masks may be used again by a later stage: of a race, or after screening
 
     @property
@@ -39,15 +40,18 @@ def build_work(
     longest: int,
     written: int = 0,
     stages: bool = False,
+    forecast: Sequence[Variant] = (),
 ) -> Work:
     """Count the work of the variants; `stages`: they are evaluated in several stages.
+
+    `forecast`: further trials, of which only masks are made.
 
     `tokens` maps each demonstration, as text, and seed to the tokens of its calibration set. `dense` names those
     that pass the dense model. `evaluation`, `longest` and `written` are the fields of Work.
     """
     sequential = [
         sum(tokens[str(part), variant.seed] for part in variant.demonstrations)
-        for variant in variants
+        for variant in (*variants, *forecast)
         if variant.propagation == "sequential"
     ]
     return Work(
@@ -60,6 +64,7 @@ def build_work(
         solved=sum(isinstance(find_score(variant.score.name), Solver) for variant in variants),
         sorted_matrix=any(map(_sorts_matrices, variants)),
         written=written,
+        forecast=len(forecast),
         returning=len(variants) if stages else 0,
     )
 

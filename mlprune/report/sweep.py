@@ -21,6 +21,7 @@ from mlprune.spec.schema import DEFAULT_STORAGE
 from mlprune.spec.urls import redact
 from mlprune.storage.results import Result
 from mlprune.sweep.claims import ClaimTest, claim_values
+from mlprune.sweep.mixtures import evaluated_trials, forecast_trials
 from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.ranking import RankedVariant, SweepOutcome, task_metrics
 
@@ -36,6 +37,9 @@ def show_plan(plan: SweepPlan) -> None:
     for variant in plan.variants:
         trials.add_row(variant.label, "yes" if variant in finished else "")
     out.print(trials)
+    if plan.searches:
+        forecast, evaluated = len(forecast_trials(plan.searches)), len(evaluated_trials(plan.searches))
+        out.print(f"and at most {evaluated} mixtures that are searched, with forecasts of {forecast}")
     passes = new_table("remaining passes over the model", "kind", "passes")
     for kind, count in plan.passes.items():
         passes.add_row(kind, str(count))
@@ -53,6 +57,10 @@ def plan_values(plan: SweepPlan) -> dict[str, object]:
     return {
         "name": prepared.spec.name,
         "trials": [{"key": prepared.result_key(v), "variant": v.to_dict()} for v in plan.variants],
+        "mixtures": {
+            "forecast": len(forecast_trials(plan.searches)),
+            "evaluated": len(evaluated_trials(plan.searches)),
+        },
         "finished": [result.key for result in plan.finished],
         "passes": plan.passes,
         "residency": str(prepared.plan.residency),

@@ -84,6 +84,8 @@ def _spec_error(error: ValidationError) -> SpecError:
     """Return pydantic's first error as key, value and a remedy in the words of YAML."""
     first = error.errors()[0]
     names = [part for part in first["loc"] if part not in ("int", "constrained-int") and not _is_union(part)]
+    if names[:2] == ["search", "mixture"]:  # then its place in a list, and its searcher
+        names = [*names[:2], *names[4:]]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")
     if first["type"] == "extra_forbidden":
         return SpecError(key, _short_repr(first["input"]), f"unknown key; {_known_keys(names)}")

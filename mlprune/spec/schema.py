@@ -17,6 +17,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from mlprune.errors import SpecError
 from mlprune.spec.claims import ClaimSpec, check_claims
 from mlprune.spec.evaluation import EvaluationSpec
+from mlprune.spec.mixtures import MinimaxMixture
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.section import Count, Section
 from mlprune.spec.urls import scheme_only, storage_has_secret
@@ -110,6 +111,13 @@ class SweepSpec(Section):
     def _claims(cls, values: tuple[ClaimSpec, ...]) -> tuple[ClaimSpec, ...]:
         check_claims(values)
         return values
+
+    @model_validator(mode="after")
+    def _minimax_has_losses(self) -> SweepSpec:
+        for mixture in self.search.mixture:
+            if isinstance(mixture, MinimaxMixture):
+                mixture.languages(self.evaluation.perplexity.languages)
+        return self
 
     @field_validator("storage")
     @classmethod

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import Field, InstanceOf, PlainSerializer, field_validator, model_validator
+from pydantic import Field, InstanceOf, PlainSerializer, ValidationInfo, field_validator, model_validator
 
 from mlprune.errors import SpecError
 from mlprune.spec.calibrations import Calibration
+from mlprune.spec.mixtures import MixtureSpec, mixture_list
+from mlprune.spec.pretraining import PREFIX, Pretraining, pretraining_mixture
 from mlprune.spec.section import Count, Section
 from mlprune.spec.variants import Allocation, Pattern, Propagation, Scoring, two_sides
 
@@ -17,13 +19,16 @@ Sparsity = Annotated[float, Field(ge=0, lt=1)]
 _AS_TEXT = PlainSerializer(str, return_type=str)
 CalibrationItem = Annotated[InstanceOf[Calibration], _AS_TEXT]
 ScoringItem = Annotated[InstanceOf[Scoring], _AS_TEXT]
+PretrainingTable = Annotated[InstanceOf[Pretraining], PlainSerializer(lambda table: dict(table.shares))]
 PatternItem = Annotated[InstanceOf[Pattern], _AS_TEXT]
 
 
 class SearchSpec(Section):
     """The lists whose product is the grid; with `samples`, `searcher` picks that many trials of it."""
 
+    pretraining: PretrainingTable | None = None  # before `calibration`, whose texts may refer to it
     calibration: tuple[CalibrationItem, ...] = ()
+    mixture: tuple[MixtureSpec, ...] = ()
     score: Annotated[tuple[ScoringItem, ...], Field(min_length=1)]
     sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)]
     pattern: Annotated[tuple[PatternItem, ...], Field(min_length=1)] = (Pattern(),)
@@ -46,10 +51,25 @@ class SearchSpec(Section):
         """Whether trials are evaluated in several stages, which may use the same masks."""
         return self.racing or self.screen is not None
 
+    @field_validator("pretraining", mode="before")
+    @classmethod
+    def _shares(cls, values: object) -> object:
+        return values if values is None or isinstance(values, Pretraining) else Pretraining.parse(values)
+
     @field_validator("calibration", mode="before")
     @classmethod
-    def _calibrations(cls, values: object) -> object:
-        return _parse_items(values, Calibration.parse, "search.calibration")
+    def _calibrations(cls, values: object, info: ValidationInfo) -> object:
+        def parse(text: str, key: str) -> Calibration:
+            if text.startswith(PREFIX):
+                return pretraining_mixture(text, info.data.get("pretraining"), key)
+            return Calibration.parse(text, key)
+
+        return _parse_items(values, parse, "search.calibration")
+
+    @field_validator("mixture", mode="before")
+    @classmethod
+    def _mixtures(cls, values: object) -> object:
+        return mixture_list(values)
 
     @field_validator("score", mode="before")
     @classmethod

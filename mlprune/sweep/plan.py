@@ -16,6 +16,7 @@ from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.claims import PlannedClaim, plan_claims
 from mlprune.sweep.grid import variants_of
+from mlprune.sweep.mixtures import MixtureSearch, evaluated_trials, forecast_trials, mixture_searches
 from mlprune.sweep.objective import check_objective
 from mlprune.sweep.prepare import Prepared, prepare
 from mlprune.tracking.mlflow_client import check_tracking
@@ -42,6 +43,7 @@ class SweepPlan:
     variants: tuple[Variant, ...]
     finished: tuple[Result, ...]  # results of the variants from an earlier run
     claims: tuple[PlannedClaim, ...] = ()
+    searches: tuple[MixtureSearch, ...] = ()
 
     @property
     def unfinished(self) -> list[Variant]:
@@ -56,15 +58,19 @@ class SweepPlan:
         Calibration sets are counted one by one, though all of them share one pass.
         """
         unfinished, search = self.unfinished, self.prepared.spec.search
+        forecast, evaluated = forecast_trials(self.searches), evaluated_trials(self.searches)
+        trials = [*unfinished, *forecast, *evaluated]
         store, layers = self.prepared.moment_store(), range(len(self.prepared.model_size.layers))
-        needed = self.prepared.dense_sets(unfinished).values()
+        needed = self.prepared.dense_sets(trials).values()
         missing = [one for one in needed if not all(store.has(one.key, layer) for layer in layers)]
-        sequential = [variant for variant in unfinished if variant.propagation == "sequential"]
+        sequential = [variant for variant in trials if variant.propagation == "sequential"]
+        evaluation = "evaluation, at most" if search.has_stages or evaluated else "evaluation"
         no_baseline = self.prepared.result_store().load(self.prepared.result_key(None)) is None
         return {
             "calibration": len(missing),
             "sequential pruning (two forwards each)": len(sequential),
-            "evaluation, at most" if search.has_stages else "evaluation": len(unfinished) + no_baseline,
+            **({"masks of mixtures, for forecasts, at most": len(forecast)} if forecast else {}),
+            evaluation: len(unfinished) + len(evaluated) + no_baseline,
             **({"confirmation, for claims": self._untested} if self.claims else {}),
         }
 
@@ -80,7 +86,8 @@ class SweepPlan:
     def disk(self) -> int:
         """Estimate the bytes that moments, results and pictures take in the storage."""
         moments = sum(self.prepared.model_size.widths.values()) * 8 * len(self.prepared.sets)
-        return moments + 2**13 * len(self.variants) + 2**21
+        mixtures = len(forecast_trials(self.searches)) + len(evaluated_trials(self.searches))
+        return moments + 2**13 * (len(self.variants) + mixtures) + 2**21
 
 
 def _check_race(prepared: Prepared) -> None:
@@ -97,7 +104,8 @@ def _check_race(prepared: Prepared) -> None:
 def plan_sweep(spec: SweepSpec) -> SweepPlan:
     """Check everything and plan the work. Raises UserError for the first mistake."""
     variants = select_variants(spec.search, spec.calibration.seed)
-    prepared = prepare(spec, variants)
+    searches = mixture_searches(spec.search, spec.calibration.seed)
+    prepared = prepare(spec, variants, searches=searches)
     check_objective(spec.search, prepared.suite)
     _check_race(prepared)
     assert prepared.evaluation is not None
@@ -106,4 +114,4 @@ def plan_sweep(spec: SweepSpec) -> SweepPlan:
     store = prepared.result_store()
     results = [store.load(prepared.result_key(variant)) for variant in variants]
     finished = tuple(result for result in results if result is not None)
-    return SweepPlan(prepared, variants, finished, claims)
+    return SweepPlan(prepared, variants, finished, claims, searches)

@@ -38,6 +38,7 @@ from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
 from mlprune.sweep.grid import needs_dense_moments
+from mlprune.sweep.mixtures import MixtureSearch, evaluated_trials, forecast_trials
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,13 +171,15 @@ def dense_set_names(variants: Iterable[Variant], spec: SweepSpec, forecasts: boo
     return names | forecast_set_names(spec) if variants and forecasts else names
 
 
-def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True) -> Prepared:
+def prepare(
+    spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True, searches: Sequence[MixtureSearch] = ()
+) -> Prepared:
     """Check the spec against model and corpus, tokenise, and plan the shards. Loads no weights.
 
-    With `evaluate` False nothing is evaluated, so the corpus may lack the evaluation's languages. Raises UserError
-    for the first mistake.
+    `searches`: the searches for mixtures beside the variants. With `evaluate` False nothing is evaluated, so the
+    corpus may lack the evaluation's languages. Raises UserError for the first mistake.
     """
-    variants = list(variants)
+    forecast, variants = forecast_trials(searches), [*variants, *evaluated_trials(searches)]
     check_storage(spec.storage)
     source = find_model(
         spec.model.path,
@@ -191,7 +194,9 @@ def prepare(spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True)
         check_pattern(model_size, pattern, "search.pattern")
     sets, evaluation = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
-    plan = make_plan(model_size, _work(spec, variants, sets, evaluation), machine, spec.pipeline, source.name)
+    plan = make_plan(
+        model_size, _work(spec, variants, forecast, sets, evaluation), machine, spec.pipeline, source.name
+    )
     if plan.reason:
         logger.info("  residency: %s", plan.reason)
     if plan.residency.offload == "nvme" and not cluster_is_running():
@@ -278,6 +283,7 @@ def _check_positions(spec: SweepSpec, model_size: ModelSize) -> None:
 def _work(
     spec: SweepSpec,
     variants: Sequence[Variant],
+    forecast: Sequence[Variant],
     sets: Mapping[SetName, CalibrationSet],
     evaluation: Evaluation | None,
 ) -> Work:
@@ -296,6 +302,7 @@ def _work(
         longest=max(lengths, default=0),
         written=max((task.cached_tokens for task in tasks), default=0),
         stages=spec.search.has_stages,
+        forecast=forecast,
     )
 
 

@@ -21,8 +21,12 @@ class Purpose(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One round of trials: each makes a variant's masks and runs the suite on the masked model."""
+    """One round of trials: each makes a variant's masks and runs the suite on the masked model.
+
+    A search runs one stage in batches, and chooses each batch by the results so far.
+    """
 
     purpose: Purpose
     name: str  # in the status and in messages
     suite: Suite
+    trials: int | None = None  # in all batches, at most; None: the stage is run at once

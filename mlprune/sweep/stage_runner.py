@@ -38,6 +38,8 @@ class StageRunner(contextlib.ExitStack):
         self._prepared, self._tracker, self._show = prepared, tracker, show
         self._store = prepared.result_store()
         self._open: tuple[ReplicaGroup, SweepMonitor] | None = None
+        self._in_batches: dict[Stage, TrialProgress] = {}
+        self._logged: set[str] = set()  # keys of results that are logged as finished trials
         self.failed: dict[Variant, str] = {}  # causes
         self.nodes: list[str] = []  # node of each shard of the first replica; empty if nothing had to be run
 
@@ -65,55 +67,61 @@ class StageRunner(contextlib.ExitStack):
         return result
 
     def run(self, stage: Stage, variants: Sequence[Variant]) -> dict[Variant, Result]:
-        """Run the unfinished trials of a stage; return the results of all its trials, without failed ones."""
+        """Run the unfinished trials of a stage, or of one batch of it.
+
+        Returns the results of all `variants`, without failed ones.
+        """
         results = self.stored(stage, variants)
         todo = [variant for variant in variants if variant not in results and variant not in self.failed]
-        if stage.purpose is Purpose.SELECT:
-            self.log_finished(results.values())
-            if results:
-                logger.info("  %d of %d trials had finished before", len(results), len(variants))
+        before = self.log_finished(results.values()) if stage.purpose is Purpose.SELECT else 0
+        if stage.trials is not None:
+            progress = self._in_batches.setdefault(stage, TrialProgress(stage.trials))
+            progress.results |= {result.key: result for result in results.values()}
+        else:
+            progress = TrialProgress(len(todo))
+            if before:
+                logger.info("  %d of %d trials had finished before", before, len(variants))
         if todo:
-            results |= self._run(stage, todo, len(todo))
+            results |= self._run(stage, todo, progress)
+        if stage.purpose is Purpose.SELECT:
+            self._logged |= {result.key for result in results.values()}
         return {variant: results[variant] for variant in variants if variant in results}
 
-    def log_finished(self, results: Iterable[Result]) -> None:
-        """Log stored results as finished trials, in case MLflow lacks them."""
-        for result in results:
-            self._tracker.finish_trial(result, partial(self._store.items, result.key))
+    def log_finished(self, results: Iterable[Result]) -> int:
+        """Log stored results as finished trials, in case MLflow lacks them; return how many they are.
 
-    def search(self, stage: Stage, variants: Sequence[Variant], samples: int) -> dict[Variant, Result]:
-        """Run the trials that Optuna chooses among the variants.
-
-        From the same seed it suggests the same trials again, and reads the stored results of finished ones.
+        Those that a stage of this sweep has logged are left out.
         """
-        return self._run(stage, variants, samples)
+        earlier = [result for result in results if result.key not in self._logged]
+        for result in earlier:
+            self._tracker.finish_trial(result, partial(self._store.items, result.key))
+        return len(earlier)
 
     def stored(self, stage: Stage, variants: Sequence[Variant]) -> dict[Variant, Result]:
         """Return the stored results of a stage."""
         results = {v: self._store.load(self._prepared.result_key(v, stage.suite)) for v in variants}
         return {variant: result for variant, result in results.items() if result is not None}
 
-    def _run(self, stage: Stage, todo: Sequence[Variant], count: int) -> dict[Variant, Result]:
+    def _run(self, stage: Stage, todo: Sequence[Variant], progress: TrialProgress) -> dict[Variant, Result]:
         replicas, monitor = self._opened()
         monitor.enter("calibrating")
         for replica in range(self._prepared.plan.replicas):
             replicas.run_with_retries(
                 "calibration", lambda pipeline: gather_moments(self._prepared, pipeline, todo), replica
             )
-        trials = TrialProgress(count)
-        monitor.enter(stage.name, trials)
+        monitor.enter(stage.name, progress)
         with step(stage.name):
-            run_trials(self._prepared, replicas, self._tracker, stage, todo, trials)
-        self.failed |= trials.failed
-        self._warn(stage, trials)
-        return {result.variant: result for result in trials.results.values() if result.variant}
-
-    def _warn(self, stage: Stage, trials: TrialProgress) -> None:
-        for result in trials.results.values():
-            if result.unseen and result.variant and stage.purpose is not Purpose.CONFIRM:
-                logger.warning("%s: %s", result.variant.label, unseen_warning(result.unseen))
-        for variant, cause in trials.failed.items():
+            run_trials(self._prepared, replicas, self._tracker, stage, todo, progress)
+        ran = set(todo)  # `progress` may hold earlier batches too
+        results = {r.variant: r for r in progress.results.values() if r.variant and r.variant in ran}
+        failed = {variant: cause for variant, cause in progress.failed.items() if variant in ran}
+        self.failed |= failed
+        for variant, result in results.items():
+            if result.unseen and stage.purpose is not Purpose.CONFIRM:
+                logger.warning("%s: %s", variant.label, unseen_warning(result.unseen))
+        for variant, cause in failed.items():
             logger.warning("%s failed: %s", variant.label, cause)
+        return results
 
     def _opened(self) -> tuple[ReplicaGroup, SweepMonitor]:
         if self._open is None:

@@ -5,7 +5,6 @@ What follows from a lost worker is decided in `failure_policy`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -13,8 +12,6 @@ from dataclasses import asdict, dataclass
 @dataclass(frozen=True)
 class Finished:
     """The trial has a result in the store."""
-
-    objective: float
 
 
 @dataclass(frozen=True)
@@ -50,21 +47,16 @@ TrialReport = TrialOutcome | Masked
 _KIND = "trial_report"  # the key that says which type the dict is
 
 
-def to_tune(report: TrialReport, objective: str) -> dict[str, object]:
-    """Return the dict to report to Ray Tune.
-
-    It holds the metric `objective` in any case, because Optuna needs it in every report: infinite unless finished.
-    """
-    fields = asdict(report)
-    value = fields.pop("objective", math.inf)
-    return {_KIND: type(report).__name__, **fields, objective: value}
+def to_tune(report: TrialReport) -> dict[str, object]:
+    """Return the dict to report to Ray Tune."""
+    return {_KIND: type(report).__name__, **asdict(report)}
 
 
-def from_tune(values: Mapping[str, object], objective: str) -> TrialReport:
+def from_tune(values: Mapping[str, object]) -> TrialReport:
     """Return the report in a dict of Ray Tune, which adds its own keys. Raises ValueError for any other dict."""
-    kind, value = values.get(_KIND), values.get(objective)
-    if kind == Finished.__name__ and isinstance(value, float):
-        return Finished(value)
+    kind = values.get(_KIND)
+    if kind == Finished.__name__:
+        return Finished()
     if kind == Failed.__name__:
         return Failed(str(values["cause"]), str(values["traceback"]))
     if kind == WorkerLost.__name__:

@@ -1,4 +1,4 @@
-"""Runs trials with Ray Tune: a whole grid, or the trials that Optuna suggests. No other module imports ray.tune.
+"""Runs a list of trials with Ray Tune. No other module imports ray.tune.
 
 A trial runs in a process of its own, on the driver's node; it only calls a pipeline and waits, because the workers
 of the shards do the compute. Such a process imports this module, which therefore does not import MLflow.
@@ -15,19 +15,17 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from mlprune.errors import WorkerLostError
-from mlprune.evaluation.loss import loss_metrics, lower_is_better
 from mlprune.evaluation.suite import Suite
 from mlprune.runtime.actors import RayPipeline, pipeline_slot
 from mlprune.runtime.placement import trial_slots
 from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
 from mlprune.runtime.worker_logging import configure_worker_logging
 from mlprune.spec.variants import Variant, VariantValues
-from mlprune.storage.results import Result
 from mlprune.sweep.failure_policy import FailureDecision, FailurePolicy
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments
@@ -49,9 +47,7 @@ from mlprune.sweep.trial_progress import ActiveTrial, TrialProgress
 if TYPE_CHECKING:
     from ray import tune
     from ray.tune.experiment import Trial
-    from ray.tune.search.optuna import OptunaSearch
 
-    from mlprune.spec.schema import SweepSpec
     from mlprune.tracking.tracker import SweepTracker
 
 
@@ -69,38 +65,29 @@ def run_trials(
     todo: Sequence[Variant],
     progress: TrialProgress,
 ) -> None:
-    """Run the trials `todo` of a stage, or those that Optuna suggests; keep `progress` up to date."""
+    """Run the trials `todo` of a stage; keep `progress` up to date."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end a sweep as if it were finished
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints its panels whatever the verbosity
     policy = FailurePolicy(MAX_WORKER_LOSSES)
     remaining = list(todo)
     while remaining:
-        # Optuna suggests anew in each round, passes existing results quickly, and is done when no trial was lost
-        batch, alone = (remaining, False) if _uses_optuna(prepared.spec) else policy.next_round(remaining)
+        batch, alone = policy.next_round(remaining)
         listener = TrialListener(prepared, tracker, stage, progress, replicas.pipelines)
-        _run_round(prepared, replicas.pipelines, stage, policy.given_up, listener, batch, alone)
+        _run_round(prepared, replicas.pipelines, stage, listener, batch, alone)
         for variant, cause in listener.lost.items():
             if policy.record_loss(variant, cause) is FailureDecision.GIVE_UP:
                 listener.record_failure(variant, policy.given_up[variant], policy.given_up[variant])
         if listener.is_interrupted:
             replicas.repair()
-        if _uses_optuna(prepared.spec):
-            remaining = remaining if listener.is_interrupted else []
-        else:
-            ended = {result.variant for result in progress.results.values()} | progress.failed.keys()
-            remaining = [variant for variant in remaining if variant not in ended]
-
-
-def _uses_optuna(spec: SweepSpec) -> bool:
-    return spec.search.searcher == "optuna"
+        ended = {result.variant for result in progress.results.values()} | progress.failed.keys()
+        remaining = [variant for variant in remaining if variant not in ended]
 
 
 def _run_round(
     prepared: Prepared,
     pipelines: Sequence[RayPipeline],
     stage: Stage,
-    given_up: Mapping[Variant, str],
     listener: TrialListener,
     batch: Sequence[Variant],
     alone: bool,
@@ -111,25 +98,13 @@ def _run_round(
 
     # Tune would pass the driver's AWS keys to trials as settings of their processes, which Ray writes to its logs
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
-    spec, optuna = prepared.spec, _uses_optuna(prepared.spec)
     slots = trial_slots(prepared.plan.trials * len(pipelines))
-    function = tune.with_parameters(
-        tune_trial, prepared=prepared, pipelines=pipelines, stage=stage, given_up=given_up
-    )
+    function = tune.with_parameters(tune_trial, prepared=prepared, pipelines=pipelines, suite=stage.suite)
     with tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(function, {"CPU": 0, **slots}),
-            param_space=None if optuna else {"variant": tune.grid_search([v.to_dict() for v in batch])},
-            tune_config=tune.TuneConfig(
-                metric=spec.search.metric if optuna else None,
-                mode=_mode(spec) if optuna else None,
-                reuse_actors=True,
-                search_alg=_optuna_search(spec) if optuna else None,
-                num_samples=spec.search.samples if optuna and spec.search.samples else 1,
-                # with one trial at a time, Optuna's suggestions follow from its seed and from results alone, so
-                # that a sweep that is started again gets the same suggestions and resumes
-                max_concurrent_trials=1 if optuna or alone else None,
-            ),
+            param_space={"variant": tune.grid_search([variant.to_dict() for variant in batch])},
+            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=1 if alone else None),
             run_config=tune.RunConfig(
                 storage_path=scratch, name="sweep", callbacks=[_tune_callback(listener)], verbose=0
             ),
@@ -138,41 +113,18 @@ def _run_round(
         tuner.fit()
 
 
-def _optuna_search(spec: SweepSpec) -> OptunaSearch:
-    import optuna
-    from ray import tune
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    names = ("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
-    values = spec.search.model_dump(mode="json")
-    space = {name: tune.choice(values[name] or [None]) for name in names}
-    space["seed"] = tune.choice(values["seed"] or [spec.calibration.seed])
-    sampler = optuna.samplers.TPESampler(seed=spec.calibration.seed, multivariate=True, n_startup_trials=5)
-    return OptunaSearch({"variant": space}, metric=spec.search.metric, mode=_mode(spec), sampler=sampler)
-
-
-def _mode(spec: SweepSpec) -> str:
-    return "min" if lower_is_better(spec.search.metric) else "max"
-
-
 def tune_trial(
     config: TrialConfig,
     prepared: Prepared,
     pipelines: Sequence[RayPipeline],
-    stage: Stage,
-    given_up: Mapping[Variant, str],
+    suite: Suite,
 ) -> None:
     """Run one variant, unless its result exists, and report the outcome. Runs in a process of Ray Tune."""
     from ray import tune
 
     configure_worker_logging()
-    variant = _variant(config)
-    if variant in given_up:
-        outcome: TrialOutcome = Failed(given_up[variant], given_up[variant])
-    else:
-        outcome = _outcome(prepared, pipelines, stage.suite, variant, tune.get_context().get_trial_id())
-    tune.report(to_tune(outcome, prepared.spec.search.metric))
+    outcome = _outcome(prepared, pipelines, suite, _variant(config), tune.get_context().get_trial_id())
+    tune.report(to_tune(outcome))
 
 
 def _outcome(
@@ -184,9 +136,9 @@ def _outcome(
         if result is None:
             with pipeline_slot(pipelines, trial_id) as pipeline:
                 gather_moments(prepared, pipeline, [variant])  # only a repaired worker may lack them
-                result, items = run_trial(prepared, pipeline, variant, suite, _progress_report(prepared.spec))
+                result, items = run_trial(prepared, pipeline, variant, suite, _report_masked)
             store.save(result, items)
-        return Finished(_objective(prepared, result) if _uses_optuna(prepared.spec) else 0.0)
+        return Finished()
     except WorkerLostError as lost:
         return NotStarted(lost.cause) if lost.not_started else WorkerLost(lost.cause)
     except Exception as error:  # any error ends this trial only; the sweep reports it
@@ -194,21 +146,11 @@ def _outcome(
         return Failed(cause, traceback.format_exc())
 
 
-def _objective(prepared: Prepared, result: Result) -> float:
-    """Return the metric that Optuna optimizes. The dense model is evaluated before the trials."""
-    dense = prepared.result_store().load(prepared.result_key(None))
-    assert dense is not None
-    metrics = {**result.metrics, **loss_metrics(result.metrics, dense.metrics)}
-    return metrics[prepared.spec.search.metric]
-
-
-def _progress_report(spec: SweepSpec) -> Callable[[Mapping[str, float]], None]:
-    """Return a function that reports that the masks are made. Optuna needs its objective in every report: none."""
+def _report_masked(metrics: Mapping[str, float]) -> None:
+    """Report that the masks are made."""
     from ray import tune
 
-    if _uses_optuna(spec):
-        return lambda metrics: None
-    return lambda metrics: tune.report(to_tune(Masked(), spec.search.metric))
+    tune.report(to_tune(Masked()))
 
 
 def _variant(config: TrialConfig) -> Variant:
@@ -244,7 +186,7 @@ class TrialListener:
 
     def on_report(self, trial: Trial, values: Mapping[str, object]) -> None:
         variant = _variant(trial.config)
-        match from_tune(values, self._prepared.spec.search.metric):
+        match from_tune(values):
             case WorkerLost(cause):
                 self.lost[variant] = cause
             case NotStarted():

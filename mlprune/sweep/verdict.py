@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlprune.evaluation.estimates import rank_correlation
@@ -16,6 +16,7 @@ from mlprune.evaluation.loss import LOSS, lower_is_better
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
 from mlprune.sweep.claims import ClaimTest, claim_tests
+from mlprune.sweep.mixture_search import search_mixtures
 from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.racing import race
@@ -30,6 +31,7 @@ from mlprune.sweep.ranking import (
     task_metrics,
 )
 from mlprune.sweep.screening import choose, forecast_metric
+from mlprune.sweep.searching import search_grid
 from mlprune.sweep.stage import MASKS_ONLY, Purpose, Stage
 from mlprune.sweep.stage_runner import StageRunner
 
@@ -50,24 +52,34 @@ class Verdict:
 
 
 def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
-    """Screen, race or evaluate the trials, as the spec says; rank them, and confirm the best ones."""
+    """Screen, search, race or evaluate the trials, as the spec says; rank them, and confirm the best ones.
+
+    Mixtures are searched after screening, which does not concern them, and before the race, which they join.
+    """
     prepared, store = plan.prepared, plan.prepared.result_store()
     search = prepared.spec.search
     result = runner.dense(prepared.suite)
     dense = Trial(result, read_items(store.items(result.key), search.metric))
     variants, screened = _screen(plan, runner)
+    mixtures = search_mixtures(plan, runner, result)
     if search.searcher == "optuna" and search.samples:
-        results = runner.search(_selection(prepared), variants, search.samples)
+        results = search_grid(plan, runner, result)
+        results |= runner.run(_selection(prepared), mixtures.trials)
         trials = _trials(prepared, results)
     elif search.racing:
-        trials = race(prepared, runner, dense, variants)
+        trials = race(prepared, runner, dense, list(dict.fromkeys([*variants, *mixtures.trials])))
         runner.log_finished(trial.result for trial in trials if trial.standing is Standing.EVALUATED)
     else:
+        variants = list(dict.fromkeys([*variants, *mixtures.trials]))
         trials = _trials(prepared, runner.run(_selection(prepared), variants))
     if not any(trial.standing is Standing.EVALUATED for trial in trials):
         return Verdict(result, ())
+    screened = [trial for trial in screened if trial.result.variant not in mixtures.trials]
     ranking = rank_trials([*trials, *screened], dense, search.metric)
-    unfinished = tuple(trial for trial in (*trials, *screened) if trial.standing is not Standing.EVALUATED)
+    unfinished = (
+        *(trial for trial in (*trials, *screened) if trial.standing is not Standing.EVALUATED),
+        *_only_forecast(prepared, mixtures.forecast, ranking, runner.failed),
+    )
     confirmation = _confirm(plan, runner, ranking)
     if confirmation is None:
         return Verdict(result, ranking, task_agreements(ranking), unfinished)
@@ -92,11 +104,27 @@ def _screen(plan: SweepPlan, runner: StageRunner) -> tuple[Sequence[Variant], li
     chosen = choose({variant: result.metrics[metric] for variant, result in results.items()}, search.screen)
     logger.info("  %d of %d trials are evaluated", len(chosen), len(results))
     others = {variant: result for variant, result in results.items() if variant not in chosen}
-    rest = [
-        Trial(replace(result, key=plan.prepared.result_key(variant)), (), Standing.SCREENED)
-        for variant, result in others.items()
+    return chosen, _screened(plan.prepared, others)
+
+
+def _screened(prepared: Prepared, results: Mapping[Variant, Result]) -> list[Trial]:
+    """Return trials of which only forecasts are known."""
+    return [
+        Trial(replace(result, key=prepared.result_key(variant)), (), Standing.SCREENED)
+        for variant, result in results.items()
     ]
-    return chosen, rest
+
+
+def _only_forecast(
+    prepared: Prepared,
+    forecast: Mapping[Variant, Result],
+    ranking: Sequence[RankedVariant],
+    failed: Collection[Variant],
+) -> list[Trial]:
+    """Return the mixtures that were forecast and not evaluated. They are many, so they are not in the ranking."""
+    ranked = {result.variant for entry in ranking for result in entry.seeds}
+    rest = {v: result for v, result in forecast.items() if v not in ranked and v not in failed}
+    return _screened(prepared, rest)
 
 
 def _trials(prepared: Prepared, results: Mapping[Variant, Result]) -> list[Trial]:
