@@ -62,7 +62,7 @@ def language_cells(outcome: SweepOutcome) -> tuple[list[str], list[list[str]]]:
     dense = [f"{outcome.dense.metrics[f'bits_per_byte.{code}']:.{digits}f}" for code in languages]
     rows = [["dense model", *dense, *([""] if forecast else [])]]
     for rank, entry in enumerate(outcome.ranking, start=1):
-        cells = [_language(entry.metrics, code, len(languages)) for code in languages]
+        cells = [_language(entry, code, len(languages)) for code in languages]
         predicted = [f"{entry.metrics['forecast.mean']:.4f}" if "forecast.mean" in entry.metrics else ""]
         rows.append([f"{rank}{mark(entry)}", *cells, *(predicted if forecast else [])])
     return headers, rows
@@ -123,16 +123,19 @@ def _confirmed(entry: RankedVariant) -> str:
     return "" if entry.confirmed is None else estimate_text(entry.confirmed)
 
 
-def _language(metrics: Mapping[str, float], code: str, languages: int) -> str:
-    """Return the loss of a language, with bits per byte or fewer decimals as the number of languages allows."""
-    if f"{LOSS}{code}" not in metrics:
+def _language(entry: RankedVariant, code: str, languages: int) -> str:
+    """Return the loss of a language, with bits per byte or fewer decimals as the number of languages allows.
+
+    Bits per byte on fewer lines do not compare with the others': they are left out.
+    """
+    if f"{LOSS}{code}" not in entry.metrics:
         return ""
-    loss = metrics[f"{LOSS}{code}"]
+    loss = entry.metrics[f"{LOSS}{code}"]
     if languages > DECIMAL_COLUMNS:
         return f"{100 * loss:+.0f}%"
-    return (
-        f"{metrics[f'bits_per_byte.{code}']:.3f} {percent(loss)}" if languages <= BITS_COLUMNS else percent(loss)
-    )
+    if languages > BITS_COLUMNS or entry.standing is not Standing.EVALUATED:
+        return percent(loss)
+    return f"{entry.metrics[f'bits_per_byte.{code}']:.3f} {percent(loss)}"
 
 
 def _calibration(entry: RankedVariant) -> str:
