@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 from tests.tiny_models import source
 
+COMBINATIONS = ("mix", "max", "power=8", "variance=1", "rank")
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -39,6 +40,15 @@ def test_residency_prints_a_line_for_each_and_skips_nvme_where_it_cannot_be_comp
     assert list(lines) == ["resident", "zero/cpu", "zero/nvme"]
     assert all("pass" in lines[name] and "masks" in lines[name] for name in ("resident", "zero/cpu"))
     assert lines["zero/nvme"].startswith("skipped: pipeline.offload: nvme: needs libaio's headers")
+
+
+def test_combinations_prints_a_line_for_each_number_of_languages() -> None:
+    lines = table("combinations.py", "--counts", "2,3", "--rounds", "1", "--samples", "2", "--tokens", "64")
+    assert list(lines) == [" 2 languages", " 3 languages"]
+    for line in lines.values():
+        assert re.fullmatch(
+            r"passes \S+ s, masks .* them mix \S+, max \S+, power=8 \S+, variance=1 \S+, rank \S+", line
+        )
 
 
 def test_forecast_prints_correlations_of_its_stored_trials_and_resumes(tmp_path: Path) -> None:
