@@ -195,7 +195,7 @@ def _watch(file: str, package: JobPackage | None) -> Values:
 @click.option("--score", help="wanda, magnitude, ria, sparsegpt, contrastive:KIND/KIND, ... (docs/spec.md).")
 @click.option("--sparsity", type=float, help="Share of the weights to drop, in [0, 1).")
 @click.option("--pattern", help="unstructured, or n:m, e.g. 2:4.")
-@click.option("--allocation", help="uniform or owl.")
+@click.option("--allocation", help="uniform, owl, alpha, sensitivity-worst, ... (docs/spec.md).")
 @click.option("--propagation", help="sequential or dense.")
 @_new_folder
 @_corpus

@@ -8,6 +8,7 @@ from mlprune.evaluation.items import from_json
 from mlprune.evaluation.suite import Suite
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.allocations import measure_model_for
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.stage import Purpose, Stage
@@ -55,6 +56,7 @@ class LocalRunner(StageRunner):
 
     def _run(self, stage: Stage, todo: Sequence[Variant], progress: TrialProgress) -> dict[Variant, Result]:
         gather_moments(self._prepared, self._model, todo)
+        measure_model_for(self._prepared, self._model, todo)
         self.failed |= dict.fromkeys([one for one in todo if one in self._broken], "it is broken")
         trials = {one: run_trial(self._prepared, self._model, one, stage.suite) for one in todo}
         results = {

@@ -1,69 +1,22 @@
-"""Allocation: worked examples of outliers, and the exact mean sparsity for any layers."""
+"""Allocation: worked examples of linear ratios, and exact totals for any layers and matrices."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from mlprune.pruning.allocation import outlier_share, owl
-from mlprune.pruning.moments import Moments
+from mlprune.pruning.allocation import layer_counts, linear_ratios, matrix_counts
 
-
-def norms(*norm: float) -> Moments:
-    return Moments(3, torch.tensor(norm, dtype=torch.float64) ** 2)
+owl = partial(linear_ratios, spread=0.16)
 
 
 def mean(ratios: tuple[float, ...], weights: list[int]) -> float:
     return sum(ratio * weight for ratio, weight in zip(ratios, weights, strict=True)) / sum(weights)
 
 
-# outliers
-
-
-def test_worked_example_of_outliers() -> None:
-    # times the norms 1 2 3 4 and 5 6 7 160: their mean is 23.5, and one of eight is above five times that, 117.5
-    weight_OI = torch.tensor([[1.0, -1.0, 3.0, 1.0], [-5.0, 3.0, 7.0, -40.0]])
-    assert outlier_share([(weight_OI, norms(1.0, 2.0, 1.0, 4.0))]) == 1 / 8
-
-
-def test_mean_is_taken_over_all_matrices_of_the_layer() -> None:
-    small, large = (torch.ones(3, 10), norms(*[1.0] * 10)), (torch.ones(1, 2), norms(100.0, 100.0))
-    # 30 ones and 2 hundreds: the mean is 230 / 32 = 7.2, and each hundred is above five times that
-    assert outlier_share([small, large]) == 2 / 32
-    assert outlier_share([small]) == outlier_share([large]) == 0, "alone, each matrix has no outlier"
-    assert outlier_share([large, small]) == 2 / 32
-
-
-def test_outlier_is_above_five_times_the_mean() -> None:
-    assert outlier_share([(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]), norms(*[1.0] * 5))]) == 0
-    assert outlier_share([(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]), norms(*[1.0] * 6))]) == 1 / 6
-
-
-def test_matrix_without_tokens_is_ignored() -> None:
-    seen, unseen = (torch.tensor([[1.0] * 9 + [11.0]]), norms(*[1.0] * 10)), (torch.ones(8, 4), Moments.zeros(4))
-    assert outlier_share([seen]) == 1 / 10
-    assert outlier_share([unseen, seen, unseen]) == 1 / 10
-    assert outlier_share([unseen]) == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outliers_equal_those_of_all_scores_concatenated(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    layer: list[tuple[Tensor, Moments]] = []
-    for rows, width in ((30, 40), (50, 40), (40, 60)):
-        weight_OI = (torch.randn(rows, width, generator=generator) ** 3).to(dtype)
-        layer.append((weight_OI, norms(*torch.rand(width, generator=generator).exp().tolist())))
-    scores = torch.cat([(w.double().abs() * seen.sumsq_I.sqrt()).flatten() for w, seen in layer])
-    share = float((scores > 5 * scores.mean()).double().mean())
-    assert share > 0.01
-    assert outlier_share(layer) == share
-    assert outlier_share([(weight_OI.T.contiguous().T, seen) for weight_OI, seen in layer]) == share
-
-
-# sparsities
+# ratios of layers
 
 
 def test_worked_example_of_owl() -> None:
@@ -119,3 +72,54 @@ def test_shares_are_scaled_linearly_to_the_whole_range(shares: list[float], mill
     spread = max(shares) - min(shares)
     for share, ratio in zip(shares, ratios, strict=True):
         assert max(ratios) - ratio == pytest.approx(0.16 * (share - min(shares)) / spread, abs=1e-12)
+
+
+# whole numbers
+
+
+def test_worked_example_of_rounding_to_a_total() -> None:
+    # 2.5, 1.25 and 2.25 of 5 weights: one more is missing from the floors, and goes to the largest remainder
+    assert layer_counts((0.5, 0.25, 0.45), [5, 5, 5], 6) == (3, 1, 2)
+    assert layer_counts((0.5, 0.5), [5, 5], 5) == (3, 2), "of equal remainders the first goes up"
+    assert layer_counts((0.5, 0.5), [4, 4], 4) == (2, 2)
+
+
+def test_worked_example_of_the_matrices_of_a_layer() -> None:
+    # uniform drops 4 of 10 and 8 of 20
+    assert matrix_counts([4, 8], [10, 20], 12) == (4, 8)
+    assert matrix_counts([4, 8], [10, 20], 6) == (2, 4)
+    assert matrix_counts([4, 8], [10, 20], 21) == (7, 14), "half of what uniform keeps is dropped too"
+    assert matrix_counts([4, 8], [10, 20], 0) == (0, 0)
+    assert matrix_counts([4, 8], [10, 20], 30) == (10, 20)
+    assert matrix_counts([0, 0], [10, 20], 0) == (0, 0)
+    assert matrix_counts([0, 8], [1, 20], 9) == (0, 9), "a narrow matrix from which uniform drops nothing"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(1, 10**9)), min_size=1, max_size=40), st.integers(0, 999))
+def test_layers_drop_the_total_to_a_weight(layers: list[tuple[float, int]], mille: int) -> None:
+    signals, weights = [signal for signal, _ in layers], [weight for _, weight in layers]
+    total = sum(weight * mille // 1000 for weight in weights)
+    ratios = linear_ratios(signals, weights, total / sum(weights), 0.3)
+    counts = layer_counts(ratios, weights, total)
+    assert sum(counts) == total
+    for count, ratio, weight in zip(counts, ratios, weights, strict=True):
+        assert abs(count - ratio * weight) < 1 + 1e-6
+        assert 0 <= count <= weight
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.lists(st.integers(1, 10**6), min_size=1, max_size=12), st.integers(0, 999))
+def test_matrices_drop_the_total_of_their_layer_to_a_weight(
+    data: st.DataObject, sizes: list[int], mille: int
+) -> None:
+    uniform = [size * mille // 1000 for size in sizes]
+    total = data.draw(st.integers(0, sum(sizes)))
+    counts = matrix_counts(uniform, sizes, total)
+    assert sum(counts) == total
+    assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    assert matrix_counts(uniform, sizes, sum(uniform)) == tuple(uniform)
+    if total <= sum(uniform):
+        assert all(count <= most for count, most in zip(counts, uniform, strict=True))
+    else:
+        assert all(count >= least for count, least in zip(counts, uniform, strict=True))

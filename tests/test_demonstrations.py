@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from mlprune.data.corpora import Corpus, calibration_lines, held_out, open_corpus
+from mlprune.data.corpora import Corpus, calibration_lines, held_out, measuring_lines, open_corpus
 from mlprune.data.demonstrations import build_prompt, sample_lines
 from mlprune.errors import CorpusError, SpecError
 from mlprune.spec.calibrations import Demonstration
@@ -86,6 +86,14 @@ def test_no_line_is_skipped_none_used_twice_and_none_made_up() -> None:
     assert len(order) - 4 < len({line for run in runs for line in run}) == 4 * len(runs) <= len(order)
     texts = [build_prompt(corpus, FRENCH_ONLY, run, "{text}", "\n") for run in runs]
     assert "".join(texts) == "".join(f"{corpus.lines['fr'][line]}\n" for line in order[: 4 * len(runs)])
+
+
+def test_lines_for_measuring_are_spaced_over_the_text_that_is_not_held_out() -> None:
+    corpus = sample()
+    order = sorted(calibration_lines(corpus, 0))
+    assert measuring_lines(corpus, 4) == tuple(order[n * len(order) // 4] for n in range(4))
+    assert measuring_lines(corpus, 10**6) == tuple(order)
+    assert len({corpus.documents[line] for line in measuring_lines(corpus, 8)}) == 8
 
 
 # How they are set out

@@ -17,7 +17,7 @@ from mlprune.report.ranking import LEGEND
 from mlprune.spec.calibrations import Calibration, CombinationKind
 from mlprune.spec.loading import load_spec, parse_spec, sweeps_folder
 from mlprune.spec.schema import DEFAULT_STORAGE, SweepSpec
-from mlprune.spec.variants import Pattern
+from mlprune.spec.variants import Allocation, Pattern
 from mlprune.sweep.grid import variants_of
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +69,9 @@ def test_the_tables_of_rules_and_combinations_are_complete() -> None:
     (table,) = re.findall(r"^\| `score` \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
     names = [name for row in table.splitlines() for name in re.findall(r"`(.*?)`", row.split("|")[1])]
     assert names == list(SCORES)
+    (table,) = re.findall(r"^\| `allocation` \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    names = [name for row in table.splitlines() for name in re.findall(r"`(.*?)`", row.split("|")[1])]
+    assert names == list(get_args(Allocation))
 
 
 def test_the_readme_shows_a_ranking_as_it_is_printed() -> None:

@@ -1,7 +1,7 @@
 """The lists of a search to trials in canonical form."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -102,12 +102,24 @@ def test_allocation_needs_a_calibration_where_the_score_does_not_and_no_pattern(
     ]
 
 
+def test_allocations_that_read_no_calibration_need_none() -> None:
+    keys = {"score": ["magnitude", "random"], "allocation": ["alpha", "sensitivity-worst"], "seed": [1, 2]}
+    assert labels(**keys, calibration=["mono:en", "mono:fr"]) == [
+        "magnitude 0.5 alpha",
+        "magnitude 0.5 sensitivity-worst",
+        "random 0.5 alpha seed 1",
+        "random 0.5 alpha seed 2",
+        "random 0.5 sensitivity-worst seed 1",
+        "random 0.5 sensitivity-worst seed 2",
+    ]
+
+
 @pytest.mark.parametrize(
     "score", [name for name in SCORES if name != "contrastive"] + ["contrastive:mono:fr/code"]
 )
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("propagation", ["dense", "sequential"])
-@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+@pytest.mark.parametrize("allocation", get_args(Allocation))
 def test_a_trial_in_canonical_form_stays_what_it_is(
     score: str, pattern: str, propagation: Propagation, allocation: Allocation
 ) -> None:
@@ -115,7 +127,7 @@ def test_a_trial_in_canonical_form_stays_what_it_is(
     assert parse_variant(**made.to_dict()) == made
     assert Variant.from_dict(made.to_dict()) == made
     assert Variant.from_dict(json.loads(json.dumps(made.to_dict()))).key == made.key
-    if made.propagation == "sequential" and made.allocation == "uniform":
+    if made.propagation == "sequential" and made.allocation != "owl":
         assert not needs_dense_moments(made)
     if made.sides and (made.propagation == "dense" or made.allocation == "owl"):
         assert needs_dense_moments(made)

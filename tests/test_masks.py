@@ -116,6 +116,20 @@ def test_a_matrix_loses_its_smallest_scores(seed: int, rows: int, width: int, le
     assert torch.equal(keep_OI, keep_all_but(score_OI, drop))
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 70), st.integers(1, 6))
+def test_rows_lose_an_exact_number_in_all(
+    data: st.DataObject, seed: int, rows: int, width: int, levels: int
+) -> None:
+    score_OI = scores(seed, rows, width, levels)
+    drop = data.draw(st.integers(0, rows * width))
+    keep_OI = keep_all_but(score_OI, drop, within="row")
+    each, further = divmod(drop, rows)
+    for row in range(rows):
+        expected = by_sorting(score_OI[row : row + 1], each + (row < further))
+        assert torch.equal(keep_OI[row : row + 1], expected)
+
+
 def test_within_a_matrix_rows_may_lose_all_or_nothing() -> None:
     score_OI = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
     assert keep_mask(score_OI, 0.5, UNSTRUCTURED, within="matrix").tolist() == [[False] * 4, [True] * 4]

@@ -314,7 +314,22 @@ MISTAKES = [
     setting("power 0", PRUNES, combined("power=0:mono:en,mono:fr"), "search.calibration[0]: 'power=0'", "than 0"),
     setting("twice", PRUNES, combined("rank:mono:en,mono:en"), "search.calibration[0]: 'rank:", "each part once"),
     setting("language", PRUNES, combined("max:mono:en,mono:uk"), "calibration.corpus: ", "uk"),
-    option("--allocation", "prune", ("--allocation", "owls"), "", "allocation", "'owls'", "'uniform' or 'owl'"),
+    option(
+        "--allocation",
+        "prune",
+        ("--allocation", "owls"),
+        "",
+        "allocation",
+        "'owls'",
+        "'owl', 'alpha', ",
+    ),
+    setting(
+        "agreement of one language",
+        ALL,
+        ["search.allocation=[uniform,disagreement]", f"{LANGUAGES}=[fr]"],
+        "search.allocation: 'disagreement': ",
+        f"two or more in {LANGUAGES}",
+    ),
     setting("slots", PRUNES, 'calibration.template="{language}: "', "calibration.template: '{lang", "{text}"),
     setting("slot", PRUNES, 'calibration.template="{text} {line}"', "calibration.template: '{text}", "{line}"),
     setting(

@@ -110,7 +110,7 @@ def test_worked_example_of_wanda_alpha() -> None:
     expected_OI = torch.tensor([[6 / 6, 0.0, 1 / 6], [23 / 23, 0.0, 8 / 23]])
     assert torch.equal(wanda_alpha(WEIGHT_OI, [SEEN], 0), expected_OI)
     # alpha between 1/6 and 8/23 drops three of the six: two of the first row, one of the second
-    keep_OI = keep_mask(expected_OI, 0.5, UNSTRUCTURED, SCORES["wanda-alpha"].within)  # type: ignore[union-attr]
+    keep_OI = keep_mask(expected_OI, 0.5, UNSTRUCTURED, SCORES["wanda-alpha"].within)
     assert keep_OI.tolist() == [[True, False, False], [True, False, True]]
 
 

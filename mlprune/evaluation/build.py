@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlprune.data.corpora import Corpus, calibration_lines, split_held_out
+from mlprune.data.corpora import Corpus, calibration_lines, measuring_lines, split_held_out
 from mlprune.evaluation.choices import build_reviews, build_xnli
 from mlprune.evaluation.knowledge import compressed_bits_per_byte
 from mlprune.evaluation.perplexity import build_perplexity, held_out_lines, in_blocks
@@ -20,6 +20,9 @@ from mlprune.spec.schema import SweepSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MEASURING_LINES = 8  # per language; each layer of the model is evaluated on them
 
 
 def required_languages(evaluation: EvaluationSpec) -> tuple[str, ...]:
@@ -75,6 +78,22 @@ def build_evaluation(
         confirmation=Suite((likelihood_of(lines.confirmation),)) if lines.confirmation else None,
         compressed_bits=_compressed_bits(corpus, perplexity.languages, lines.selection),
     )
+
+
+def build_measuring(
+    spec: SweepSpec,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+    pad_free: bool,
+) -> Suite:
+    """Return the likelihood of a few calibration lines in each language, on which single layers are measured.
+
+    They are not held out, so that an allocation is chosen without the lines that trials are ranked by.
+    """
+    lines = measuring_lines(corpus, MEASURING_LINES)
+    perplexity = spec.evaluation.perplexity
+    return Suite((build_perplexity(perplexity, corpus, lines, tokenizer, positions, pad_free),))
 
 
 def _compressed_bits(corpus: Corpus, languages: Sequence[str], selection: Sequence[int]) -> dict[str, float]:

@@ -80,8 +80,8 @@ class Resident(Residency):
 
 @contextmanager
 def masked_by(layer: nn.Module, masks: LayerMasks | None) -> Iterator[None]:
-    """Apply `masks` to the borrowed layer until the block ends; None leaves it dense."""
-    if masks is None:
+    """Apply `masks` to the borrowed layer until the block ends; without any it stays dense."""
+    if not masks:
         yield
         return
     dense = {name: layer.get_parameter(name).data for name in pruned_parameters(layer)}
@@ -105,6 +105,7 @@ def masked(layer: nn.Module, masks: LayerMasks) -> dict[str, Tensor]:
         name: layer.get_parameter(name).data.clone(memory_format=torch.preserve_format)
         for name in pruned_parameters(layer)
     }
-    for name, matrix in matrices(layer).items():
-        masks[name].apply_(matrix.view_OI(copies[matrix.parameter]))
+    by_name = matrices(layer)
+    for name, mask in masks.items():
+        mask.apply_(by_name[name].view_OI(copies[by_name[name].parameter]))
     return copies

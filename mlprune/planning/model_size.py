@@ -23,7 +23,7 @@ from mlprune.spec.variants import Pattern
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a model in a dtype, and the input widths that the group of an n:m pattern must divide."""
+    """Sizes of a model in a dtype, and the shapes of the matrices that are pruned."""
 
     layers: tuple[int, ...]  # bytes of each decoder layer
     ends: tuple[int, int]  # bytes of the embedding (first shard) and of the head (last shard)
@@ -33,7 +33,7 @@ class ModelSize:
     active: int  # weights used per token, head included; of a mixture, only the experts that a token is routed to
     packed: int  # elements of the largest layer when packed for ZeRO
     largest_matrix: int  # number of weights
-    widths: Mapping[str, int]  # matrix -> input channels
+    shapes: Mapping[str, tuple[int, int]]  # matrix, e.g. 0.mlp.down_proj -> output and input channels
     layer_widths: tuple[int, ...]  # sum of the input channels of each layer's matrices
     hidden: int  # hidden width
     intermediate: int  # input channels of the widest matrix
@@ -43,6 +43,11 @@ class ModelSize:
     positions: int | None  # maximum context length in tokens
     has_experts: bool
     dtype: torch.dtype
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return the input channels of each matrix."""
+        return {name: width for name, (_, width) in self.shapes.items()}
 
     @property
     def pruned_total(self) -> int:
@@ -65,7 +70,7 @@ def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mo
         model = meta_model(config).to(dtype)
         _, layers = decoder_layers(model, layer_count(config))
     text = config.get_text_config()
-    widths: dict[str, int] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     layer_widths: Counter[int] = Counter()
     pruned, routed = [], 0
     largest = 0
@@ -73,7 +78,7 @@ def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mo
         counts = []
         for key, matrix in matrices(layer).items():
             rows, columns = matrix.view_OI(layer.get_parameter(matrix.parameter)).shape
-            widths[f"{number}.{key}"] = columns
+            shapes[f"{number}.{key}"] = rows, columns
             layer_widths[number] += columns
             counts.append(rows * columns)
             routed += rows * columns * (matrix.expert is not None)
@@ -91,10 +96,10 @@ def measure_model(config: PretrainedConfig, dtype: torch.dtype, name: str) -> Mo
         active=sum(pruned) - routed + routed * used // experts + head.weight.numel(),
         packed=max(Layout.of(layer, dtype).elements for layer in layers),
         largest_matrix=largest,
-        widths=widths,
+        shapes=shapes,
         layer_widths=tuple(layer_widths[number] for number in range(len(layers))),
         hidden=int(text.hidden_size),
-        intermediate=max(widths.values()),
+        intermediate=max(columns for _, columns in shapes.values()),
         heads=int(text.num_attention_heads),
         cached=_cached(text),
         vocabulary=len(embedding.weight),

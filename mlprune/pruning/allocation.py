@@ -1,67 +1,72 @@
-"""Allocation of a target sparsity to the layers of a model.
+"""Allocation of weights to drop: from a ratio for each layer to whole numbers for layers and matrices.
 
-`uniform` gives every layer the same sparsity. `owl` (Yin et al. 2024, arXiv 2310.05175) keeps a layer denser if
-its scores contain more outliers. Scores and masks are not here.
-
-O: output channels (rows). I: input channels.
+The total is that of `uniform`, to a weight. What the ratios follow from is in `outliers`, `spectra`, `agreement`
+and `sensitivity`; masks are not here.
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from collections.abc import Sequence
 
-from mlprune.pruning.moments import Moments
-
-OUTLIER = 5  # an outlier is more than this many times the mean: the paper's M
-LAMBDA = 0.08  # two layers' sparsities differ by at most twice this: the paper's lambda
 # No layer is emptied to keep others denser, unless the requested sparsity is higher still.
 CEILING = 0.99
 
 
-def outlier_share(matrices: Sequence[tuple[Tensor, Moments]]) -> float:
-    """Return the share of outliers among |W_ij| * ||X_j|| over all matrices of one decoder layer, each [O, I].
+def linear_ratios(
+    signals: Sequence[float], weights: Sequence[int], sparsity: float, spread: float
+) -> tuple[float, ...]:
+    """Return the sparsity of each layer: the largest signal gives the lowest, linearly.
 
-    The mean is taken over all the matrices together. An expert's matrix that no token reached is ignored. To save
-    memory, scores are computed twice, one matrix at a time, and not kept.
+    `weights` are the layers' numbers of prunable weights. The signals are scaled to a range of `spread` and
+    shifted until the mean over all weights is `sparsity`. Every layer stays within [0, 0.99], or [0, sparsity] if
+    that is wider, and the other layers compensate. Equal signals give all layers the same sparsity.
     """
-    count = sum(weight_OI.numel() for weight_OI, moments in matrices if moments.tokens)
-    if not count:
-        return 0.0
-    total = sum(float(score_OI.sum(dtype=torch.float64)) for score_OI in _scores(matrices))
-    threshold = OUTLIER * total / count
-    return sum(int((score_OI > threshold).sum()) for score_OI in _scores(matrices)) / count
-
-
-def _scores(matrices: Sequence[tuple[Tensor, Moments]]) -> Iterator[Tensor]:
-    for weight_OI, moments in matrices:
-        if moments.tokens:
-            yield weight_OI.float().abs() * moments.norm_I
-
-
-def owl(shares: Sequence[float], weights: Sequence[int], sparsity: float) -> tuple[float, ...]:
-    """Return the sparsity of each layer, from its share of outliers and the number of its prunable weights.
-
-    The shares are scaled linearly to a range of 2 * LAMBDA, with the most outliers giving the lowest sparsity, and
-    shifted until the mean over all weights is `sparsity`. Departures from the authors' code:
-
-    - the mean is weighted by the layers' numbers of weights (theirs counts layers);
-    - every layer stays within [0, 0.99], or [0, sparsity] if that is wider, and the other layers compensate;
-    - equal shares give all layers the same sparsity (theirs: 0 / 0).
-    """
-    least, most = min(shares), max(shares)
+    least, most = min(signals), max(signals)
     if least == most:
-        return (sparsity,) * len(shares)
-    offsets = [-2 * LAMBDA * (share - least) / (most - least) for share in shares]
+        return (sparsity,) * len(signals)
+    offsets = [-spread * (signal - least) / (most - least) for signal in signals]
     ceiling, budget = max(CEILING, sparsity), sparsity * sum(weights)
 
     def shifted(shift: float) -> tuple[float, ...]:
         return tuple(min(max(offset + shift, 0.0), ceiling) for offset in offsets)
 
     # at `low` all layers are at zero, at `high` all are at the ceiling; the number dropped grows with the shift
-    low, high = 0.0, 1 + 2 * LAMBDA
+    low, high = 0.0, 1 + spread
     for _ in range(64):  # enough halvings for the last bit of a float64
         middle = (low + high) / 2
         dropped = sum(ratio * weight for ratio, weight in zip(shifted(middle), weights, strict=True))
         low, high = (middle, high) if dropped < budget else (low, middle)
     return shifted(high)
+
+
+def layer_counts(ratios: Sequence[float], weights: Sequence[int], total: int) -> tuple[int, ...]:
+    """Return how many weights each layer drops: `ratios` of `weights`, rounded so that the sum is `total`."""
+    return _rounded([ratio * weight for ratio, weight in zip(ratios, weights, strict=True)], total)
+
+
+def matrix_counts(uniform: Sequence[int], sizes: Sequence[int], total: int) -> tuple[int, ...]:
+    """Return how many weights each matrix of a layer drops, `total` in all.
+
+    `uniform` holds the numbers that `uniform` drops, `sizes` the numbers of weights. A total between nothing and
+    that of `uniform`, or between that of `uniform` and everything, is interpolated in every matrix. So zero drops
+    nothing, and the total of `uniform` gives exactly `uniform`.
+    """
+    least, most = sum(uniform), sum(sizes)
+    if total <= least:
+        shares = [count * total / least if least else 0.0 for count in uniform]
+    else:
+        further = (total - least) / (most - least)
+        shares = [count + (size - count) * further for count, size in zip(uniform, sizes, strict=True)]
+    return _rounded(shares, total)
+
+
+def _rounded(shares: Sequence[float], total: int) -> tuple[int, ...]:
+    """Round shares to whole numbers that add up to `total`: those with the largest remainders go up."""
+    counts = [math.floor(share) for share in shares]
+    missing = total - sum(counts)
+    assert 0 <= missing <= len(counts), "the shares do not add up to the total"
+    by_remainder = sorted(range(len(shares)), key=lambda n: counts[n] - shares[n])
+    for n in by_remainder[:missing]:
+        counts[n] += 1
+    return tuple(counts)

@@ -21,18 +21,18 @@ from torch import Tensor
 
 from mlprune.spec.variants import Pattern
 
+Within = Literal["row", "matrix"]  # what an unstructured mask compares scores within
 
-def dropped_per_row(width: int, sparsity: float) -> int:
-    """Return floor(width * sparsity), computed exactly from the sparsity's decimal notation.
+
+def dropped_per_row(width: int, sparsity: float | Fraction) -> int:
+    """Return floor(width * sparsity), computed exactly from the sparsity's decimal notation, or its fraction.
 
     In binary, 100 * 0.29 is 28.999999999999996, but a user who writes 0.29 means 29 of 100.
     """
     return math.floor(width * Fraction(str(sparsity)))
 
 
-def keep_mask(
-    score_OI: Tensor, sparsity: float, pattern: Pattern, within: Literal["row", "matrix"] = "row"
-) -> Tensor:
+def keep_mask(score_OI: Tensor, sparsity: float, pattern: Pattern, within: Within = "row") -> Tensor:
     """Return the mask that drops the smallest scores of each row, of the whole matrix, or of each group of n:m.
 
     `within` is what an unstructured mask compares scores within; an n:m pattern compares within its groups. Among
@@ -40,17 +40,29 @@ def keep_mask(
     """
     if pattern.group:
         return _keep_in_groups(score_OI, pattern)
+    rows, width = score_OI.shape
+    return keep_all_but(score_OI, uniform_count(rows, width, sparsity, within), within)
+
+
+def uniform_count(rows: int, width: int, sparsity: float, within: Within) -> int:
+    """Return how many weights of a matrix an unstructured mask drops, if every layer has the same sparsity."""
     if within == "matrix":
-        return keep_all_but(score_OI, dropped_per_row(score_OI.numel(), sparsity))
-    return _keep_in_rows(score_OI, dropped_per_row(score_OI.shape[1], sparsity))
+        return dropped_per_row(rows * width, sparsity)
+    return rows * dropped_per_row(width, sparsity)
 
 
-def keep_all_but(score_OI: Tensor, drop: int) -> Tensor:
-    """Return the mask that drops the `drop` smallest scores of the matrix.
+def keep_all_but(score_OI: Tensor, drop: int, within: Within = "matrix") -> Tensor:
+    """Return the mask that drops exactly `drop` weights: the smallest scores of the matrix, or of each row.
 
-    Among equal scores the first in row-major order is dropped first.
+    Within rows, each row drops the same number, or where `drop` is no multiple of the rows, the first rows one
+    more. Among equal scores the first in row-major order is dropped first.
     """
-    return _keep_in_rows(score_OI.reshape(1, -1), drop).reshape(score_OI.shape)
+    if within == "matrix":
+        return _keep_in_rows(score_OI.reshape(1, -1), drop).reshape(score_OI.shape)
+    each, further = divmod(drop, len(score_OI))
+    if not further:
+        return _keep_in_rows(score_OI, each)
+    return torch.cat([_keep_in_rows(score_OI[:further], each + 1), _keep_in_rows(score_OI[further:], each)])
 
 
 def _keep_in_rows(score_OI: Tensor, drop: int) -> Tensor:

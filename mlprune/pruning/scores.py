@@ -12,12 +12,13 @@ O: output channels (rows). I: input channels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from mlprune.errors import SpecError
+from mlprune.pruning.masks import Within
 from mlprune.pruning.moments import Moments
 from mlprune.pruning.sparsegpt import sparsegpt
 from mlprune.spec.variants import Pattern
@@ -130,7 +131,7 @@ class Score:
 
     function: Callable[[Tensor, Sequence[Moments], int], Tensor]
     sides: int
-    within: Literal["row", "matrix"] = "row"
+    within: Within = "row"
     seeded: bool = False
 
 
@@ -139,11 +140,12 @@ class Solver:
     """A rule that selects the weights to keep itself, and changes their values.
 
     `function` maps (weight_OI, moments with a Gram matrix, sparsity, pattern) to (keep_OI bool, new weight_OI,
-    float32).
+    float32). `within` is what its number of dropped weights is counted within.
     """
 
-    function: Callable[[Tensor, Moments, float, Pattern], tuple[Tensor, Tensor]]
+    function: Callable[[Tensor, Moments, float | Fraction, Pattern], tuple[Tensor, Tensor]]
     sides: int = 1
+    within: Within = "matrix"
 
 
 SCORES: dict[str, Score | Solver] = {

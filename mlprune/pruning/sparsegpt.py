@@ -15,6 +15,8 @@ O: output channels (rows). I: input channels. C: the channels of one block.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,9 @@ class SingularHessianError(Exception):
     """The Hessian of a matrix is not positive definite, or not finite. The caller adds which matrix it is."""
 
 
-def sparsegpt(weight_OI: Tensor, moments: Moments, sparsity: float, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def sparsegpt(
+    weight_OI: Tensor, moments: Moments, sparsity: float | Fraction, pattern: Pattern
+) -> tuple[Tensor, Tensor]:
     """Return the mask, [O, I] bool, and the updated weights, [O, I] float32, which are +0 where dropped.
 
     Unstructured masks compare weights within a block of 128 columns; n:m masks compare within each group, after

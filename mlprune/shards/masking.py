@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mlprune.errors import ModelError
-from mlprune.models.matrices import Matrix, matrices
-from mlprune.pruning.allocation import outlier_share
+from mlprune.models.matrices import matrices
+from mlprune.pruning.allocation import matrix_counts
 from mlprune.pruning.combinations import combine
 from mlprune.pruning.energy import dropped_energy
-from mlprune.pruning.masks import LayerMasks, PackedMask, PackedWeights, keep_mask
+from mlprune.pruning.masks import LayerMasks, PackedMask, PackedWeights, keep_all_but, keep_mask, uniform_count
 from mlprune.pruning.moments import Moments
 from mlprune.pruning.ranks import best_rank
 from mlprune.pruning.scores import SCORES, Score, Solver, find_score
@@ -74,7 +74,7 @@ class MaskRecipe:
 
     variant: Variant
     sides: tuple[Side, ...] = ()
-    ratios: tuple[float, ...] = ()  # the sparsity of each layer of the model; empty: the same everywhere
+    dropped: tuple[int, ...] = ()  # how many weights each layer of the model drops; empty: `uniform`
     forecasts: tuple[tuple[str, str], ...] = ()  # (language, key)
 
     @property
@@ -91,8 +91,14 @@ class MaskRecipe:
         """Whether the rule needs products of channels, not only their squares."""
         return isinstance(self.rule, Solver)
 
-    def sparsity(self, layer: int) -> float:
-        return self.ratios[layer] if self.ratios else self.variant.sparsity
+    def drops(self, layer: int, weights_OI: Mapping[str, Tensor]) -> Mapping[str, int]:
+        """Return how many weights each matrix of a layer drops; empty: `uniform`."""
+        if not self.dropped:
+            return {}
+        shapes = [(len(weight_OI), weight_OI.shape[1]) for weight_OI in weights_OI.values()]
+        sizes = [rows * width for rows, width in shapes]
+        uniform = [uniform_count(*shape, self.variant.sparsity, self.rule.within) for shape in shapes]
+        return dict(zip(weights_OI, matrix_counts(uniform, sizes, self.dropped[layer]), strict=True))
 
     def read(self, gathered: Gathered, name: str) -> list[Reading]:
         """Return what the rule reads of a matrix.
@@ -121,54 +127,57 @@ class MaskSummary:
     energy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-def outliers_of_layer(layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered) -> float:
-    """Return the share of outliers among weights times inputs of the borrowed dense layer; OWL allocates by it.
-
-    If ranks of several texts are combined, it is the largest share of any text.
-    """
-    weights = {name: _weight(layer, matrix) for name, matrix in matrices(layer).items()}
-    return max(
-        outlier_share([(weight_OI, text.moments(gathered, name)) for name, weight_OI in weights.items()])
-        for text, _ in recipe.sides[0].texts
-    )
-
-
 def masks_of_layer(
     index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered, dense: Gathered
 ) -> tuple[LayerMasks, MaskSummary]:
     """Return the masks (or changed weights) of the borrowed dense layer `index`, and their summary.
 
-    `gathered` holds the moments that the rule reads, `dense` those of the recipe's forecasts.
+    `gathered` holds the moments that the rule reads, `dense` those of the recipe's forecasts. A matrix that drops
+    nothing has no mask, so a layer may have none at all.
 
     Raises ModelError when a score is not finite, or a Hessian is singular.
     """
     masks, unseen = {}, []
     energy: dict[str, list[float]] = {language: [] for language, _ in recipe.forecasts}
-    for name, matrix in matrices(layer).items():
-        readings = recipe.read(gathered, name)
-        if not readings[0].is_complete:
-            unseen.append(f"{index}.{name}")
-        weight_OI = _weight(layer, matrix)
-        keep_OI, masks[name] = _mask(index, name, weight_OI, recipe, readings)
+    weights_OI = layer_weights(layer)
+    drops = recipe.drops(index, weights_OI)
+    for name, weight_OI in weights_OI.items():
+        if drops.get(name) == 0:
+            keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
+        else:
+            readings = recipe.read(gathered, name)
+            if not readings[0].is_complete:
+                unseen.append(f"{index}.{name}")
+            keep_OI, masks[name] = _mask(index, name, weight_OI, recipe, readings, drops.get(name))
         for language, share in _forecast(index, name, weight_OI, keep_OI, recipe, dense).items():
             energy[language].append(share)
-    return masks, _summary(masks, unseen, energy)
+    weights = sum(weight_OI.numel() for weight_OI in weights_OI.values())
+    return masks, _summary(masks, weights, unseen, energy)
 
 
-def _weight(layer: torch.nn.Module, matrix: Matrix) -> Tensor:
-    return matrix.view_OI(layer.get_parameter(matrix.parameter).data)
+def layer_weights(layer: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the layer's matrices as views [O, I] of its parameters, by name."""
+    return {
+        name: matrix.view_OI(layer.get_parameter(matrix.parameter).data)
+        for name, matrix in matrices(layer).items()
+    }
 
 
 def _mask(
-    index: int, name: str, weight_OI: Tensor, recipe: MaskRecipe, readings: Sequence[Reading]
+    index: int,
+    name: str,
+    weight_OI: Tensor,
+    recipe: MaskRecipe,
+    readings: Sequence[Reading],
+    drop: int | None,
 ) -> tuple[Tensor, PackedMask | PackedWeights]:
-    """Return which weights are kept, as a boolean matrix and packed."""
+    """Return which weights are kept, as a boolean matrix and packed; `drop` None: as many as `uniform` drops."""
     rule, where = recipe.rule, f"layer {index}, {name}"
     for reading in readings:
         for side in reading.sides:
             _check_finite(side.sumsq_I, "the sums of its inputs", where)
     if isinstance(rule, Solver) and readings[0].is_complete:
-        keep_OI, changed_OI = _solved(rule, weight_OI, readings[0].sides[0], recipe, index, where)
+        keep_OI, changed_OI = _solved(rule, weight_OI, readings[0].sides[0], recipe, drop, where)
         return keep_OI, PackedWeights.pack(keep_OI, changed_OI)
     score = rule if isinstance(rule, Score) else UNSEEN
     seed, pattern = _seed(recipe.variant.seed, index, name), recipe.variant.pattern
@@ -182,16 +191,20 @@ def _mask(
         score_OI = scored(readings[0])
     else:
         score_OI = best_rank(((scored(one), one.weight) for one in readings), pattern, score.within)
-    keep_OI = keep_mask(score_OI, recipe.sparsity(index), pattern, score.within)
+    if drop is None:
+        keep_OI = keep_mask(score_OI, recipe.variant.sparsity, pattern, score.within)
+    else:
+        keep_OI = keep_all_but(score_OI, drop, score.within)
     return keep_OI, PackedMask.pack(keep_OI)
 
 
 def _solved(
-    solver: Solver, weight_OI: Tensor, moments: Moments, recipe: MaskRecipe, index: int, where: str
+    solver: Solver, weight_OI: Tensor, moments: Moments, recipe: MaskRecipe, drop: int | None, where: str
 ) -> tuple[Tensor, Tensor]:
     """Return which weights a solver keeps, and their new values in the model's dtype."""
+    sparsity = recipe.variant.sparsity if drop is None else Fraction(drop, weight_OI.numel())
     try:
-        keep_OI, changed_OI = solver.function(weight_OI, moments, recipe.sparsity(index), recipe.variant.pattern)
+        keep_OI, changed_OI = solver.function(weight_OI, moments, sparsity, recipe.variant.pattern)
     except SingularHessianError:
         remedy = "its Hessian is not positive definite; raise calibration.samples, or load it in float32"
         raise ModelError("search.score", f"{recipe.variant.score.name} at {where}", remedy) from None
@@ -223,10 +236,12 @@ def _check_finite(values: Tensor, what: str, where: str) -> None:
         raise ModelError("model.dtype", where, remedy)
 
 
-def _summary(masks: LayerMasks, unseen: Sequence[str], energy: Mapping[str, Sequence[float]]) -> MaskSummary:
+def _summary(
+    masks: LayerMasks, weights: int, unseen: Sequence[str], energy: Mapping[str, Sequence[float]]
+) -> MaskSummary:
     return MaskSummary(
         dropped=sum(mask.dropped for mask in masks.values()),
-        weights=sum(mask.shape[0] * mask.shape[1] for mask in masks.values()),
+        weights=weights,
         digest=hashlib.sha256("".join(mask.digest() for mask in masks.values()).encode()).hexdigest(),
         unseen=tuple(unseen),
         energy={language: tuple(shares) for language, shares in energy.items()},

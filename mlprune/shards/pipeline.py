@@ -169,9 +169,9 @@ class Pipeline(ABC):
         """Make a variant's masks from gathered moments, in all shards at the same time."""
         return _mask_outcome(self.call_all(ShardWorker.mask, recipe))
 
-    def outlier_shares(self, recipe: MaskRecipe) -> list[float]:
-        """Return the share of outliers in each layer, from gathered moments of the first calibration."""
-        return [share for part in self.call_all(ShardWorker.outliers, recipe) for share in part]
+    def signals(self, recipe: MaskRecipe) -> list[float]:
+        """Return the signal of each layer for the recipe's allocation, from gathered moments or weights alone."""
+        return [signal for part in self.call_all(ShardWorker.signals, recipe) for signal in part]
 
     def shared_drops(self, recipes: Sequence[MaskRecipe]) -> list[SharedDrops]:
         """Return for each layer how much of their masks the variants share; the moments are gathered."""

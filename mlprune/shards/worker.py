@@ -30,7 +30,8 @@ from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
 from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
 from mlprune.shards.kept_masks import KeptMasks
 from mlprune.shards.likelihood import row_likelihood
-from mlprune.shards.masking import Gathered, MaskRecipe, MaskSummary, masks_of_layer, outliers_of_layer
+from mlprune.shards.masking import Gathered, MaskRecipe, MaskSummary, masks_of_layer
+from mlprune.shards.signals import layer_signal
 from mlprune.storage.moments import MomentStore
 
 
@@ -249,16 +250,20 @@ class ShardWorker:
         return self.summary(recipe.variant.key)
 
     @torch.inference_mode()
-    def outliers(self, recipe: MaskRecipe) -> list[float]:
-        """Return the share of outliers in each layer of this shard, from the moments that it holds."""
-        shares = []
+    def signals(self, recipe: MaskRecipe) -> list[float]:
+        """Return the signal of each layer of this shard for the recipe's allocation."""
+        signals = []
         for index in self.span.layers:
             with self._residency.borrow(index, self._next(index)) as layer:
-                shares.append(outliers_of_layer(layer, recipe, self._gathered(recipe, index)))
-        return shares
+                gathered, dense = self._gathered(recipe, index), self._dense(recipe, index)
+                signals.append(layer_signal(layer, recipe, gathered, dense))
+        return signals
 
     def _gathered(self, recipe: MaskRecipe, index: int) -> Gathered:
         return {key: self._moments[key][index] for key in recipe.keys}
+
+    def _dense(self, recipe: MaskRecipe, index: int) -> Gathered:
+        return {key: self._moments[key][index] for _, key in recipe.forecasts}
 
     @torch.inference_mode()
     def prune_through(
@@ -298,8 +303,7 @@ class ShardWorker:
     def _make_masks(
         self, index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered
     ) -> LayerMasks:
-        dense = {key: self._moments[key][index] for _, key in recipe.forecasts}
-        masks, summary = masks_of_layer(index, layer, recipe, gathered, dense)
+        masks, summary = masks_of_layer(index, layer, recipe, gathered, self._dense(recipe, index))
         self._masks.setdefault(recipe.variant.key, {})[index] = masks
         self._summaries.setdefault(recipe.variant.key, []).append(summary)
         return masks

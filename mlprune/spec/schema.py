@@ -128,6 +128,14 @@ class SweepSpec(Section):
             raise SpecError("storage", scheme_only(value), remedy)
         return value if "://" in value else str(Path(value).expanduser().absolute())
 
+    @model_validator(mode="after")
+    def _agreement_needs_two_languages(self) -> SweepSpec:
+        for allocation in self.search.allocation:
+            if allocation in ("agreement", "disagreement") and len(self.evaluation.perplexity.languages) < 2:
+                remedy = "it compares languages; write two or more in evaluation.perplexity.languages"
+                raise SpecError("search.allocation", repr(allocation), remedy)
+        return self
+
     def yaml(self) -> str:
         """Return the whole spec as YAML, with its defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -6,7 +6,7 @@ themselves are in `pruning/scores.py`. The text form, as users write it:
     calibration   see `spec/calibrations.py`
     score         wanda | ... | contrastive:KEEP/AGAINST (two calibrations)
     pattern       unstructured | n:m (n weights kept of every m along a row)
-    allocation    uniform | owl
+    allocation    uniform | owl | alpha | agreement | disagreement | sensitivity-mean | sensitivity-worst
     propagation   sequential | dense
 """
 
@@ -16,13 +16,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict, cast, get_args
 
 from mlprune.errors import SpecError
 from mlprune.spec.calibrations import Calibration, Demonstration
 
 Propagation = Literal["sequential", "dense"]
-Allocation = Literal["uniform", "owl"]
+Allocation = Literal[
+    "uniform", "owl", "alpha", "agreement", "disagreement", "sensitivity-mean", "sensitivity-worst"
+]
+MEASURED = ("sensitivity-mean", "sensitivity-worst")  # allocations by the losses of single pruned layers
+OF_LANGUAGES = ("agreement", "disagreement", *MEASURED)  # allocations that read text of all evaluated languages
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Variant:
         if unknown := values.keys() - VariantValues.__annotations__.keys():
             raise ValueError(f"a variant has no {', '.join(sorted(unknown))}")
         propagation, allocation = values["propagation"], values["allocation"]
-        if propagation not in ("sequential", "dense") or allocation not in ("uniform", "owl"):
+        if propagation not in get_args(Propagation) or allocation not in get_args(Allocation):
             raise ValueError(f"{propagation} and {allocation} are not a propagation and an allocation")
         try:
             calibration, score = parse_sides(cast(str | None, values["calibration"]), str(values["score"]))
@@ -135,7 +139,15 @@ class Variant:
         except SpecError as error:
             raise ValueError(str(error)) from error
         sparsity, seed = float(cast(float, values["sparsity"])), int(cast(int, values.get("seed", 0)))
-        return cls(calibration, score, sparsity, pattern, propagation, allocation, seed)
+        return cls(
+            calibration,
+            score,
+            sparsity,
+            pattern,
+            cast(Propagation, propagation),
+            cast(Allocation, allocation),
+            seed,
+        )
 
     @property
     def calibration_text(self) -> str | None:

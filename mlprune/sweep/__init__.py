@@ -5,6 +5,7 @@ mixtures        the searches for mixtures of a search
 plan            what a sweep will do
 prepare         checks a spec; all that is known before weights are loaded
 session         opens the model: in this process or over Ray
+allocations     how many weights each layer drops, and the measurements that this needs
 masks           gathers moments, makes masks
 trial           one trial, and the dense model
 objective       the metrics by which trials can be ranked

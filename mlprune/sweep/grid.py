@@ -45,7 +45,7 @@ def canonical_variant(
         calibration = None
     if not rule.sides:
         propagation = "dense"
-        if allocation == "uniform":
+        if allocation != "owl":
             calibration = None
             seed = seed if isinstance(rule, Score) and rule.seeded else 0
     if isinstance(rule, Solver):
@@ -121,4 +121,4 @@ def variants_of(search: SearchSpec, seed: int = 0) -> tuple[Variant, ...]:
 
 def needs_dense_moments(variant: Variant) -> bool:
     """Return whether the variant reads moments of the unpruned model."""
-    return bool(variant.sides) and (variant.propagation == "dense" or variant.allocation != "uniform")
+    return bool(variant.sides) and (variant.propagation == "dense" or variant.allocation == "owl")

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from mlprune.console import step
-from mlprune.pruning.allocation import owl
 from mlprune.shards.pipeline import MaskOutcome, Pipeline, Progress
 from mlprune.spec.variants import Variant
+from mlprune.sweep.allocations import allocate
 from mlprune.sweep.prepare import Prepared
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,8 @@ def make_masks(
     recipe = prepared.recipe(variant)
     if forecast:
         recipe = replace(recipe, forecasts=prepared.forecasts)
-    if variant.allocation == "owl":
-        shares = pipeline.outlier_shares(recipe)
-        recipe = replace(recipe, ratios=owl(shares, prepared.model_size.pruned, variant.sparsity))
+    if variant.allocation != "uniform":
+        recipe = replace(recipe, dropped=allocate(prepared, pipeline, recipe))
     if variant.propagation == "sequential":
         return pipeline.prune_sequentially(recipe, prepared.sets_of(variant), progress)
     return pipeline.prune(recipe)

@@ -14,6 +14,7 @@ from mlprune.spec.schema import SweepSpec
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.allocations import missing_measurements
 from mlprune.sweep.claims import PlannedClaim, plan_claims
 from mlprune.sweep.grid import variants_of
 from mlprune.sweep.mixtures import MixtureSearch, evaluated_trials, forecast_trials, mixture_searches
@@ -63,11 +64,13 @@ class SweepPlan:
         store, layers = self.prepared.moment_store(), range(len(self.prepared.model_size.layers))
         needed = self.prepared.dense_sets(trials).values()
         missing = [one for one in needed if not all(store.has(one.key, layer) for layer in layers)]
+        measurements = len(missing_measurements(self.prepared, trials).evaluations)
         sequential = [variant for variant in trials if variant.propagation == "sequential"]
         evaluation = "evaluation, at most" if search.has_stages or evaluated else "evaluation"
         no_baseline = self.prepared.result_store().load(self.prepared.result_key(None)) is None
         return {
             "calibration": len(missing),
+            **({"evaluation of single pruned layers, on few lines": measurements} if measurements else {}),
             "sequential pruning (two forwards each)": len(sequential),
             **({"masks of mixtures, for forecasts, at most": len(forecast)} if forecast else {}),
             evaluation: len(unfinished) + len(evaluated) + no_baseline,

@@ -18,7 +18,7 @@ from mlprune.data.calibration import CalibrationSet, build_calibration_set
 from mlprune.data.code import open_code
 from mlprune.data.corpora import Corpus, open_corpus
 from mlprune.errors import ModelError, SpecError
-from mlprune.evaluation.build import Evaluation, build_evaluation, required_languages
+from mlprune.evaluation.build import Evaluation, build_evaluation, build_measuring, required_languages
 from mlprune.evaluation.suite import Suite
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
@@ -33,7 +33,7 @@ from mlprune.shards.masking import MaskRecipe, Side
 from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
 from mlprune.spec.templates import check_template
-from mlprune.spec.variants import Variant
+from mlprune.spec.variants import MEASURED, OF_LANGUAGES, Variant
 from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
@@ -59,6 +59,7 @@ class Prepared:
     plan: Plan
     sets: Mapping[SetName, CalibrationSet]
     evaluation: Evaluation | None  # None: nothing is evaluated
+    measuring: Suite | None = None  # on which single pruned layers are measured, if an allocation needs it
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -149,7 +150,10 @@ class Prepared:
             recipe = self.recipe(variant)
             content += [variant.key, *(f"{key}={share}" for side in recipe.sides for key, share in side.sets)]
             content += [str(variant.seed)] if variant.score.name == "random" else []
-            if not suite.likelihood_tasks and not suite.pipeline_tasks:  # then the forecasts are the result
+            content += ["exact total"] if variant.allocation != "uniform" else []  # owl's was not, once
+            content += [self.measuring.key] if self.measuring and variant.allocation in MEASURED else []
+            only_forecasts = not suite.likelihood_tasks and not suite.pipeline_tasks
+            if only_forecasts or variant.allocation in OF_LANGUAGES:
                 content += [f"{code}={key}" for code, key in self.forecasts]
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
@@ -168,7 +172,12 @@ def dense_set_names(variants: Iterable[Variant], spec: SweepSpec, forecasts: boo
     """Return the sets that pass the dense model: those that masks are made from, and those of forecasts."""
     variants = list(variants)
     names = set_names(filter(needs_dense_moments, variants))
-    return names | forecast_set_names(spec) if variants and forecasts else names
+    return names | forecast_set_names(spec) if _reads_languages(variants, forecasts) else names
+
+
+def _reads_languages(variants: Sequence[Variant], forecasts: bool) -> bool:
+    """Return whether monolingual text of every evaluated language is needed."""
+    return any(forecasts or variant.allocation in OF_LANGUAGES for variant in variants)
 
 
 def prepare(
@@ -192,7 +201,7 @@ def prepare(
     check_tensors(source)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(model_size, pattern, "search.pattern")
-    sets, evaluation = _tokenise(spec, variants, source, model_size, evaluate)
+    sets, evaluation, measuring = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
     plan = make_plan(
         model_size, _work(spec, variants, forecast, sets, evaluation), machine, spec.pipeline, source.name
@@ -202,34 +211,37 @@ def prepare(
     if plan.residency.offload == "nvme" and not cluster_is_running():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         check_disk_access(machine.device)
-    return Prepared(spec, source, model_size, machine, plan, sets, evaluation)
+    return Prepared(spec, source, model_size, machine, plan, sets, evaluation, measuring)
 
 
 def _tokenise(
     spec: SweepSpec, variants: Sequence[Variant], source: ModelSource, model_size: ModelSize, evaluate: bool
-) -> tuple[dict[SetName, CalibrationSet], Evaluation | None]:
-    """Return the calibration sets that the variants need, and the evaluation's tasks."""
+) -> tuple[dict[SetName, CalibrationSet], Evaluation | None, Suite | None]:
+    """Return the calibration sets that the variants need, the evaluation's tasks, and the measuring task."""
     names = set_names(variants)
-    if variants and evaluate:
+    if _reads_languages(variants, evaluate):
         names |= forecast_set_names(spec)
     demonstrations = [(Demonstration.parse(text), seed) for text, seed in sorted(names)]
     languages = [code for part, _ in demonstrations for code in part.languages]
     languages += required_languages(spec.evaluation) if evaluate else ()
     if not demonstrations and not evaluate:
-        return {}, None
+        return {}, None, None
     if demonstrations:
         _check_positions(spec, model_size)
     corpus = open_corpus(spec.calibration.corpus, dict.fromkeys(languages)) if languages else None
     tokenizer = source.tokenizer()
     sets = _calibration_sets(spec.calibration, demonstrations, corpus, tokenizer, model_size)
-    evaluation = None
+    evaluation = measuring = None
     if evaluate:
         assert corpus is not None
         evaluation = build_evaluation(spec, corpus, tokenizer, model_size.positions, model_size.has_experts)
+    if any(variant.allocation in MEASURED for variant in variants):
+        assert corpus is not None
+        measuring = build_measuring(spec, corpus, tokenizer, model_size.positions, model_size.has_experts)
     batches = [batch for calibration in sets.values() for batch in calibration.batches]
     batches += [batch for rows in _row_sets(evaluation) for batch in rows.batches]
     _check_vocabulary(source, model_size, batches)
-    return sets, evaluation
+    return sets, evaluation, measuring
 
 
 def _row_sets(evaluation: Evaluation | None) -> list[RowSet]:

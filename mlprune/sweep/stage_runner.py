@@ -17,6 +17,7 @@ from mlprune.runtime.replicas import ReplicaGroup
 from mlprune.shards.pipeline import Pipeline
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
+from mlprune.sweep.allocations import measure_model_for, missing_measurements
 from mlprune.sweep.masks import gather_moments
 from mlprune.sweep.monitor import POLL_SECONDS, Show, SweepMonitor
 from mlprune.sweep.prepare import Prepared
@@ -108,6 +109,11 @@ class StageRunner(contextlib.ExitStack):
         for replica in range(self._prepared.plan.replicas):
             replicas.run_with_retries(
                 "calibration", lambda pipeline: gather_moments(self._prepared, pipeline, todo), replica
+            )
+        if missing_measurements(self._prepared, todo):
+            monitor.enter("measuring the layers")
+            replicas.run_with_retries(
+                "measurement of the layers", lambda pipeline: measure_model_for(self._prepared, pipeline, todo)
             )
         monitor.enter(stage.name, progress)
         with step(stage.name):
