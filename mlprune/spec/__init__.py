@@ -4,6 +4,7 @@ schema        the whole spec, as frozen pydantic models
 search        its section `search`
 evaluation    its section `evaluation`
 claims        its section `claims`
+limits        limits on texts, paths and numbers
 section       what the sections share
 loading       a YAML file and `key=value` settings, to a checked spec
 calibrations  demonstrations, and combinations of them

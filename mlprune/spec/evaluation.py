@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from mlprune.errors import SpecError
 from mlprune.spec.languages import language_name
+from mlprune.spec.limits import absolute_path
 from mlprune.spec.section import Count, Section
 
 Seed = Annotated[int, Field(ge=0, strict=True)]
@@ -106,4 +106,4 @@ class EvaluationSpec(Section):
     @field_validator("task_path")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        return None if value is None else str(Path(value).expanduser().absolute())
+        return None if value is None else absolute_path(value, "evaluation.task_path")

@@ -17,6 +17,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from mlprune.errors import SpecError
 from mlprune.spec.claims import ClaimSpec, check_claims
 from mlprune.spec.evaluation import EvaluationSpec
+from mlprune.spec.limits import absolute_path
 from mlprune.spec.mixtures import MinimaxMixture
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.section import Count, Section
@@ -42,9 +43,9 @@ class PipelineSpec(Section):
     residency: Literal["auto", "resident", "zero"] = "auto"
     offload: Literal["cpu", "nvme"] | None = None
     offload_folder: str | None = None
-    ranks_per_shard: Count = 1
-    replicas: Count = 1
-    wait_minutes: Annotated[float, Field(ge=0)] | None = None
+    ranks_per_shard: Annotated[Count, Field(le=1024)] = 1
+    replicas: Annotated[Count, Field(le=1024)] = 1
+    wait_minutes: Annotated[float, Field(ge=0, le=525_600)] | None = None  # a year at most
     worker_memory: Annotated[ByteSize, Field(gt=0)] | None = None
 
     @field_validator("worker_memory", mode="before")
@@ -57,7 +58,7 @@ class PipelineSpec(Section):
     @field_validator("offload_folder")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        return None if value is None else str(Path(value).expanduser().absolute())
+        return None if value is None else absolute_path(value, "pipeline.offload_folder")
 
     @model_validator(mode="after")
     def _resident_is_not_offloaded(self) -> PipelineSpec:
@@ -89,8 +90,8 @@ class TrackingSpec(Section):
     `uri` None: MLFLOW_TRACKING_URI, else an sqlite file in the storage. `experiment` None: the sweep's name.
     """
 
-    uri: str | None = None
-    experiment: str | None = None
+    uri: Annotated[str, Field(min_length=1)] | None = None
+    experiment: Annotated[str, Field(min_length=1)] | None = None
 
 
 class SweepSpec(Section):
@@ -126,7 +127,7 @@ class SweepSpec(Section):
         if storage_has_secret(value):
             remedy = "no secrets in specs; use the provider's own credentials"
             raise SpecError("storage", scheme_only(value), remedy)
-        return value if "://" in value else str(Path(value).expanduser().absolute())
+        return value if "://" in value else absolute_path(value, "storage")
 
     @model_validator(mode="after")
     def _agreement_needs_two_languages(self) -> SweepSpec:
