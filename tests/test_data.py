@@ -1,6 +1,7 @@
 """Corpora: the same text from every form, and one-line errors for malformed ones."""
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -181,3 +182,22 @@ def test_a_saved_dataset_of_several_splits_names_the_folder_to_give(tmp_path: Pa
     with pytest.raises(CorpusError, match=f"give the folder of one, as {tmp_path / 'train'}"):
         open_corpus(str(tmp_path), ["en"])
     assert list(open_corpus(str(tmp_path / "train"), ["en"]).lines["en"]) == ENGLISH
+
+
+def test_retries_of_the_hub_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    retries = logging.getLogger("huggingface_hub.utils._http")
+
+    def load_dataset(*_: object, **__: object) -> Any:
+        retries.warning("Retrying in 8s")
+        raise ConnectionError("unreachable")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with caplog.at_level(logging.INFO, "mlprune"), pytest.raises(CorpusError, match="unreachable"):
+        open_corpus("some/corpus", ["en"])
+    assert [record.getMessage() for record in caplog.records] == ["opening the Hugging Face dataset some/corpus"]
+    retries.warning("afterwards")
+    assert "afterwards" in caplog.text

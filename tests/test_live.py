@@ -451,6 +451,27 @@ def test_files_of_another_host_stay(folder: Path) -> None:
     assert theirs.exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 300, b"{", b"[]", b"5", b'{"born": "x"}', b"[" * 100_000, b"\xff"]
+)
+def test_a_damaged_file_is_removed(content: bytes, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_status(a_status())
+    damaged = folder / next(folder.iterdir()).name.replace(str(os.getpid()), "1")
+    damaged.write_bytes(content)
+    assert names() == ["quickstart"]
+    assert "is damaged: removed" in caplog.text
+    assert not damaged.exists()
+
+
+@pytest.mark.parametrize("changes", [{"started": "x"}, {"trials": [5]}, {"notes": 5}, {"total": None}])
+def test_a_status_of_other_types_is_not_shown(changes: dict[str, object], folder: Path) -> None:
+    write_status(a_status())
+    file = next(folder.iterdir())
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"status": stored["status"] | changes}))
+    assert running_sweeps() == []
+
+
 def test_a_sweep_of_another_version_is_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_status(a_status())
     file = next(folder.iterdir())

@@ -4,8 +4,10 @@ What the columns mean is not decided here: see `corpora`, `code` and `questions`
 """
 
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATH_STARTS = ("/", "./", "../", "~")  # a name that begins like this is never looked for on the Hugging Face hub
+
+logger = logging.getLogger(__name__)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one; UTF-8 cannot
 
@@ -118,12 +122,26 @@ def read_dataset(
     try:
         if Path(where).is_dir():
             return read(datasets.load_from_disk(where))
-        split = split or "train"
-        return read(datasets.load_dataset(name, config or None, split=split, streaming=streaming))
+        with _without_retries_shown(where):
+            dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming)
+            return read(dataset)
     except Exception as error:  # many unrelated types: from the hub, the network, the builder, pyarrow
         reason = " ".join(str(error).split()) or type(error).__name__
         remedy = f"cannot be loaded as a Hugging Face dataset ({reason:.200}); check its name, config and split, "
         raise fault(f"{remedy}or give {instead}") from error
+
+
+@contextmanager
+def _without_retries_shown(where: str) -> Iterator[None]:
+    """Say once that the hub is asked: its library warns of every attempt that fails, for half a minute."""
+    logger.info("opening the Hugging Face dataset %s", where)
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def _check_no_builder(name: str, fault: Fault, instead: str) -> None:

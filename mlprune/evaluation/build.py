@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlprune.data.corpora import Corpus, calibration_lines, measuring_lines, split_held_out
+from mlprune.data.lossless import warn_of_lost_characters
 from mlprune.evaluation.choices import build_reviews, build_xnli
 from mlprune.evaluation.knowledge import compressed_bits_per_byte
 from mlprune.evaluation.perplexity import build_perplexity, held_out_lines, in_blocks
@@ -61,6 +62,8 @@ def build_evaluation(
     """
     perplexity = spec.evaluation.perplexity
     lines = held_out_lines(perplexity, corpus)
+    for code in perplexity.languages:
+        warn_of_lost_characters(code, [corpus.lines[code][line] for line in lines.selection], tokenizer)
 
     def likelihood_of(part: Sequence[int]) -> LikelihoodTask:
         return build_perplexity(perplexity, corpus, part, tokenizer, positions, pad_free)

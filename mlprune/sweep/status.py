@@ -21,8 +21,9 @@ from typing import Any
 
 import platformdirs
 import psutil
+from pydantic import TypeAdapter
 
-from mlprune.storage.files import write_whole
+from mlprune.storage.files import DAMAGED_JSON, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -190,21 +191,30 @@ def running_sweeps() -> list[RunningSweep]:
     """Return this user's running sweeps on this machine, the oldest first; remove the files of dead processes."""
     sweeps = []
     for file in _folder().glob(f"[0-9]*@{socket.gethostname()}.json"):
-        pid = int(file.name.partition("@")[0])
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            pid = int(file.name.partition("@")[0])
+            values = json.loads(file.read_bytes())
+            alive = _is_alive(pid, float(values["born"]))
         except FileNotFoundError:  # the sweep ended just now
             continue
-        if not _is_alive(pid, values["born"]):
-            file.unlink(missing_ok=True)
-            for partial in file.parent.glob(f".{file.name}.*"):  # of `write_whole`, in a process that was killed
-                partial.unlink(missing_ok=True)
+        except (OSError, OverflowError, *DAMAGED_JSON):  # by a power cut, say; a sweep that lives writes it again
+            logger.warning("%s is damaged: removed", file)
+            alive = False
+        if not alive:
+            _remove(file)
             continue
         try:
             sweeps.append(RunningSweep(pid, _from_json(values["status"])))
-        except (KeyError, TypeError):
+        except DAMAGED_JSON:
             logger.warning("process %d runs a sweep with another version of mlprune, which is not shown", pid)
     return sorted(sweeps, key=lambda sweep: sweep.status.started)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
+        for partial in file.parent.glob(f".{file.name}.*"):  # of `write_whole`, in a process that was killed
+            partial.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int, born: float) -> bool:
@@ -218,9 +228,11 @@ def _is_alive(pid: int, born: float) -> bool:
 
 
 def _from_json(values: Mapping[str, Any]) -> SweepStatus:
+    """Return the status of its plain values. Raises KeyError, TypeError or ValueError for anything else."""
     trials = tuple(TrialStatus(**trial) for trial in values["trials"])
     shards = tuple(ShardStatus(**{**shard, "layers": tuple(shard["layers"])}) for shard in values["shards"])
-    return SweepStatus(**{**values, "trials": trials, "shards": shards, "notes": tuple(values["notes"])})
+    status = SweepStatus(**{**values, "trials": trials, "shards": shards, "notes": tuple(values["notes"])})
+    return TypeAdapter(SweepStatus).validate_python(asdict(status))
 
 
 def seconds_since_update(status: SweepStatus) -> float:
