@@ -1,13 +1,14 @@
 # make sweep    create .venv, install mlprune, run the quickstart sweep on the demo model
 # make test     run every check and every test
 # make check    run ruff and mypy
+# make fuzz     run the fuzzers with 1,000 new cases each
 # make format   fix style and format with ruff
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON := $(shell command -v python3.11 || command -v python3)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sweep test check format clean
+.PHONY: sweep test check fuzz format clean
 .DELETE_ON_ERROR:
 
 sweep: $(VENV)/.installed
@@ -20,6 +21,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.installed-dev
+	FUZZ_CASES=1000 $(BIN)/pytest tests/fuzz -n 2 --timeout=7200
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
