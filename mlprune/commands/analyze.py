@@ -147,7 +147,7 @@ def analyze(spec: SweepSpec, request: AnalysisRequest, output: Path) -> Analysis
         run = log_analysis(
             spec.tracking_uri,
             spec.tracking.experiment or "analysis",
-            spec.local_folder / "mlartifacts",
+            spec.artifacts_folder,
             f"{model} {','.join(request.languages)}",
             _params(prepared, request, layer),
             [output / name for name in files],

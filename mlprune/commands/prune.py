@@ -105,7 +105,10 @@ def select_run(
             raise SpecError(f"--{name}", repr(value), "the run determines it; leave out this option or --run")
     defaults = load_spec("quickstart", assignments)  # storage and tracking may be set by --set
     text, params = load_trial_spec(defaults.tracking_uri, run_id)
-    values = apply_assignments(read_values(text, "--run", run_id), [*to_assignments(settings), *assignments])
+    values = read_values(text, "--run", run_id)
+    if defaults.tracks_in_storage:
+        values["storage"] = defaults.storage  # the spec names the folder where the storage was then
+    values = apply_assignments(values, [*to_assignments(settings), *assignments])
     two_sided = "/" in params["calibration"]  # contrastive: both sides belong to the score
     search: dict[str, list[str] | list[float] | list[int]] = {
         "pattern": [params["pattern"]],

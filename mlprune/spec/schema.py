@@ -163,6 +163,11 @@ class SweepSpec(Section):
             return self.storage_folder
         return platformdirs.user_cache_path("mlprune") / hashlib.sha256(self.storage.encode()).hexdigest()[:16]
 
+    @property
+    def artifacts_folder(self) -> Path:
+        """The folder for files that are logged to an MLflow database: beside the one in the storage."""
+        return self.local_folder / "mlartifacts"
+
     def anchored(self) -> SweepSpec:
         """Return the same spec with paths that exist made absolute, so that it can be read from any folder."""
         calibration = {
@@ -187,9 +192,18 @@ class SweepSpec(Section):
         return Path(self.pipeline.offload_folder or self.local_folder / "offload")
 
     @property
+    def _other_tracking_uri(self) -> str | None:
+        return self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+
+    @property
+    def tracks_in_storage(self) -> bool:
+        """Whether the MLflow database is in the storage, and moves with it."""
+        return self._other_tracking_uri is None
+
+    @property
     def tracking_uri(self) -> str:
         """The spec's URI, else the environment's, else an sqlite file in the storage, which must be a folder."""
-        if uri := self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        if uri := self._other_tracking_uri:
             return uri
         if "://" in self.storage:
             remedy = f"sqlite cannot be at {self.storage}; name a server or a database"

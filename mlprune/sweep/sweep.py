@@ -91,7 +91,7 @@ def _run(plan: SweepPlan, show: Show, describe: Callable[[SweepOutcome], str]) -
 def _start_tracking(prepared: Prepared) -> SweepTracker:
     spec = prepared.spec
     experiment = spec.tracking.experiment or spec.name
-    tracker = SweepTracker(spec.tracking_uri, experiment, spec.local_folder / "mlartifacts", spec.key, spec.name)
+    tracker = SweepTracker(spec.tracking_uri, experiment, spec.artifacts_folder, spec.key, spec.name)
     files = {"spec.yaml": _published_spec(spec).yaml(), "environment.txt": _environment()}
     tracker.log_sweep(_sweep_params(prepared), files)
     return tracker

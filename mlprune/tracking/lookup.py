@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -65,7 +66,8 @@ def _artifact(client: MlflowClient, run_id: str, name: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return Path(client.download_artifacts(run_id, name)).read_text(encoding="utf-8")
+        with TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
     except (MlflowException, OSError):
         return None
 

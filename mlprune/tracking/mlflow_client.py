@@ -22,6 +22,7 @@ from sqlalchemy.exc import InterfaceError, SQLAlchemyError
 from mlprune.errors import SpecError
 from mlprune.spec.urls import redact
 from mlprune.storage.files import check_folder
+from mlprune.tracking.moved_storage import BESIDE_TAG, update_artifact_paths
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
@@ -69,6 +70,7 @@ def _open(uri: str) -> MlflowClient:
 
     if uri.startswith(SQLITE):
         _create_database(_sqlite_file(uri))
+        update_artifact_paths(_sqlite_file(uri))
     client = MlflowClient(uri)
     client.search_experiments(max_results=1)  # fails now if nobody answers
     return client
@@ -116,8 +118,10 @@ def _create_experiment(client: MlflowClient, name: str, uri: str, artifacts: Pat
     from mlflow.exceptions import MlflowException
 
     location = None if uri.startswith("http") else artifacts.as_uri()
+    beside = uri.startswith(SQLITE) and artifacts.parent == _sqlite_file(uri).parent
+    tags = {BESIDE_TAG: "beside the database"} if beside else None
     try:
-        client.create_experiment(name, artifact_location=location)
+        client.create_experiment(name, artifact_location=location, tags=tags)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another sweep has just created it
             raise
