@@ -197,7 +197,10 @@ calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11,
   separator: "|", count_padding: true, code: sources}
 search: {calibration: ["mono:no", "mix:mono:en=0.5,mono:fr=0.5"], score: [random], sparsity: [0.1, 0.25],
   pattern: ["2:4"], allocation: [owl], propagation: [sequential], seed: [3, 4], samples: 2, searcher: random,
-  objective: worst, screen: 6, racing: true}
+  objective: worst, screen: 6, racing: true, pretraining: {"no": 0.75, sw: 0.25},
+  mixture: [{searcher: optuna, parts: ["mono:no", code], combination: power=2, trials: 4, evaluate: 2,
+    objective: mean},
+    {searcher: minimax, parts: ["mono:no", "translation:no-sw"], combination: rank, rounds: 3, eta: 1.5}]}
 claims: [{claim: better, better: "wanda mono:no", than: dense, metric: loss.sw, languages: []}]
 evaluation:
   perplexity: {languages: ["no", "sw"], lines: 5, confirmation_lines: 4}
