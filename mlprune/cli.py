@@ -9,14 +9,15 @@ import functools
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from mlprune.errors import MlpruneError, SpecError, StorageError, UserError
+from mlprune.errors import MlpruneError, SpecError, StorageError, Terminated, UserError
 
 if TYPE_CHECKING:
     from mlprune.remote.job_package import JobPackage
@@ -40,9 +41,12 @@ def _command(function: Callable[..., Values]) -> click.Command:
         from mlprune.console import configure_logging
 
         configure_logging(VERBOSITY[verbosity])
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             _check_json(json_file)
             values = function(**options)
+        except (KeyboardInterrupt, Terminated) as stop:
+            _stopped(stop)
         except UserError as error:
             _fail(error, debug, 2)
         except MlpruneError as error:
@@ -94,6 +98,18 @@ def _check_json(file: str | None) -> None:
             raise StorageError("--json", repr(file), "name a file in an existing folder")
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise StorageError("--json", repr(file), "not writable; name another file")
+
+
+def _terminate(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # the second one would interrupt what the first one cleans up
+    raise Terminated
+
+
+def _stopped(stop: KeyboardInterrupt | Terminated) -> NoReturn:
+    """Exit as shells expect of a process that a signal ends."""
+    name = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    click.echo(f"mlprune: stopped by {name.name}; run the same command to resume", err=True)
+    sys.exit(128 + name)
 
 
 def _fail(error: MlpruneError, debug: bool, code: int) -> None:

@@ -9,6 +9,8 @@
     ├── SweepError           trials failed; the message says which and why
     └── WorkerLostError      a worker died during a call; the call can be retried on a new worker
 
+Terminated, a BaseException like KeyboardInterrupt, is raised by SIGTERM.
+
 A `UserError` names the key, the value and the remedy. All of them survive pickling between processes.
 """
 
@@ -72,3 +74,7 @@ class WorkerLostError(MlpruneError):
 
     def __str__(self) -> str:
         return self.cause
+
+
+class Terminated(BaseException):
+    """SIGTERM was received. As with KeyboardInterrupt, no handler of errors may stop it."""

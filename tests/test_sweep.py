@@ -1,6 +1,7 @@
 """A sweep end to end, with real Ray Tune and a real MLflow database; also interrupted and resumed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -254,7 +255,8 @@ def test_a_failed_trial_does_not_stop_others_and_has_a_cause(tmp_path: Path) -> 
     assert "failed     wanda 0.3 mono:en" in (tmp_path / "log.txt").read_text()
 
 
-def test_an_interrupted_sweep_is_not_reported_as_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_is_not_reported_as_finished(stop: signal.Signals, tmp_path: Path) -> None:
     process = start(str(spec(tmp_path)), cwd=tmp_path)
     results = tmp_path / "store" / "results"
     deadline = time.monotonic() + 240
@@ -262,10 +264,11 @@ def test_an_interrupted_sweep_is_not_reported_as_finished(tmp_path: Path) -> Non
         assert process.poll() is None, (tmp_path / "log.txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(300) == 1
+    process.send_signal(stop)
+    assert process.wait(300) == 128 + stop
     log = (tmp_path / "log.txt").read_text()
-    assert "Aborted!" in log
+    assert log.splitlines()[-1] == f"mlprune: stopped by {stop.name}; run the same command to resume"
+    assert not re.search("Traceback|received at time|Aborted", log)
     assert "bits per byte of held-out lines" not in log
     client = MlflowClient(f"sqlite:///{tmp_path}/store/mlflow.db")
     parents = client.search_runs(["1"], "tags.`mlprune.sweep` != ''")

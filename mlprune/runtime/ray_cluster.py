@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,12 +91,13 @@ def connect() -> bool:
     os.environ.update(environment)
     try:
         _check_listens(address)
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": environment},
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        with _own_sigterm():
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": environment},
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
     except AuthenticationError:
         remedy = "it requires a token: set RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token"
         raise SpecError("RAY_ADDRESS", address, remedy) from None
@@ -130,14 +133,15 @@ def ray_session(memory: int) -> Iterator[None]:
     os.environ.update(worker_environment())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with _private_ray_folder() as folder:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _memory=memory,
-            _temp_dir=folder,
-        )
+        with _own_sigterm():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _memory=memory,
+                _temp_dir=folder,
+            )
         _silence_ray()
         try:
             yield
@@ -167,6 +171,16 @@ def _private_ray_folder() -> Iterator[str]:
             if token is not None:
                 os.environ["RAY_AUTH_TOKEN"] = token
             AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM: Ray's prints a C++ stack and aborts."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    # no other thread may set it; a handler that Python did not install is None
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _silence_ray() -> None:
