@@ -137,6 +137,20 @@ def test_fp8_in_blocks_is_converted(family: str, tmp_path: Path) -> None:
         assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
+def test_fp8_with_one_scale_for_each_matrix_is_converted(folder: Path) -> None:
+    plain: Tensors = {}
+
+    def edit(tensors: Tensors) -> None:
+        as_fp8(tensors, "_scale_inv")
+        plain[WEIGHT] = tensors[WEIGHT].float() * tensors[f"{WEIGHT}_scale_inv"]
+
+    source = change(folder, edit)
+    change_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": None})
+    check_tensors(source)
+    weights = load_hollow(source, LoadedPart.whole(Span(0, 4, 4)), torch.float32).state_dict()
+    assert torch.equal(weights[WEIGHT], plain[WEIGHT])
+
+
 def test_a_converted_model_is_exported_without_quantisation(folder: Path, tmp_path: Path) -> None:
     source, _ = fp8_model(folder)
     weights = load_hollow(source, LoadedPart.whole(Span(0, 4, 4)), torch.bfloat16).state_dict()
