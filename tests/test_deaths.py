@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -200,25 +201,8 @@ def test_the_driver_dies_in_each_phase(tmp_path: Path) -> None:
     file = spec(tmp_path, model={"path": model}, search=RACE, evaluation=evaluation)
     plan, expected = undisturbed_race(file)
     assert {entry["standing"] for entry in expected} == {"evaluated", "dropped", "screened"}
-    assert plan.prepared.evaluation is not None
-    process = start(tmp_path, "sweep", str(file))
-    faults.order(tmp_path / "faults", "save_moments", ["live", str(process.pid)])
-    assert process.wait(500) == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
-    store = tmp_path / "store"
-    before: dict[Path, int] = {}  # what was stored of the interrupted pass is incomplete: it is repeated
-    for suite in (MASKS_ONLY, plan.prepared.evaluation.blocks[0], plan.prepared.evaluation.confirmation):
-        process = start(tmp_path, "sweep", str(file))
-        keys = [plan.prepared.result_key(variant, suite) for variant in plan.variants]
-        while not any((store / "results" / f"{key}.json").exists() for key in keys):
-            assert process.poll() is None, (tmp_path / "log.txt").read_text()
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-        files = times(store)
-        assert before.items() <= files.items(), "a finished trial ran again, or a stored pass"
-        before = files
-    outcome = done(tmp_path, "sweep", str(file))
-    assert before.items() <= times(store).items()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # the path of a socket has 107 bytes at most
+        outcome = sweep_that_dies_in_each_phase(tmp_path, Path(short), file, plan)
     ranking = [{**entry, "metrics": lasting(entry["metrics"])} for entry in outcome["ranking"]]
     assert [{name: entry[name] for name in expected[0]} for entry in ranking] == expected
     check_runs(outcome, {"FINISHED"})
@@ -230,6 +214,35 @@ def test_the_driver_dies_in_each_phase(tmp_path: Path) -> None:
         assert lasting(logged.metrics).items() >= lasting(entry["metrics"]).items()
         assert logged.metrics.get("confirmation.loss.estimate") == (entry["confirmed"] or {"value": None})["value"]
         assert ("loss.worst" in logged.metrics) == (standing != "not evaluated")
+
+
+def sweep_that_dies_in_each_phase(folder: Path, short: Path, file: Path, plan: SweepPlan) -> Any:
+    """Kill the driver again and again, and return what it says in the end; check what is left on disk."""
+    assert plan.prepared.evaluation is not None
+    (folder / "tmp").mkdir()
+    own: Any = {"RAY_TMPDIR": str(short), "TMPDIR": str(folder / "tmp")}
+    process = start(folder, "sweep", str(file), **own)
+    faults.order(folder / "faults", "save_moments", ["live", str(process.pid)])
+    assert process.wait(500) == -signal.SIGKILL, (folder / "log.txt").read_text()
+    store = folder / "store"
+    before: dict[Path, int] = {}  # what was stored of the interrupted pass is incomplete: it is repeated
+    for suite in (MASKS_ONLY, plan.prepared.evaluation.blocks[0], plan.prepared.evaluation.confirmation):
+        process = start(folder, "sweep", str(file), **own)
+        keys = [plan.prepared.result_key(variant, suite) for variant in plan.variants]
+        while not any((store / "results" / f"{key}.json").exists() for key in keys):
+            assert process.poll() is None, (folder / "log.txt").read_text()
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert len(list(short.iterdir())) == 1, "the folder of an earlier driver is left"
+        files = times(store)
+        assert before.items() <= files.items(), "a finished trial ran again, or a stored pass"
+        before = files
+    outcome = done(folder, "sweep", str(file), **own)
+    assert before.items() <= times(store).items()
+    assert len([*(folder / "tmp").glob("mlprune-tune-*")]) <= 1
+    assert list(store.glob(".mlflow.db.*")) == []
+    return outcome
 
 
 def times(store: Path) -> dict[Path, int]:

@@ -10,15 +10,15 @@ import os
 import secrets
 import signal
 import socket
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
@@ -32,6 +32,7 @@ from mlprune.console import size_text
 from mlprune.errors import SpecError
 from mlprune.planning.machine import Machine, local_machine, visible_gpus
 from mlprune.runtime.worker_logging import LEVEL_VARIABLE, worker_log_level
+from mlprune.storage.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def _private_ray_folder() -> Iterator[str]:
     """
     token, clusters = os.environ.get("RAY_AUTH_TOKEN"), ray_constants.ENABLE_RAY_CLUSTER
     short = os.environ.get("RAY_TMPDIR", "/tmp")  # the path of a socket has 107 bytes at most
-    with tempfile.TemporaryDirectory(prefix="mlprune-ray-", dir=short, ignore_cleanup_errors=True) as folder:
+    with scratch_folder("mlprune-ray-", Path(short), _kill_processes_of) as folder:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         AuthenticationTokenLoader.instance().reset_cache()
         ray_constants.ENABLE_RAY_CLUSTER = False
@@ -171,6 +172,16 @@ def _private_ray_folder() -> Iterator[str]:
             if token is not None:
                 os.environ["RAY_AUTH_TOKEN"] = token
             AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _kill_processes_of(folder: Path) -> None:
+    """Kill what a killed process left of its Ray: some parts of it live for minutes."""
+    running = psutil.process_iter(["cmdline"])
+    own = [process for process in running if any(f"{folder}/" in word for word in process.info["cmdline"] or ())]
+    for process in own:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(own, timeout=5)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from mlprune.runtime.placement import trial_slots
 from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
 from mlprune.runtime.worker_logging import configure_worker_logging
 from mlprune.spec.variants import Variant, VariantValues
+from mlprune.storage.scratch import scratch_folder
 from mlprune.sweep.failure_policy import FailureDecision, FailurePolicy
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments
@@ -100,13 +100,13 @@ def _run_round(
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     slots = trial_slots(prepared.plan.trials * len(pipelines))
     function = tune.with_parameters(tune_trial, prepared=prepared, pipelines=pipelines, suite=stage.suite)
-    with tempfile.TemporaryDirectory(prefix="mlprune-tune-") as scratch:
+    with scratch_folder("mlprune-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(function, {"CPU": 0, **slots}),
             param_space={"variant": tune.grid_search([variant.to_dict() for variant in batch])},
             tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=1 if alone else None),
             run_config=tune.RunConfig(
-                storage_path=scratch, name="sweep", callbacks=[_tune_callback(listener)], verbose=0
+                storage_path=str(scratch), name="sweep", callbacks=[_tune_callback(listener)], verbose=0
             ),
         )
         logging.getLogger("ray.tune").setLevel(logging.ERROR)

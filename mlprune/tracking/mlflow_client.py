@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ def _create_database(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if not file.exists():
+            for left in file.parent.glob(f".{file.name}.*"):  # by a process that was killed: we hold the lock
+                shutil.rmtree(left)
             with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
                 partial = Path(folder, file.name)
                 MlflowClient(f"{SQLITE}{partial}").search_experiments(max_results=1)
