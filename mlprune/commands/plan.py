@@ -12,6 +12,7 @@ import torch
 
 from mlprune.console import size_text
 from mlprune.errors import ModelError, SpecError
+from mlprune.evaluation.build import MEASURING_LINES
 from mlprune.models.source import find_model
 from mlprune.planning.forecast import Phase, forecast
 from mlprune.planning.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine, measure_flops, this_machine
@@ -20,9 +21,10 @@ from mlprune.planning.planner import Plan, largest_node_sum, make_plan
 from mlprune.planning.work import Work, build_work
 from mlprune.runtime.ray_cluster import cluster_machine
 from mlprune.spec.schema import PipelineSpec, SweepSpec
+from mlprune.spec.variants import MEASURED
 from mlprune.sweep.grid import variants_of
 from mlprune.sweep.mixtures import evaluated_trials, forecast_trials, mixture_searches
-from mlprune.sweep.prepare import dense_set_names, set_names
+from mlprune.sweep.set_names import dense_set_names, set_names
 
 TOKENS_PER_LINE = 64  # news text; a language that the tokenizer covers badly takes several times as many
 MAX_NODES = 64  # when looking for a number of nodes that would help
@@ -111,7 +113,9 @@ def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
     variants = (*variants_of(spec.search, spec.calibration.seed), *evaluated_trials(searches))
     dense = dense_set_names(variants, spec, forecasts=True)
     prompt = min(spec.calibration.max_tokens, model.positions or spec.calibration.max_tokens)
-    lines = spec.evaluation.perplexity.lines * len(spec.evaluation.perplexity.languages)
+    languages = len(spec.evaluation.perplexity.languages)
+    lines = spec.evaluation.perplexity.lines * languages
+    measured = MEASURING_LINES * languages * any(variant.allocation in MEASURED for variant in variants)
     return build_work(
         variants,
         dict.fromkeys(sorted(dense | set_names(variants)), spec.calibration.samples * prompt),
@@ -120,6 +124,7 @@ def _estimated_work(spec: SweepSpec, model: ModelSize) -> Work:
         longest=max(prompt, TOKENS_PER_LINE),
         stages=spec.search.has_stages,
         forecast=forecast_trials(searches),
+        measuring=measured * TOKENS_PER_LINE,
     )
 
 

@@ -15,6 +15,7 @@ from mlprune.planning.machine import Machine
 from mlprune.planning.model_size import ModelSize
 from mlprune.planning.planner import Plan
 from mlprune.planning.work import Work
+from mlprune.pruning.sensitivity import REFERENCES
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}  # share of peak FLOP/s that passes of some thousand tokens reach
 MASKED_PER_SECOND = {"gpu": 5e9, "cpu": 200e6}  # weights scored, sorted and packed by one GPU or one node's cores
@@ -47,6 +48,9 @@ def forecast(model: ModelSize, work: Work, plan: Plan, machine: Machine) -> list
     phases = [Phase("loading the model", model.total / machine.nodes / DISK_BYTES_PER_SECOND, "disk")]
     if work.calibration:
         phases.append(estimator.passes("calibration", sum(work.calibration), 1, masked=False))
+    if work.measuring:
+        count = 1 + len(REFERENCES) * len(model.layers)
+        phases.append(estimator.passes("evaluation of single pruned layers", work.measuring, count, masked=True))
     if work.sequential:
         phases.append(estimator.sequential())
     phases.append(estimator.masks())

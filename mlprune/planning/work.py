@@ -24,6 +24,7 @@ class Work:
     sorted_matrix: bool = False  # whether some trial ranks the weights of a whole matrix over several texts
     written: int = 0  # tokens of the rows that are generated at the same time, prompts included
     forecast: int = 0  # further trials of which only masks are made, in a search for mixtures
+    measuring: int = 0  # tokens on which single pruned layers are evaluated; 0: no allocation needs it
     returning: int = 0  # trials whose masks may be used again by a later stage: of a race, or after screening
 
     @property
@@ -41,13 +42,14 @@ def build_work(
     written: int = 0,
     stages: bool = False,
     forecast: Sequence[Variant] = (),
+    measuring: int = 0,
 ) -> Work:
     """Count the work of the variants; `stages`: they are evaluated in several stages.
 
     `forecast`: further trials, of which only masks are made.
 
     `tokens` maps each demonstration, as text, and seed to the tokens of its calibration set. `dense` names those
-    that pass the dense model. `evaluation`, `longest` and `written` are the fields of Work.
+    that pass the dense model. `evaluation`, `longest`, `written` and `measuring` are the fields of Work.
     """
     sequential = [
         sum(tokens[str(part), variant.seed] for part in variant.demonstrations)
@@ -65,6 +67,7 @@ def build_work(
         sorted_matrix=any(map(_sorts_matrices, variants)),
         written=written,
         forecast=len(forecast),
+        measuring=measuring,
         returning=len(variants) if stages else 0,
     )
 

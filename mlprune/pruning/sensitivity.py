@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from mlprune.pruning.allocation import CEILING
-
 Array = NDArray[np.float64]
 
 REFERENCES = (0.5, 0.7)  # the sparsities at which single layers are measured
@@ -49,7 +47,8 @@ def split_budget(curves: LossCurves, weights: Sequence[int], sparsity: float, wo
     """Return the sparsity of each layer that minimises the forecast loss; the mean over weights is `sparsity`.
 
     A language's forecast is the sum over the layers; the minimum is that of the mean over the languages, or of the
-    worst language. Every layer stays within [0, 0.99], or [0, sparsity] if that is wider.
+    worst language. Every layer keeps at least half of the share of weights that `uniform` keeps: beyond the
+    references, losses grow faster than the power law (benchmarks/LOG.md).
 
     The worst language's is a convex program, solved by its dual: the best split is that of the mean for some
     weights of the languages, those for which its loss is largest (scipy's SLSQP, with as many variables as
@@ -88,7 +87,7 @@ def _split_for(scale_L: Array, exponent: float, share_L: Array, sparsity: float)
 
     At the minimum, one more weight costs every layer the same loss, unless the layer is at the ceiling.
     """
-    ceiling = max(CEILING, sparsity)
+    ceiling = (1 + sparsity) / 2
 
     def at(log_price: float) -> Array:
         log_ratio_L = (log_price + np.log(share_L / scale_L)) / (exponent - 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 0.3  # the authors' default: sparsities span [1 - EPSILON, 1 + EPSILON] times the requested one
+ROWS = 4096  # that are multiplied at a time, to save memory
 LARGEST = 1e9  # of an exponent, where the upper half of a spectrum is flat
 
 
@@ -30,8 +31,10 @@ def tail_exponent(weight_OI: Tensor) -> float | None:
     which a histogram of 100 bins and a search choose the beginning; the sparsities are shifted to their mean, not
     scaled (`allocation.linear_ratios`).
     """
-    values = weight_OI.double()
-    square = values @ values.T if values.shape[0] <= values.shape[1] else values.T @ values
+    tall = weight_OI if weight_OI.shape[0] >= weight_OI.shape[1] else weight_OI.T
+    square = weight_OI.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for rows in torch.split(tall, ROWS):
+        square += rows.double().T @ rows.double()
     spectrum = torch.linalg.eigvalsh(square)  # ascending
     spectrum = spectrum[spectrum > spectrum[-1] * len(spectrum) * torch.finfo(torch.float64).eps]
     if not len(spectrum):

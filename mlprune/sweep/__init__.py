@@ -3,6 +3,7 @@
 grid            the lists of a search, as trials
 mixtures        the searches for mixtures of a search
 plan            what a sweep will do
+set_names       the names of the calibration sets that trials read
 prepare         checks a spec; all that is known before weights are loaded
 session         opens the model: in this process or over Ray
 allocations     how many weights each layer drops, and the measurements that this needs

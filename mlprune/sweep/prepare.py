@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlprune.console import step
-from mlprune.data.batches import Batch, RowSet
+from mlprune.data.batches import Batch
 from mlprune.data.calibration import CalibrationSet, build_calibration_set
 from mlprune.data.code import open_code
 from mlprune.data.corpora import Corpus, open_corpus
@@ -37,15 +37,13 @@ from mlprune.spec.variants import MEASURED, OF_LANGUAGES, Variant
 from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
-from mlprune.sweep.grid import needs_dense_moments
 from mlprune.sweep.mixtures import MixtureSearch, evaluated_trials, forecast_trials
+from mlprune.sweep.set_names import SetName, dense_set_names, forecast_set_names, reads_languages, set_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-SetName = tuple[str, int]  # of a calibration set: the demonstration, e.g. mono:fr, and the seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,28 +156,6 @@ class Prepared:
         return hashlib.sha256(" ".join(content).encode()).hexdigest()[:24]
 
 
-def set_names(variants: Iterable[Variant]) -> set[SetName]:
-    """Return the calibration sets that the variants read."""
-    return {(str(part), variant.seed) for variant in variants for part in variant.demonstrations}
-
-
-def forecast_set_names(spec: SweepSpec) -> set[SetName]:
-    """Return the monolingual text of each language of the evaluation, on which damage is forecast."""
-    return {(f"mono:{code}", spec.calibration.seed) for code in spec.evaluation.perplexity.languages}
-
-
-def dense_set_names(variants: Iterable[Variant], spec: SweepSpec, forecasts: bool) -> set[SetName]:
-    """Return the sets that pass the dense model: those that masks are made from, and those of forecasts."""
-    variants = list(variants)
-    names = set_names(filter(needs_dense_moments, variants))
-    return names | forecast_set_names(spec) if _reads_languages(variants, forecasts) else names
-
-
-def _reads_languages(variants: Sequence[Variant], forecasts: bool) -> bool:
-    """Return whether monolingual text of every evaluated language is needed."""
-    return any(forecasts or variant.allocation in OF_LANGUAGES for variant in variants)
-
-
 def prepare(
     spec: SweepSpec, variants: Iterable[Variant], evaluate: bool = True, searches: Sequence[MixtureSearch] = ()
 ) -> Prepared:
@@ -203,9 +179,8 @@ def prepare(
         check_pattern(model_size, pattern, "search.pattern")
     sets, evaluation, measuring = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
-    plan = make_plan(
-        model_size, _work(spec, variants, forecast, sets, evaluation), machine, spec.pipeline, source.name
-    )
+    work = _work(spec, variants, forecast, sets, evaluation, measuring)
+    plan = make_plan(model_size, work, machine, spec.pipeline, source.name)
     if plan.reason:
         logger.info("  residency: %s", plan.reason)
     if plan.residency.offload == "nvme" and not cluster_is_running():
@@ -219,7 +194,7 @@ def _tokenise(
 ) -> tuple[dict[SetName, CalibrationSet], Evaluation | None, Suite | None]:
     """Return the calibration sets that the variants need, the evaluation's tasks, and the measuring task."""
     names = set_names(variants)
-    if _reads_languages(variants, evaluate):
+    if reads_languages(variants, evaluate):
         names |= forecast_set_names(spec)
     demonstrations = [(Demonstration.parse(text), seed) for text, seed in sorted(names)]
     languages = [code for part, _ in demonstrations for code in part.languages]
@@ -238,15 +213,17 @@ def _tokenise(
     if any(variant.allocation in MEASURED for variant in variants):
         assert corpus is not None
         measuring = build_measuring(spec, corpus, tokenizer, model_size.positions, model_size.has_experts)
-    batches = [batch for calibration in sets.values() for batch in calibration.batches]
-    batches += [batch for rows in _row_sets(evaluation) for batch in rows.batches]
-    _check_vocabulary(source, model_size, batches)
+    _check_vocabulary(source, model_size, _batches(sets, evaluation, measuring))
     return sets, evaluation, measuring
 
 
-def _row_sets(evaluation: Evaluation | None) -> list[RowSet]:
-    suites = (evaluation.selection, evaluation.confirmation) if evaluation else ()
-    return [suite.rows for suite in suites if suite]
+def _batches(
+    sets: Mapping[SetName, CalibrationSet], evaluation: Evaluation | None, measuring: Suite | None
+) -> list[Batch]:
+    """Return all micro-batches of calibration, evaluation and measuring."""
+    suites = (evaluation.selection, evaluation.confirmation, measuring) if evaluation else (measuring,)
+    batches = [batch for one in sets.values() for batch in one.batches]
+    return batches + [batch for suite in suites if suite for batch in suite.rows.batches]
 
 
 def _calibration_sets(
@@ -298,13 +275,13 @@ def _work(
     forecast: Sequence[Variant],
     sets: Mapping[SetName, CalibrationSet],
     evaluation: Evaluation | None,
+    measuring: Suite | None,
 ) -> Work:
     """Count the work from the real token counts of the calibration sets and the evaluation."""
     tasks, rows = (
         (evaluation.selection.pipeline_tasks, evaluation.selection.rows.batches) if evaluation else ((), ())
     )
-    lengths = [batch.input_ids.shape[1] for calibration in sets.values() for batch in calibration.batches]
-    lengths += [batch.input_ids.shape[1] for row_set in _row_sets(evaluation) for batch in row_set.batches]
+    lengths = [batch.input_ids.shape[1] for batch in _batches(sets, evaluation, measuring)]
     lengths += [task.longest_row for task in tasks]
     return build_work(
         variants,
@@ -315,6 +292,7 @@ def _work(
         written=max((task.cached_tokens for task in tasks), default=0),
         stages=spec.search.has_stages,
         forecast=forecast,
+        measuring=_tokens(measuring.rows.batches) if measuring else 0,
     )
 
 
