@@ -96,6 +96,21 @@ def test_time_by_hand() -> None:
     assert phases["loading the model"].seconds == pytest.approx(scale.model_size.total / 8 / DISK_BYTES_PER_SECOND)
 
 
+def test_single_layers_are_evaluated_once_for_all_variants() -> None:
+    """80 layers at two sparsities, and the dense model, on 8 lines of 64 tokens in each of three languages."""
+    times = {}
+    for allocations in ("uniform", "sensitivity-mean", "sensitivity-mean,sensitivity-worst"):
+        scale = planned("llama-3.1-70b", f"search.allocation=[{allocations}]", nodes=8)
+        times[allocations] = {phase.name: phase.seconds for phase in scale.phases}.get(
+            "evaluation of single pruned layers"
+        )
+    assert times["uniform"] is None
+    assert times["sensitivity-mean"] == times["sensitivity-mean,sensitivity-worst"]
+    flops = 362e12 * EFFICIENCY["gpu"]
+    turn = 2 * 8 * 64 * 3 * (scale.model_size.active + 2 * 256 * 8192 * 80) * 3 / 80 / flops
+    assert times["sensitivity-mean"] == pytest.approx(161 * turn, rel=0.25)  # and the first one fills the shards
+
+
 def test_offloaded_weights_bound_a_pass() -> None:
     scale = planned("qwen3-235b-a22b", nodes=1)
     assert scale.plan is not None
