@@ -72,10 +72,16 @@ VALUES: list[tuple[str, str, Any, str]] = [
     *(("llama", "dtype", value, CONFIG) for value in ("nonsense", "int8", "float8_e4m3fn")),
     *(("llama", "quantization_config", value, "") for value in QUANTIZATIONS),
     ("llama", "transformers_weights", "other.safetensors", "remove this key"),
-    ("llama", "fusion_config", {"x": 1}, "remove this key"),
+    *(
+        ("llama", key, value, "remove this key")
+        for key in ("fusion_config", "attribute_map")
+        for value in ({}, True)
+    ),
     ("llama", "return_dict", False, "remove this key"),
-    ("llama", "attribute_map", {"hidden_size": "vocab_size"}, "remove this key"),
     *(("llama", key, 5, "remove this key") for key in ("to_dict", "save_pretrained", "__class__")),
+    ("gpt2", "num_key_value_heads", " ", "num_key_value_heads"),
+    ("opt", "head_dim", 8.5, "head_dim"),
+    ("bloom", "num_key_value_heads", [4], CONFIG),
     ("gpt2", "n_layer", 0, "num_hidden_layers 0"),
     ("gpt2", "n_layer", BILLION, "n_layer 1000000000: 1,000 at most"),
     ("gpt2", "n_positions", 10**7, "transformer.wpe.weight is [512, 32]"),

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from mlprune.console import size_text
 from mlprune.errors import StorageError
 from mlprune.models.hollow import meta_model
-from mlprune.models.quantization import forget_quantization
+from mlprune.models.quantization import remove_quantization
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 from mlprune.storage.files import check_folder
@@ -69,7 +69,7 @@ def write_checkpoint(
         files.finish()
         config = source.config()
         config.dtype = dtype
-        forget_quantization(config)
+        remove_quantization(config)
         with quiet_transformers():
             config.save_pretrained(folder)
             source.tokenizer().save_pretrained(folder)

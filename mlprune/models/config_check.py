@@ -34,11 +34,12 @@ SIZES = {
     "num_local_experts": 10_000,
     "num_experts_per_tok": 10_000,
 }
-DEPTH = 20  # sections within sections
+DEPTH = 20  # levels of sections and lists
 # XGLM computes a vector for each position when it is built; its real models have 2048
 COMPUTED_POSITIONS = {"xglm": 100_000}
 # With these keys, transformers reads other files, replaces layers, or gives its results another form.
-REFUSED = {"transformers_weights", "fusion_config", "attribute_map", "return_dict"}
+# Key -> the value that changes nothing, beside null.
+REFUSED = {"transformers_weights": None, "fusion_config": None, "attribute_map": None, "return_dict": True}
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 
@@ -51,7 +52,7 @@ def check_raw(raw: Mapping[str, object], name: str) -> None:
                 raise _error(name, key, value, f"{most:,} at most")
     for key, value in raw.items():
         replaces = key.startswith("__") or callable(getattr(PretrainedConfig, key, None))
-        if replaces or (key in REFUSED and value not in (None, True)):
+        if replaces or (key in REFUSED and value is not None and value is not REFUSED[key]):
             raise _error(name, key, value, "remove this key")
 
 
@@ -74,9 +75,12 @@ def check_values(config: PretrainedConfig, name: str, trusted: bool) -> None:
     text = config.get_text_config()
     if not isinstance(text, PretrainedConfig):
         raise _error(name, "text_config", text, "it must be a section of a known model_type")
-    sizes = {key: value for key in SIZES if isinstance(value := getattr(text, key, None), int)}
-    for key, value in sizes.items():
-        if not 1 <= value <= SIZES[key]:
+    stated = {key: value for key in SIZES if (value := getattr(text, key, None)) is not None}
+    sizes = {key: value for key, value in stated.items() if isinstance(value, int)}
+    for key, value in stated.items():
+        if key == "intermediate_size" and isinstance(value, list):  # of each layer, in Gemma 3n, not supported
+            continue
+        if key not in sizes or not 1 <= value <= SIZES[key]:
             raise _error(name, key, value, f"1 to {SIZES[key]:,}")
     _check_relations(text, sizes, name)
     for part in (config, text):

@@ -48,7 +48,7 @@ def loading_options(config: PretrainedConfig) -> dict[str, object]:
     return {} if quantization(config) is None else {"quantization_config": FineGrainedFP8Config(dequantize=True)}
 
 
-def forget_quantization(config: PretrainedConfig) -> None:
+def remove_quantization(config: PretrainedConfig) -> None:
     """Remove the quantisation from a configuration whose weights have been converted."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
