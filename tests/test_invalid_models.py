@@ -48,6 +48,7 @@ def refused(folder: Path, *words: str) -> None:
 # values of config.json
 
 QUANTIZATIONS: list[Any] = [{}, 5, "x", [], {"load_in_8bit": True}]
+EMPTY_OR_TRUE: list[Any] = [{}, True]
 VALUES: list[tuple[str, str, Any, str]] = [
     *(("llama", "num_hidden_layers", value, "num_hidden_layers") for value in (0, -1, MILLION, 10**12, 1.5, "4")),
     *(("llama", "num_attention_heads", value, CONFIG) for value in (0, -1, 3, BILLION, "x", None)),
