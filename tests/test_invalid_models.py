@@ -76,7 +76,7 @@ VALUES: list[tuple[str, str, Any, str]] = [
     *(
         ("llama", key, value, "remove this key")
         for key in ("fusion_config", "attribute_map")
-        for value in ({}, True)
+        for value in EMPTY_OR_TRUE
     ),
     ("llama", "return_dict", False, "remove this key"),
     *(("llama", key, 5, "remove this key") for key in ("to_dict", "save_pretrained", "__class__")),
