@@ -111,6 +111,20 @@ def test_single_layers_are_evaluated_once_for_all_variants() -> None:
     assert times["sensitivity-mean"] == pytest.approx(161 * turn, rel=0.25)  # and the first one fills the shards
 
 
+def test_searched_mixtures_take_masks_and_some_of_them_evaluations() -> None:
+    """Wanda at two sparsities: 30 masks for each, of which 2 mixtures are evaluated, beside the grid of 10."""
+    mixture = "{searcher: optuna, parts: ['mono:en', 'mono:es'], trials: 30, evaluate: 2}"
+    seconds = []
+    for settings in ([], [f"search.mixture={mixture}"]):
+        scale = planned("llama-3.1-70b", *settings, nodes=8)
+        phases = {phase.name: phase.seconds for phase in scale.phases}
+        seconds.append((phases["masks"], scale.work.variants, len(scale.work.calibration)))
+    (masks, variants, sets), (more_masks, more_variants, more_sets) = seconds
+    assert more_variants == variants + 2 * 2
+    assert more_masks / masks == pytest.approx((variants + 2 * 2 + 2 * 30) / variants)
+    assert more_sets == sets + 1, "Spanish text"
+
+
 def test_offloaded_weights_bound_a_pass() -> None:
     scale = planned("qwen3-235b-a22b", nodes=1)
     assert scale.plan is not None

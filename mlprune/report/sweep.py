@@ -39,7 +39,7 @@ def show_plan(plan: SweepPlan) -> None:
     out.print(trials)
     if plan.searches:
         forecast, evaluated = len(forecast_trials(plan.searches)), len(evaluated_trials(plan.searches))
-        out.print(f"and at most {evaluated} mixtures that are searched, with forecasts of {forecast}")
+        out.print(f"mixtures are searched: at most {evaluated} more trials are evaluated, and {forecast} forecast")
     passes = new_table("remaining passes over the model", "kind", "passes")
     for kind, count in plan.passes.items():
         passes.add_row(kind, str(count))
