@@ -62,16 +62,7 @@ def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
     dense = Trial(result, read_items(store.items(result.key), search.metric))
     variants, screened = _screen(plan, runner)
     mixtures = search_mixtures(plan, runner, result)
-    if search.searcher == "optuna" and search.samples:
-        results = search_grid(plan, runner, result)
-        results |= runner.run(_selection(prepared), mixtures.trials)
-        trials = _trials(prepared, results)
-    elif search.racing:
-        trials = race(prepared, runner, dense, list(dict.fromkeys([*variants, *mixtures.trials])))
-        runner.log_finished(trial.result for trial in trials if trial.standing is Standing.EVALUATED)
-    else:
-        variants = list(dict.fromkeys([*variants, *mixtures.trials]))
-        trials = _trials(prepared, runner.run(_selection(prepared), variants))
+    trials = _evaluate(plan, runner, dense, variants, mixtures.trials)
     if not any(trial.standing is Standing.EVALUATED for trial in trials):
         return Verdict(result, ())
     screened = [trial for trial in screened if trial.result.variant not in mixtures.trials]
@@ -87,6 +78,22 @@ def run_stages(plan: SweepPlan, runner: StageRunner) -> Verdict:
     items = {variant: trial.items for variant, trial in confirmation.trials.items()}
     claims = claim_tests(plan.claims, items, confirmation.dense.items)
     return Verdict(result, ranking, task_agreements(ranking), unfinished, claims)
+
+
+def _evaluate(
+    plan: SweepPlan, runner: StageRunner, dense: Trial, variants: Sequence[Variant], mixtures: Sequence[Variant]
+) -> list[Trial]:
+    """Evaluate the variants, or those of the grid that Optuna chooses, and mixtures that were found."""
+    prepared, search = plan.prepared, plan.prepared.spec.search
+    if search.searcher == "optuna" and search.samples:
+        results = search_grid(plan, runner, dense.result)
+        return _trials(prepared, results | runner.run(_selection(prepared), mixtures))
+    together = list(dict.fromkeys([*variants, *mixtures]))
+    if not search.racing:
+        return _trials(prepared, runner.run(_selection(prepared), together))
+    trials = race(prepared, runner, dense, together)
+    runner.log_finished(trial.result for trial in trials if trial.standing is Standing.EVALUATED)
+    return trials
 
 
 def _selection(prepared: Prepared) -> Stage:
