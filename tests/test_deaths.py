@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from mlprune.spec.loading import load_spec
+from mlprune.spec.variants import Variant
 from mlprune.sweep.grid import variants_of
+from mlprune.sweep.mixtures import mixture_searches
 from mlprune.sweep.plan import SweepPlan
 from mlprune.sweep.prepare import prepare
 from mlprune.sweep.session import open_local
 from mlprune.sweep.stage import MASKS_ONLY
-from mlprune.sweep.verdict import run_stages
+from mlprune.sweep.verdict import Verdict, run_stages
 from tests import faults
 from tests.local_runner import LocalRunner, lasting
 from tests.numbers import Numbers, numbers, plain_numbers
@@ -82,13 +84,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
     return plain_numbers(spec(tmp_path_factory.mktemp("undisturbed")))
 
 
-def check_runs(outcome: Mapping[str, Any], statuses: set[str]) -> None:
-    """Each trial has one run, and none is left running."""
+def check_runs(outcome: Mapping[str, Any], statuses: set[str], unranked: int = 0) -> None:
+    """Each trial has one run, and none is left running. `unranked`: mixtures that are only forecast."""
     client = MlflowClient(outcome["tracking_uri"])
     experiments = [one.experiment_id for one in client.search_experiments()]
     found = client.search_runs(experiments, max_results=1000)
     trials = [run.data.tags["mlprune.trial"] for run in found if "mlprune.trial" in run.data.tags]
-    assert len(trials) == len(set(trials)) == 1 + len(outcome["ranking"]) + len(outcome["failed"])
+    assert len(trials) == len(set(trials)) == 1 + len(outcome["ranking"]) + len(outcome["failed"]) + unranked
     assert sum("mlprune.sweep" in run.data.tags for run in found) == 1
     assert {run.info.status for run in found} == statuses
 
@@ -148,6 +150,10 @@ RACE = {
     "score": ["magnitude", "wanda", "inverse-wanda"],
     "sparsity": [0.5],
     "propagation": ["dense"],
+    "mixture": [
+        {"searcher": "optuna", "parts": ["mono:en", "translation:en-fr"], "trials": 5, "evaluate": 1},
+        {"searcher": "minimax", "parts": ["mono:en", "mono:fr"], "rounds": 2},
+    ],
     "screen": 2,
     "racing": True,
 }
@@ -170,42 +176,58 @@ def trained(folder: Path) -> str:
     return str(folder)
 
 
-def undisturbed_race(file: Path) -> tuple[SweepPlan, list[Any]]:
-    """Run the race in this process; return its plan, and of each variant what `--json` must say."""
+def undisturbed_race(file: Path) -> tuple[SweepPlan, Verdict, list[Any]]:
+    """Run the race in this process; return its plan, its verdict, and of each variant what `--json` must say."""
     values = load_spec(str(file), ["pipeline.shards=1", f"storage={file.parent / 'plain'}"])
     variants = variants_of(values.search)
-    plan = SweepPlan(prepare(values, variants), variants, ())
+    searches = mixture_searches(values.search, 0)
+    plan = SweepPlan(prepare(values, variants, searches=searches), variants, (), searches=searches)
     with open_local(plan.prepared) as pipeline:
-        ranking = run_stages(plan, LocalRunner(plan, pipeline)).ranking
-    return plan, [
-        {
-            "variant": entry.variant.to_dict(),
-            "masks": entry.result.digest,
-            "metrics": lasting(entry.metrics),
-            "standing": entry.standing.name.lower(),
-            "lines": entry.lines,
-            "tied": entry.tied,
-            **{
-                name: one and vars(one)
-                for name, one in (("loss", entry.loss), ("to_best", entry.to_best), ("confirmed", entry.confirmed))
-            },
-        }
-        for entry in ranking
-    ]
+        verdict = run_stages(plan, LocalRunner(plan, pipeline))
+    return (
+        plan,
+        verdict,
+        [
+            {
+                "variant": entry.variant.to_dict(),
+                "masks": entry.result.digest,
+                "metrics": lasting(entry.metrics),
+                "standing": entry.standing.name.lower(),
+                "lines": entry.lines,
+                "tied": entry.tied,
+                **{
+                    name: one and vars(one)
+                    for name, one in (
+                        ("loss", entry.loss),
+                        ("to_best", entry.to_best),
+                        ("confirmed", entry.confirmed),
+                    )
+                },
+            }
+            for entry in verdict.ranking
+        ],
+    )
 
 
 def test_the_driver_dies_in_each_phase(tmp_path: Path) -> None:
-    """While it calibrates, screens, races and confirms; each time the same command resumes."""
+    """While it calibrates, screens, searches mixtures, races and confirms; each time the same command resumes.
+
+    When it dies in the rounds of minimax, Optuna's choices are made again from stored forecasts.
+    """
     evaluation = {"perplexity": {"languages": ["en", "fr"], "lines": 16, "confirmation_lines": 4}}
     model = trained(tmp_path / "model")
     file = spec(tmp_path, model={"path": model}, search=RACE, evaluation=evaluation)
-    plan, expected = undisturbed_race(file)
+    plan, verdict, expected = undisturbed_race(file)
     assert {entry["standing"] for entry in expected} == {"evaluated", "dropped", "screened"}
+    variants = [*plan.variants, *(Variant.from_dict(entry["variant"]) for entry in expected)]
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # the path of a socket has 107 bytes at most
-        outcome = sweep_that_dies_in_each_phase(tmp_path, Path(short), file, plan)
+        outcome = sweep_that_dies_in_each_phase(tmp_path, Path(short), file, plan, variants)
     ranking = [{**entry, "metrics": lasting(entry["metrics"])} for entry in outcome["ranking"]]
     assert [{name: entry[name] for name in expected[0]} for entry in ranking] == expected
-    check_runs(outcome, {"FINISHED"})
+    ranked = {result.variant for entry in verdict.ranking for result in entry.seeds}
+    unranked = [trial for trial in verdict.unfinished if trial.result.variant not in ranked]
+    assert unranked, "of Optuna's mixtures, most are only forecast"
+    check_runs(outcome, {"FINISHED"}, len(unranked))
     client = MlflowClient(outcome["tracking_uri"])
     for entry in outcome["ranking"]:
         logged = client.get_run(entry["run"]).data
@@ -216,7 +238,9 @@ def test_the_driver_dies_in_each_phase(tmp_path: Path) -> None:
         assert ("loss.worst" in logged.metrics) == (standing != "not evaluated")
 
 
-def sweep_that_dies_in_each_phase(folder: Path, short: Path, file: Path, plan: SweepPlan) -> Any:
+def sweep_that_dies_in_each_phase(
+    folder: Path, short: Path, file: Path, plan: SweepPlan, variants: Sequence[Variant]
+) -> Any:
     """Kill the driver again and again, and return what it says in the end; check what is left on disk."""
     assert plan.prepared.evaluation is not None
     (folder / "tmp").mkdir()
@@ -226,9 +250,15 @@ def sweep_that_dies_in_each_phase(folder: Path, short: Path, file: Path, plan: S
     assert process.wait(500) == -signal.SIGKILL, (folder / "log.txt").read_text()
     store = folder / "store"
     before: dict[Path, int] = {}  # what was stored of the interrupted pass is incomplete: it is repeated
-    for suite in (MASKS_ONLY, plan.prepared.evaluation.blocks[0], plan.prepared.evaluation.confirmation):
+    suites = plan.prepared.evaluation
+    for suite, trials in (
+        (MASKS_ONLY, variants),
+        (plan.prepared.suite, [plan.searches[-1].equal]),  # of minimax
+        (suites.blocks[0], variants),
+        (suites.confirmation, variants),
+    ):
         process = start(folder, "sweep", str(file), **own)
-        keys = [plan.prepared.result_key(variant, suite) for variant in plan.variants]
+        keys = [plan.prepared.result_key(variant, suite) for variant in trials]
         while not any((store / "results" / f"{key}.json").exists() for key in keys):
             assert process.poll() is None, (folder / "log.txt").read_text()
             time.sleep(0.005)
@@ -240,6 +270,7 @@ def sweep_that_dies_in_each_phase(folder: Path, short: Path, file: Path, plan: S
         before = files
     outcome = done(folder, "sweep", str(file), **own)
     assert before.items() <= times(store).items()
+    assert {file.name for file in times(store)} == {file.name for file in times(folder / "plain")}
     assert len([*(folder / "tmp").glob("mlprune-tune-*")]) <= 1
     assert list(store.glob(".mlflow.db.*")) == []
     return outcome
