@@ -76,7 +76,9 @@ def test_every_allocation_drops_as_many_weights_as_uniform(score: str, tmp_path:
     prepared = prepared_for(tmp_path, variants)
     with opened(prepared) as pipeline:
         uniform, *others = masked(prepared, pipeline, variants)
-    assert len({outcome.digest for outcome in others}) == len(others)
+    digests = {one.allocation: outcome.digest for one, outcome in zip(variants[1:], others, strict=True)}
+    digests.pop("sensitivity-worst")  # of two layers, both languages may spare the same one as far as they can
+    assert len(set(digests.values())) == len(digests)
     for outcome in others:
         assert (outcome.dropped, outcome.weights) == (uniform.dropped, uniform.weights)
         assert len(set(outcome.layers)) > 1

@@ -82,11 +82,24 @@ def test_a_claim_is_compared_in_each_language() -> None:
         ("sparsegpt mix:mono:en=0.5,code=0.5", "sparsegpt", "mix:code=0.5,mono:en=0.5"),
         ("contrastive:translation:en-fr/code", "contrastive:translation:en-fr/code", "None"),
         ("random", "random", "None"),
+        ("mono:fr owl", "wanda", "mono:fr"),
+        ("magnitude owl", "magnitude", "None"),
+        ("ria mono:fr owl", "ria", "mono:fr"),
     ],
 )
 def test_a_side_is_a_rule_a_calibration_or_both(text: str, score: str, calibration: str) -> None:
     side = Side.parse(text, "key")
     assert (str(side.score), str(side.calibration)) == (score, calibration)
+    assert side.allocation == ("owl" if text.endswith("owl") else None)
+
+
+def test_claims_about_allocations_compare_trials_of_each() -> None:
+    claim = {"claim": "owl", "better": "mono:en owl", "than": "mono:en", "metric": "loss.mean"}
+    (one, _) = planned(spec(claim, allocation=["uniform", "owl"]))
+    ((pair,), *_) = one.pairs
+    assert [variant.allocation for variant in (pair.better, pair.than) if variant] == ["owl", "uniform"]
+    with pytest.raises(SpecError, match=r"'wanda 0\.3 mono:en owl': the search has no such trial"):
+        planned(spec(claim))
 
 
 def test_claims_survive_being_written() -> None:

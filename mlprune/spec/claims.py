@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 from pydantic import Field
 
@@ -15,32 +15,40 @@ from mlprune.errors import SpecError
 from mlprune.spec.calibrations import Calibration
 from mlprune.spec.evaluation import checked_languages
 from mlprune.spec.section import Section
-from mlprune.spec.variants import Scoring
+from mlprune.spec.variants import Allocation, Scoring
 
 PLACEHOLDER = "{xx}"
 DENSE = "dense"
 RULE = "wanda"  # of a side that names none
-FORMS = "write a calibration, a rule, or both, e.g. mono:fr, magnitude or sparsegpt mono:fr"
+FORMS = "write a calibration, a rule, or both, e.g. mono:fr, magnitude or sparsegpt mono:fr, then an allocation"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: the trials of this rule and calibration."""
+    """One side of a comparison: the trials of this rule, calibration and allocation.
+
+    `allocation` None: the first one of the search.
+    """
 
     score: Scoring
     calibration: Calibration | None
+    allocation: Allocation | None = None
 
     @classmethod
     def parse(cls, text: str, key: str) -> Side:
-        """Parse `[RULE] [CALIBRATION]`. Raises SpecError, naming `key`; whether the rule exists is not checked."""
+        """Parse `[RULE] [CALIBRATION] [ALLOCATION]`, of which rule or calibration may be missing.
+
+        Raises SpecError, naming `key`; whether the rule exists is not checked.
+        """
         words = text.split()
+        allocation = cast(Allocation, words.pop()) if words and words[-1] in get_args(Allocation) else None
         last = words[-1] if words else ""
         calibrated = last == "code" or (":" in last and "/" not in last)  # the slash is a contrastive rule's
         rule = words[:-1] if calibrated else words
         if not words or len(rule) > 1:
             raise SpecError(key, repr(text), FORMS)
         calibration = Calibration.parse(last, key) if calibrated else None
-        return cls(Scoring.parse(rule[0] if rule else RULE, key), calibration)
+        return cls(Scoring.parse(rule[0] if rule else RULE, key), calibration, allocation)
 
 
 @dataclass(frozen=True)
