@@ -287,7 +287,7 @@ MISTAKES = [
     option("--run and --spec", "bare prune", ("--run", "a"), "--spec: 'PLACE/tiny.yaml': ", "--run"),
     option("--run", "mlprune", ("prune", "--run", "abc", *OUTPUT), "--run: 'abc': ", "no such run", "tracking"),
     option("--languages", "evaluate", ("--languages", "en,qq"), f"{LANGUAGES}[1]: 'qq': ", "ISO"),
-    option("no spec", "mlprune", ("sweep", "PLACE/none.yaml"), "spec: 'PLACE/none.yaml': ", "known: claims"),
+    option("no spec", "mlprune", ("sweep", "PLACE/none.yaml"), "spec: 'PLACE/none.yaml': ", "known: allocations"),
     option("long spec", "mlprune", ("sweep", "x" * 300), "spec: 'xxx", "no such file"),
     option("no YAML", "mlprune", ("sweep", "PLACE/broken.yaml"), "spec: 'PLACE/broken.yaml': ", "not YAML: "),
     option("spec a list", "mlprune", ("sweep", "PLACE/list.yaml"), "spec: 'PLACE/list.yaml': ", "mapping"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def mlflow_errors(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, OSError, SQLAlchemyError, ImportError) as error:  # ImportError: no database driver
+    except (MlflowException, OSError, SQLAlchemyError, sqlite3.Error, ImportError) as error:  # or no driver
         remedy = f"MLflow does not answer there: {root_cause(error)}"
         raise SpecError("tracking.uri", repr(redact(uri)), remedy) from None
 

@@ -13,9 +13,14 @@ BESIDE_TAG = "mlprune.artifacts"  # of an experiment whose artifacts are in a fo
 
 
 def update_artifact_paths(database: Path) -> None:
-    """Make the artifacts of experiments with BESIDE_TAG those beside the database, wherever it lies now."""
+    """Make the artifacts of experiments with BESIDE_TAG those beside the database, wherever it lies now.
+
+    Raises sqlite3.Error for a file that is no database.
+    """
     folder = database.parent.absolute().as_uri()
     with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiment_tags'").fetchone():
+            return  # MLflow creates its tables, or refuses the file
         tagged = connection.execute(
             "SELECT experiment_id, artifact_location FROM experiments JOIN experiment_tags USING (experiment_id)"
             " WHERE key = ?",
