@@ -109,15 +109,15 @@ def select_run(
     if defaults.tracks_in_storage:
         values["storage"] = defaults.storage  # the spec names the folder where the storage was then
     values = apply_assignments(values, [*to_assignments(settings), *assignments])
-    two_sided = "/" in params["calibration"]  # contrastive: both sides belong to the score
+    two_sided = "/" in params.calibration  # contrastive: both sides belong to the score
     search: dict[str, list[str] | list[float] | list[int]] = {
-        "pattern": [params["pattern"]],
-        "propagation": [params["propagation"]],
-        "allocation": [params["allocation"]],
-        "score": [f"{params['score']}:{params['calibration']}" if two_sided else params["score"]],
-        "calibration": [] if two_sided or params["calibration"] == "none" else [params["calibration"]],
-        "sparsity": [float(params["sparsity"])],
-        **({"seed": [int(params["seed"])]} if "seed" in params else {}),  # runs of older versions have none
+        "pattern": [params.pattern],
+        "propagation": [params.propagation],
+        "allocation": [params.allocation],
+        "score": [f"{params.score}:{params.calibration}" if two_sided else params.score],
+        "calibration": [] if two_sided or params.calibration == "none" else [params.calibration],
+        "sparsity": [params.sparsity],
+        **({} if params.seed is None else {"seed": [params.seed]}),
     }
     spec = parse_spec(values | {"search": search})
     return spec, _only_variant(spec)

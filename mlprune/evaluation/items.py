@@ -28,6 +28,7 @@ COLUMNS: dict[Kind, set[str]] = {
     "translation": {"output", "reference"},
 }
 FORMAT = "mlprune-items-1"
+MAX_COUNT = 2**40  # tokens or bytes of an item that is read
 BLEU_TOKENIZERS = {
     **dict.fromkeys(("zh", "zho", "cmn", "yue"), "zh"),
     **dict.fromkeys(("ja", "jpn", "ko", "kor", "th", "tha", "lo", "lao", "km", "khm", "my", "mya"), "char"),
@@ -247,10 +248,27 @@ def from_json(text: str) -> list[Items]:
         for part in items:
             for name, column in part.columns.items():
                 TypeAdapter(types[name]).validate_python(column, strict=True)
+        _check_items(items)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"not a run's items: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return items
+
+
+def _check_items(items: Sequence[Items]) -> None:
+    """Raise ValueError for what no run yields: a part twice, counts that are not, an answer that is no option."""
+    names = [part.name for part in items]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"not a run's items: {min(twice)} is there twice")
+    for part in items:
+        for name in ("tokens", "bytes"):
+            if not all(0 < count <= MAX_COUNT for count in part.columns.get(name, ())):
+                raise ValueError(f"not a run's items: {part.name}: {name} must be in [1, {MAX_COUNT}]")
+        if part.kind == "choice" and not all(
+            0 <= answer < len(scores)
+            for scores, answer in zip(part.columns["scores"], part.columns["answer"], strict=True)
+        ):
+            raise ValueError(f"not a run's items: {part.name}: an answer is none of the options")
 
 
 @dataclass(frozen=True)
