@@ -209,6 +209,7 @@ def undisturbed_race(file: Path) -> tuple[SweepPlan, Verdict, list[Any]]:
     )
 
 
+@pytest.mark.timeout(1800)  # six starts of Ray
 def test_the_driver_dies_in_each_phase(tmp_path: Path) -> None:
     """While it calibrates, screens, searches mixtures, races and confirms; each time the same command resumes.
 

@@ -1,7 +1,10 @@
 """A sweep end to end, with real Ray Tune and a real MLflow database; also interrupted and resumed."""
 
+import errno
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +20,11 @@ from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from mlprune.cli import main
+from mlprune.errors import StorageError
 from mlprune.evaluation.items import from_json
-from mlprune.spec.loading import parse_spec
+from mlprune.spec.loading import load_spec, parse_spec
 from mlprune.sweep.plan import select_variants
+from mlprune.sweep.sweep import run_sweep
 from mlprune.sweep.trial import trial_metrics
 from tests.numbers import numbers
 from tests.tiny import tokenizer
@@ -202,6 +207,30 @@ def test_a_finished_sweep_is_reported_again_without_ray(undisturbed: dict[str, A
     assert "starting Ray" not in (folder / "log.txt").read_text().split("picture")[-2]
     assert not [p for p in (folder / "store" / "results").glob("*.json") if p.stat().st_mtime > started]
     assert len(runs(again)) == TRIALS + 2
+
+
+def test_a_full_disk_fails_the_sweep_in_one_line_and_it_resumes(
+    undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All trials have finished when a picture finds no space."""
+    shutil.copytree(Path(undisturbed["pictures"][0]).parent, tmp_path / "store")
+    finished = load_spec(str(spec(tmp_path)))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlprune.sweep.sweep.draw_pictures", full)
+        with pytest.raises(StorageError, match=r"/store: no space left \([\d,]+ bytes\); free some"):
+            run_sweep(finished)
+
+    def status() -> list[str]:
+        client = MlflowClient(finished.tracking_uri)
+        return [run.info.status for run in client.search_runs(["1"], "tags.`mlprune.sweep` != ''")]
+
+    assert status() == ["FAILED"]
+    assert run_sweep(finished).ranking
+    assert status() == ["FINISHED"]
 
 
 def test_optuna_optimises_the_worst_language_and_resumes(undisturbed: dict[str, Any], tmp_path: Path) -> None:

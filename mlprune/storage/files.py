@@ -13,6 +13,7 @@ import errno
 import importlib
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,7 +168,8 @@ def storage_errors(key: str, address: str) -> Iterator[None]:
         raise StorageError(key, address, remedy) from None
     except Exception as error:  # an object store raises exceptions of three different libraries
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            remedy = "no space left; free some, or use another storage; existing files are kept"
+            space = f"no space left{_free_text(address)}"
+            remedy = f"{space}; free some, or use another storage; existing files are kept"
         elif "://" not in address and isinstance(error, OSError):
             remedy = f"cannot be used: {error.strerror}; fix it, or use another storage"
         elif "://" not in address:
@@ -175,6 +177,14 @@ def storage_errors(key: str, address: str) -> Iterator[None]:
         else:
             remedy = f"cannot be used: {_error_code(error)}; check the network and the provider's credentials"
         raise StorageError(key, address, remedy) from None
+
+
+def _free_text(address: str) -> str:
+    """Return how much space a folder has left: less than the file that could not be written."""
+    try:
+        return f" ({shutil.disk_usage(address).free:,} bytes)"
+    except OSError:  # an object store, or a folder that is gone
+        return ""
 
 
 def _error_code(error: Exception) -> str:

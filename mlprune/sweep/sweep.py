@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +23,7 @@ from mlprune.evaluation.items import signatures, to_json
 from mlprune.evaluation.loss import LOSS
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.urls import redact
-from mlprune.storage.files import Storage
+from mlprune.storage.files import Storage, storage_errors
 from mlprune.storage.lock import sweep_lock
 from mlprune.storage.results import Result
 from mlprune.sweep.claims import claim_values
@@ -34,6 +36,7 @@ from mlprune.sweep.verdict import Verdict, run_stages, unknown_languages
 from mlprune.tracking.tracker import SweepTracker
 
 MLFLOW_PATIENCE_SECONDS = 600  # for an MLflow server that is unavailable when the sweep is done
+REPORT_SECONDS = 30  # between two messages that it is unavailable
 KILLED_PATIENCE_SECONDS, FAILED_PATIENCE_SECONDS = 10, 60  # when the sweep ends without an outcome
 PACKAGES = (
     *("mlprune", "torch", "transformers", "ray", "mlflow", "deepspeed", "datasets", "numpy"),
@@ -65,27 +68,30 @@ def _run(plan: SweepPlan, show: Show, describe: Callable[[SweepOutcome], str]) -
         with StageRunner(plan.prepared, tracker, show) as runner:
             verdict = run_stages(plan, runner)
             runner.summarize()
-    except BaseException:
-        tracker.finish_sweep("KILLED", {}, [])
-        with contextlib.suppress(SpecError, SweepError):  # an MLflow problem must not hide why the sweep ends
-            _flush(tracker, KILLED_PATIENCE_SECONDS)
-        tracker.close()
+        failed = {variant.label: cause for variant, cause in runner.failed.items()}
+        if not verdict.ranking:
+            causes = "; ".join(f"{label}: {cause}" for label, cause in failed.items())
+            raise SweepError(f"no trial finished; {causes}")
+        outcome = _conclude(plan.prepared, verdict, failed, runner.nodes, tracker)
+    except Exception:
+        _end_without_outcome(tracker, "FAILED", FAILED_PATIENCE_SECONDS)
         raise
-    failed = {variant.label: cause for variant, cause in runner.failed.items()}
-    if not verdict.ranking:
-        tracker.finish_sweep("FAILED", {}, [])
-        with contextlib.suppress(SweepError):
-            _flush(tracker, FAILED_PATIENCE_SECONDS)
-        tracker.close()
-        causes = "; ".join(f"{label}: {cause}" for label, cause in failed.items())
-        raise SweepError(f"no trial finished; {causes}")
-    outcome = _conclude(plan.prepared, verdict, failed, runner.nodes, tracker)
+    except BaseException:  # Ctrl-C, SIGTERM
+        _end_without_outcome(tracker, "KILLED", KILLED_PATIENCE_SECONDS)
+        raise
     tracker.describe(describe(outcome))
     best = {f"best.{name}": value for name, value in outcome.ranking[0].metrics.items()}
     tracker.finish_sweep("FAILED" if failed else "FINISHED", best, outcome.pictures)
     _flush(tracker, MLFLOW_PATIENCE_SECONDS)
     tracker.close()
     return outcome
+
+
+def _end_without_outcome(tracker: SweepTracker, status: str, patience: float) -> None:
+    tracker.finish_sweep(status, {}, [])
+    with contextlib.suppress(SpecError, SweepError):  # an MLflow problem must not hide why the sweep ends
+        _flush(tracker, patience)
+    tracker.close()
 
 
 def _start_tracking(prepared: Prepared) -> SweepTracker:
@@ -124,9 +130,15 @@ def _flush(tracker: SweepTracker, patience: float) -> None:
 
     Raises SweepError if MLflow is still unavailable after `patience` seconds, SpecError if it rejected an update.
     """
-    delivered = tracker.flush(
-        patience, lambda count, reason: logger.info("  %d updates queued for MLflow: %s", count, reason)
-    )
+    reported = -math.inf
+
+    def report(count: int, reason: str) -> None:
+        nonlocal reported
+        if time.monotonic() >= reported + REPORT_SECONDS:
+            reported = time.monotonic()
+            logger.info("  %d updates queued for MLflow: %s", count, reason)
+
+    delivered = tracker.flush(patience, report)
     if not delivered:
         lost = f"{tracker.pending} updates did not reach MLflow ({tracker.last_error})"
         raise SweepError(f"{lost}; all results are stored: run the same command when MLflow is available")
@@ -147,15 +159,16 @@ def _conclude(
         tracker.log_sweep({}, {"claims.json": json.dumps(values, indent=1, ensure_ascii=False)})
     shows_mean = spec.search.metric in ("loss.mean", *task_metrics(verdict.dense.metrics))
     drawn = [entry.result for entry in verdict.ranking if entry.standing is Standing.EVALUATED]
-    pictures = draw_pictures(
-        verdict.dense,
-        drawn,
-        spec.evaluation.perplexity.languages,
-        f"{spec.name}: {spec.model.path}, {len(drawn)} variants",
-        spec.local_folder,
-        spec.name,
-        {entry.key: entry.loss for entry in verdict.ranking if entry.loss and shows_mean},
-    )
+    with storage_errors("storage", str(spec.local_folder)):
+        pictures = draw_pictures(
+            verdict.dense,
+            drawn,
+            spec.evaluation.perplexity.languages,
+            f"{spec.name}: {spec.model.path}, {len(drawn)} variants",
+            spec.local_folder,
+            spec.name,
+            {entry.key: entry.loss for entry in verdict.ranking if entry.loss and shows_mean},
+        )
     _flush(tracker, MLFLOW_PATIENCE_SECONDS)  # run ids are known only when runs have been created
     results = (verdict.dense, *(result for entry in verdict.ranking for result in entry.seeds))
     return SweepOutcome(
