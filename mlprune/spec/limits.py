@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel
 
 from mlprune.errors import SpecError
-from mlprune.spec.urls import scheme_only
+from mlprune.spec.urls import scheme_only, tracking_has_secret
 
 TEXT_LENGTH = 10_000  # characters
 PATH_BYTES, PART_BYTES = 4000, 255  # of a path, and of each name in it: those of Linux, less what is appended
@@ -70,10 +70,12 @@ def _is_too_long(path: str) -> bool:
 
 
 def _check_url(key: str, url: str) -> None:
+    if tracking_has_secret(url):
+        return  # refused elsewhere, where secrets are
     try:
         urlsplit(url).port  # noqa: B018 - parsed when it is read
-    except ValueError as error:
-        raise SpecError(key, repr(scheme_only(url)), f"not a URL: {error}") from None
+    except ValueError:  # whose message has a part of the URL
+        raise SpecError(key, repr(scheme_only(url)), "not a URL: its host or port is invalid") from None
 
 
 def absolute_path(path: str, key: str) -> str:
