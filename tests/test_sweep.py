@@ -122,7 +122,7 @@ def test_every_result_is_in_mlflow_under_plain_names(undisturbed: dict[str, Any]
     assert undisturbed["ranking"][0]["run"] in parent.data.tags["mlflow.note.content"]
     client = MlflowClient(undisturbed["tracking_uri"])
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    pictures = {f"tiny{kind}.png" for kind in ("", "-calibrations", "-languages", "-forecasts")}
+    pictures = {f"tiny{kind}.png" for kind in ("", "-calibrations", "-losses", "-languages", "-forecasts")}
     assert artifacts == {"spec.yaml", "environment.txt", *pictures}
     assert parent.info.status == "FINISHED"
 
