@@ -30,9 +30,8 @@ from mlprune.sweep.stage import MASKS_ONLY, Purpose, Stage
 from mlprune.sweep.stage_runner import StageRunner
 
 NAME = "searching mixtures"
-BATCH = (
-    10  # mixtures that are forecast at a time; fixed as in `searching`, and larger, because forecasts are cheap
-)
+# mixtures that are forecast at a time; fixed as in `searching`, and larger, because forecasts are cheap
+BATCH = 10
 CORNER = 1e-6  # of the unit interval, where a weight is 1 and all others round to 0
 
 Results = Mapping[Variant, Result]
