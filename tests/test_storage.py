@@ -598,3 +598,10 @@ def test_an_object_store_has_no_lock() -> None:
     storage = Storage("memory://store/x")
     with sweep_lock(storage, "abc"), sweep_lock(storage, "abc"):
         assert held(storage) == []
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="only Linux has /proc")
+def test_a_storage_where_nothing_can_be_created_is_reported() -> None:
+    lock = sweep_lock(Storage("/proc/none"), "key")
+    with pytest.raises(StorageError, match=r"^storage: /proc/none: cannot be "), lock:
+        pass

@@ -32,12 +32,14 @@ def sweep_lock(storage: Storage, key: str) -> Iterator[None]:
     # a soft lock, which is only a file, would outlive its process
     lock = filelock.FileLock(file, timeout=0, fallback_to_soft=False)
     with storage_errors("storage", storage.address):
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except filelock.Timeout:
             remedy = f"this sweep is already running ({_holder(storage, holder_name)}); see mlprune status"
             raise StorageError("storage", storage, remedy) from None
+        except FileNotFoundError:  # e.g. in /proc, whatever its permissions say
+            raise StorageError("storage", storage, "cannot be created there; use another path") from None
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
         storage.write_whole(holder_name, json.dumps(holder).encode())
