@@ -4,8 +4,8 @@
 
 FOLDER keeps each finished sweep, so that an interrupted run resumes. PYTHON is an interpreter with llm-compressor
 (see llmcompressor_wanda.py); without it, only the evaluation of (e) is timed. The grid has 6 calibrations x 2
-rules x the sparsities. The default is reduced to end in about 40 minutes on two idle cores: 3 sparsities, 24 lines
-for selection and as many for confirmation, 3 languages. The full form takes hours:
+rules x the sparsities. The default is reduced, to an estimated 40 minutes on two idle cores: 3 sparsities, 24
+lines for selection and as many for confirmation, 3 languages. The full form takes hours:
 
     --sparsities 0.3,0.4,0.5,0.6,0.7 --lines 48 --languages en,fr,de,es,sw
 

@@ -107,9 +107,9 @@ def _terminate(signum: int, frame: object) -> None:
 
 def _stopped(stop: KeyboardInterrupt | Terminated) -> NoReturn:
     """Exit as shells expect of a process that a signal ends."""
-    name = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-    click.echo(f"mlprune: stopped by {name.name}; run the same command to resume", err=True)
-    sys.exit(128 + name)
+    number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    click.echo(f"mlprune: stopped by {number.name}; run the same command to resume", err=True)
+    sys.exit(128 + number)
 
 
 def _fail(error: MlpruneError, debug: bool, code: int) -> None:

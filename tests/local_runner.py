@@ -1,7 +1,8 @@
 """Runs the stages of a sweep in this process, without Ray, Tune and MLflow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from mlprune.evaluation.items import from_json
@@ -78,3 +79,10 @@ class LocalRunner(StageRunner):
         self._store.save(*trial)
         self.ran.append((purpose, trial[0].variant))
         return trial[0]
+
+
+def planned(base: SweepPlan, storage: Path, **search: Any) -> SweepPlan:
+    """Return the plan with another storage and other keys of the search."""
+    spec = base.prepared.spec
+    changed = spec.model_copy(update={"storage": str(storage), "search": spec.search.model_copy(update=search)})
+    return replace(base, prepared=replace(base.prepared, spec=changed))

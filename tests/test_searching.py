@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +16,7 @@ from mlprune.sweep.prepare import prepare
 from mlprune.sweep.searching import BATCH, Point, Suggestions
 from mlprune.sweep.stage import Purpose
 from mlprune.sweep.verdict import Verdict, run_stages
-from tests.local_runner import KilledError, LocalRunner
+from tests.local_runner import KilledError, LocalRunner, planned
 from tests.text_model import TextModel
 from tests.tiny_models import source
 
@@ -52,7 +51,7 @@ def test_points_are_new_and_a_batch_is_not_one_neighbourhood() -> None:
 
 
 def test_suggestions_follow_from_seed_and_values() -> None:
-    def asked(seed: int, sign: int) -> list[Any]:
+    def suggested(seed: int, sign: int) -> list[Any]:
         suggestions = Suggestions({"a": ["x", "y", None], "u": None}, lambda p: tuple(p.values()), none(), seed)
         batches = []
         for _ in range(6):
@@ -60,10 +59,10 @@ def test_suggestions_follow_from_seed_and_values() -> None:
             suggestions.tell({point: sign * point[1] for point in batches[-1]})
         return batches
 
-    assert asked(0, 1) == asked(0, 1)
-    assert asked(0, 1) != asked(1, 1)
-    assert asked(0, 1)[:2] == asked(0, -1)[:2], "the first are random"
-    assert asked(0, 1) != asked(0, -1)
+    assert suggested(0, 1) == suggested(0, 1)
+    assert suggested(0, 1) != suggested(1, 1)
+    assert suggested(0, 1)[:2] == suggested(0, -1)[:2], "the first are random"
+    assert suggested(0, 1) != suggested(0, -1)
 
 
 def test_a_search_begins_with_its_first_points_and_exhausts_a_finite_space() -> None:
@@ -85,17 +84,17 @@ def test_nan_is_the_worst_and_what_failed_is_not_suggested_again(minimize: bool)
     """The best value is at 0.8, and all values below 0.5 are NaN."""
     suggestions = Suggestions({"x": None}, lambda p: round(p["x"], 3), none(), 0, minimize=minimize)
     sign = 1 if minimize else -1
-    asked: list[float] = []
+    points: list[float] = []
     for turn in range(10):
         batch = suggestions.ask(4)
-        asked += batch
+        points += batch
         values = {x: math.nan if x < 0.5 else sign * abs(x - 0.8) for x in batch}
         if turn == 0:
             del values[batch[0]]
         suggestions.tell(values)
-    assert len(set(asked)) == len(asked)
-    assert sum(x < 0.5 for x in asked[:16]) > 4
-    assert sum(x < 0.5 for x in asked[-16:]) < 4
+    assert len(set(points)) == len(points)
+    assert sum(x < 0.5 for x in points[:16]) > 4
+    assert sum(x < 0.5 for x in points[-16:]) < 4
 
 
 # the grid
@@ -117,12 +116,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SweepPlan:
     spec = parse_spec(values)
     variants = select_variants(spec.search, spec.calibration.seed)
     return SweepPlan(prepare(spec, variants), variants, ())
-
-
-def planned(base: SweepPlan, storage: Path, **search: Any) -> SweepPlan:
-    spec = base.prepared.spec
-    changed = spec.model_copy(update={"storage": str(storage), "search": spec.search.model_copy(update=search)})
-    return replace(base, prepared=replace(base.prepared, spec=changed))
 
 
 def verdict_of(plan: SweepPlan, **options: Any) -> tuple[Verdict, LocalRunner]:

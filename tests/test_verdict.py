@@ -25,7 +25,7 @@ from mlprune.sweep.session import open_local
 from mlprune.sweep.stage import Purpose, Stage
 from mlprune.sweep.trial import run_trial, trial_metrics
 from mlprune.sweep.verdict import Verdict, run_stages
-from tests.local_runner import KilledError, LocalRunner, lasting
+from tests.local_runner import KilledError, LocalRunner, lasting, planned
 from tests.text_model import TextModel
 from tests.tiny_models import source
 
@@ -63,12 +63,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SweepPlan:
     spec = parse_spec(values)
     variants = select_variants(spec.search, spec.calibration.seed)
     return SweepPlan(prepare(spec, variants), variants, ())
-
-
-def planned(base: SweepPlan, storage: Path, **search: Any) -> SweepPlan:
-    spec = base.prepared.spec
-    changed = spec.model_copy(update={"storage": str(storage), "search": spec.search.model_copy(update=search)})
-    return replace(base, prepared=replace(base.prepared, spec=changed))
 
 
 def verdict_of(plan: SweepPlan, **options: Any) -> tuple[Verdict, LocalRunner]:

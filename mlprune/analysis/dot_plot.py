@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
-from mlprune.analysis.figures import by_sparsity, panel_grid, short_names, write_png
+from mlprune.analysis.figures import Color, by_sparsity, legend_entry, panel_grid, short_names, write_png
 from mlprune.storage.results import Result
-
-Color = tuple[float, float, float] | str
 
 MAX_ROWS = 24  # rows of a panel; the best variants are drawn
 ROW_HEIGHT, CHARACTER, DOTS = 0.24, 0.075, 4.2  # inches
@@ -30,12 +28,14 @@ def draw_dot_plot(results: Sequence[Result], languages: Sequence[str], title: st
     rows = max(map(len, groups.values()))
     width = DOTS + CHARACTER * max(map(len, names.values()))
     figure, panels = panel_grid(len(groups), 1 if width > 5.5 else 2, (width, ROW_HEIGHT * rows + 0.7), 0.9)
-    shades = mpl.colormaps["tab20" if len(languages) > 10 else "tab10"].colors  # type: ignore[attr-defined]
-    colors = dict(zip(languages, shades, strict=False))
+    many = mpl.colormaps["turbo"](np.linspace(0, 1, len(languages)))
+    shades = many if len(languages) > 10 else mpl.color_sequences["tab10"][: len(languages)]
+    colors = dict(zip(languages, shades, strict=True))
     for panel, (sparsity, group) in zip(panels, groups.items(), strict=True):
         _draw_rows(panel, group, colors, names)
         panel.set_title(f"sparsity {sparsity:.4g}", fontsize="medium")
-    entries = [_entry(code, color, "o") for code, color in colors.items()] + [_entry("mean", "black", "|")]
+    entries = [legend_entry(code, color, "o") for code, color in colors.items()]
+    entries.append(legend_entry("mean", "black", "|"))
     figure.legend(handles=entries, loc="outside lower center", ncols=min(8, len(entries)), frameon=False)
     write_png(figure, f"{title}\nloss: change of bits per byte against the dense model, % (lower is better)", file)
 
@@ -50,10 +50,6 @@ def _best_first(results: Sequence[Result]) -> list[Result]:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
-
-
-def _entry(label: str, color: Color, marker: str) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
 
 
 def _draw_rows(

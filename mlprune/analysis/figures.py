@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
 
 from mlprune.storage.files import write_whole
 from mlprune.storage.results import Result
@@ -16,6 +18,9 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+Color = NDArray[np.float64] | tuple[float, float, float] | str
 
 COLUMNS = 3  # panels side by side
 MARKERS = "osD^vPX*"
@@ -46,6 +51,11 @@ def to_png(figure: Figure, title: str) -> bytes:
 def write_png(figure: Figure, title: str, file: Path) -> None:
     """Add the title, write the figure as PNG, and close it."""
     write_whole(file, to_png(figure, title))
+
+
+def legend_entry(label: str, color: Color, marker: str) -> Line2D:
+    """Return an entry of a legend: a marker without a line."""
+    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
 
 
 def method_words(result: Result) -> tuple[str, ...]:

@@ -9,9 +9,17 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
-from mlprune.analysis.figures import AXIS_LIMIT, COLUMNS, MARKERS, by_sparsity, panel_grid, sparsity_of, write_png
+from mlprune.analysis.figures import (
+    AXIS_LIMIT,
+    COLUMNS,
+    MARKERS,
+    by_sparsity,
+    legend_entry,
+    panel_grid,
+    sparsity_of,
+    write_png,
+)
 from mlprune.evaluation.forecasts import MIN_RANKED, forecast_and_loss, forecast_correlation
 from mlprune.spec.languages import language_name
 from mlprune.storage.results import Result
@@ -44,8 +52,8 @@ def draw_forecasts(
     for panel in panels[::COLUMNS]:
         panel.set_ylabel("measured loss, %")
     entries = [
-        *(_entry(f"sparsity {sparsity:.4g}", color, "s") for sparsity, color in colors.items()),
-        *(_entry(score, "0.4", marker) for score, marker in markers.items()),
+        *(legend_entry(f"sparsity {sparsity:.4g}", color, "s") for sparsity, color in colors.items()),
+        *(legend_entry(score, "0.4", marker) for score, marker in markers.items()),
     ]
     figure.legend(handles=entries, loc="outside lower center", ncols=min(6, len(entries)), frameon=False)
     write_png(figure, title, file)
@@ -54,10 +62,6 @@ def draw_forecasts(
 def _score(result: Result) -> str:
     assert result.variant is not None
     return result.variant.score.name
-
-
-def _entry(label: str, color: str, marker: str) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
 
 
 def _draw_trial(panel: Axes, point: tuple[float, float], color: str, marker: str) -> None:

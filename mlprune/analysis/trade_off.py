@@ -8,12 +8,12 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
 from mlprune.analysis.figures import (
     MARKERS,
+    Color,
     by_sparsity,
+    legend_entry,
     panel_grid,
     short_names,
     sparsity_of,
@@ -21,8 +21,6 @@ from mlprune.analysis.figures import (
 )
 from mlprune.evaluation.estimates import Estimate
 from mlprune.storage.results import Result
-
-Color = NDArray[np.float64] | str
 
 MAX_LABELS = 8
 MOST_LOSS = 200.0  # percent; three times the bits per byte of the dense model
@@ -54,8 +52,8 @@ def draw_trade_off(
     labelled = _trials_to_label(groups.values())
     _label(panel, [(names[trial.key], sparsity_of(trial), _position(trial)) for trial in labelled])
     entries = [
-        *(_legend_entry(f"sparsity {sparsity:.4g}", color, "s") for sparsity, color in colors.items()),
-        *(_legend_entry(score, "0.4", marker) for score, marker in markers.items()),
+        *(legend_entry(f"sparsity {sparsity:.4g}", color, "s") for sparsity, color in colors.items()),
+        *(legend_entry(score, "0.4", marker) for score, marker in markers.items()),
     ]
     figure.legend(handles=entries, loc="outside lower center", ncols=min(6, len(entries)), frameon=False)
     write_png(figure, title + _note(results), file)
@@ -103,10 +101,6 @@ def _note(results: Sequence[Result]) -> str:
     counts = {"beyond the axes (hollow)": beyond, "without a finite likelihood": len(results) - len(finite)}
     line = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f"\n{line}" if line else ""
-
-
-def _legend_entry(label: str, color: Color, marker: str) -> Line2D:
-    return Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
 
 
 def _draw_group(

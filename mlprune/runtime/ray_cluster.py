@@ -188,10 +188,12 @@ def _kill_processes_of(folder: Path) -> None:
 def _own_sigterm() -> Iterator[None]:
     """Keep this process's handler of SIGTERM: Ray's prints a C++ stack and aborts."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    # no other thread may set it; a handler that Python did not install is None
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        # no other thread may set it; a handler that Python did not install is None
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _silence_ray() -> None:

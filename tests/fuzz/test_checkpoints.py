@@ -65,7 +65,7 @@ def test_entries_of_the_header(data: st.DataObject, field: str) -> None:
 
 @CASES
 @given(
-    st.sampled_from([CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json", "generation_config.json"]),
+    st.sampled_from(FILES),
     st.data(),
 )
 def test_changed_bytes(name: str, data: st.DataObject) -> None:
