@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mlprune.analysis import trade_off
-from mlprune.analysis.dot_plot import draw_dot_plot
+from mlprune.analysis.dot_plot import draw_dot_plot, language_colors
 from mlprune.analysis.figures import short_names
 from mlprune.analysis.forecast_picture import draw_forecasts
 from mlprune.analysis.heat_map import colour_limits, draw_heat_map, losses, percent_text
@@ -258,6 +258,12 @@ def test_the_picture_of_forecasts_has_a_panel_per_language(tmp_path: Path) -> No
     width, height = size(tmp_path / "s.png")
     assert width == round(3 * 4.2 * 150)
     assert height == round((2 * 3.5 + 1.4) * 150)
+
+
+def test_the_dot_plot_has_a_colour_for_every_language() -> None:
+    for count in (2, 10, 11, 30):
+        colors = language_colors([f"language {n}" for n in range(count)])
+        assert len({tuple(color) for color in colors.values()}) == len(colors) == count
 
 
 def test_the_dot_plot_has_a_panel_per_sparsity_and_a_row_per_variant(tmp_path: Path) -> None:

@@ -28,9 +28,7 @@ def draw_dot_plot(results: Sequence[Result], languages: Sequence[str], title: st
     rows = max(map(len, groups.values()))
     width = DOTS + CHARACTER * max(map(len, names.values()))
     figure, panels = panel_grid(len(groups), 1 if width > 5.5 else 2, (width, ROW_HEIGHT * rows + 0.7), 0.9)
-    many = mpl.colormaps["turbo"](np.linspace(0, 1, len(languages)))
-    shades = many if len(languages) > 10 else mpl.color_sequences["tab10"][: len(languages)]
-    colors = dict(zip(languages, shades, strict=True))
+    colors = language_colors(languages)
     for panel, (sparsity, group) in zip(panels, groups.items(), strict=True):
         _draw_rows(panel, group, colors, names)
         panel.set_title(f"sparsity {sparsity:.4g}", fontsize="medium")
@@ -38,6 +36,13 @@ def draw_dot_plot(results: Sequence[Result], languages: Sequence[str], title: st
     entries.append(legend_entry("mean", "black", "|"))
     figure.legend(handles=entries, loc="outside lower center", ncols=min(8, len(entries)), frameon=False)
     write_png(figure, f"{title}\nloss: change of bits per byte against the dense model, % (lower is better)", file)
+
+
+def language_colors(languages: Sequence[str]) -> dict[str, Color]:
+    """Return a colour for each language: distinct ones of ten, or shades of a colour map for more."""
+    many = mpl.colormaps["turbo"](np.linspace(0, 1, len(languages)))
+    shades = many if len(languages) > 10 else mpl.color_sequences["tab10"][: len(languages)]
+    return dict(zip(languages, shades, strict=True))
 
 
 def _best_first(results: Sequence[Result]) -> list[Result]:
