@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from mlprune.errors import MlpruneError, SpecError, StorageError, Terminated, UserError
+from mlprune.runtime.restarts import forbid_restarts
 
 if TYPE_CHECKING:
     from mlprune.remote.job_package import JobPackage
@@ -101,6 +102,7 @@ def _check_json(file: str | None) -> None:
 
 
 def _terminate(signum: int, frame: object) -> None:
+    forbid_restarts()
     signal.signal(signum, signal.SIG_IGN)  # the second one would interrupt what the first one cleans up
     raise Terminated
 

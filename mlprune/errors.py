@@ -7,7 +7,8 @@
     │   ├── ModelError       a model or its checkpoint
     │   └── StorageError     a folder or an object store
     ├── SweepError           trials failed; the message says which and why
-    └── WorkerLostError      a worker died during a call; the call can be retried on a new worker
+    ├── WorkerLostError      a worker died during a call; the call can be retried on a new worker
+    └── RayLostError         the processes of Ray itself died, more often than they are started again
 
 Terminated, a BaseException like KeyboardInterrupt, is raised by SIGTERM.
 
@@ -74,6 +75,10 @@ class WorkerLostError(MlpruneError):
 
     def __str__(self) -> str:
         return self.cause
+
+
+class RayLostError(MlpruneError):
+    """Ray itself died, and is not started again."""
 
 
 class Terminated(BaseException):

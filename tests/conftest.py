@@ -13,7 +13,7 @@ os.environ["RAY_ADDRESS"] = "local"  # nor joins a Ray cluster that runs here
 import pytest
 
 from mlprune import console
-from mlprune.runtime.ray_cluster import ray_session
+from mlprune.runtime.connection import ray_session
 
 
 @pytest.fixture(autouse=True)

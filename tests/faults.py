@@ -2,7 +2,8 @@
 
 A folder holds, for each method of ShardWorker, files that are taken in the order of their names, one a call. The
 content is what that call does: `live`, `die`, a process id that is killed together with the worker, or
-`hold:PATTERN`: wait, on a host whose name matches, until the host is killed or cut off.
+`hold:PATTERN`: wait, on a host whose name matches, until the host is killed or cut off, or the file
+`.held` is removed.
 """
 
 import functools
@@ -18,7 +19,7 @@ from typing import Any
 
 FOLDER = "MLPRUNE_TEST_FAULTS"
 GUILTY = "guilty"  # a file: the label of the variant whose masking always kills
-METHODS = ("save_moments", "mask", "prune_through", "likelihood", "layer_weights")
+METHODS = ("save_moments", "mask", "prune_through", "likelihood", "layer_weights", "peak_bytes")
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -74,8 +75,11 @@ def _obey(orders: Path) -> None:
         except FileNotFoundError:  # another worker took it
             continue
         if what.startswith("hold:"):
-            file.with_suffix(".held").write_text(platform.node())
-            time.sleep(600)
+            held = file.with_suffix(".held")
+            held.write_text(platform.node())
+            while held.exists():
+                time.sleep(0.05)
+            return
         if what != "live":
             if what != "die":
                 os.kill(int(what), signal.SIGKILL)

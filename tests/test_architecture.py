@@ -34,7 +34,7 @@ LIBRARIES = {
     "mlflow": ("tracking",),
     "optuna": ("sweep.searching",),
     "ray": ("runtime",),
-    "ray.autoscaler": ("runtime.ray_cluster", "remote.ssh"),
+    "ray.autoscaler": ("runtime.nodes", "remote.ssh"),
     "ray.exceptions": ("runtime", "remote.jobs"),
     "ray.job_submission": ("remote.jobs",),
     "ray.tune": ("sweep.tune_runner",),

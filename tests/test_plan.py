@@ -14,7 +14,7 @@ from mlprune.cli import main
 from mlprune.commands.plan import MachineOptions, ScalePlan, plan_scale
 from mlprune.console import time_text
 from mlprune.planning.forecast import DISK_BYTES_PER_SECOND, EFFICIENCY, MASKED_PER_SECOND
-from mlprune.runtime.ray_cluster import cluster_machine
+from mlprune.runtime.nodes import cluster_machine
 from mlprune.spec.loading import load_spec
 from tests.tiny_models import config
 

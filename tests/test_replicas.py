@@ -14,11 +14,11 @@ from mlprune.errors import ModelError, SpecError, SweepError, WorkerLostError
 from mlprune.planning.machine import Machine, replica_share
 from mlprune.planning.planner import make_plan
 from mlprune.planning.work import Work
+from mlprune.runtime import nodes as nodes_module
 from mlprune.runtime import placement as places
-from mlprune.runtime import ray_cluster as ray_cluster_module
 from mlprune.runtime.actors import RayPipeline, pipeline_slot
+from mlprune.runtime.nodes import Node, resources_text
 from mlprune.runtime.placement import Placement, bundle_for
-from mlprune.runtime.ray_cluster import Node, resources_text
 from mlprune.runtime.replicas import MAX_WORKER_LOSSES, ReplicaGroup
 from mlprune.shards.pipeline import MaskOutcome
 from mlprune.shards.worker import ShardWorker
@@ -84,7 +84,7 @@ def test_a_model_error_is_raised_without_a_retry(ray_cluster: None, tmp_path: Pa
 def test_missing_resources_are_logged_and_named_in_the_error(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ray_cluster_module, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(nodes_module, "QUIET_SECONDS", 0.1)
     place = Placement.request(2, {"CPU": 1, "GPU": 1, "memory": float(GIB)})
     try:
         with pytest.raises(

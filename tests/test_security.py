@@ -37,7 +37,7 @@ from mlprune.models.offload_folder import OffloadFolder
 from mlprune.models.source import find_model
 from mlprune.models.zero import open_rendezvous
 from mlprune.report.tables import show_tracking
-from mlprune.runtime.ray_cluster import cluster_address
+from mlprune.runtime.connection import cluster_address
 from mlprune.spec.loading import load_spec, parse_spec, read_yaml
 from mlprune.spec.templates import check_template
 from tests.test_sweep import spec as tiny_spec

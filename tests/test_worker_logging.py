@@ -7,7 +7,7 @@ import ray
 
 from mlprune.errors import SpecError
 from mlprune.runtime.actors import rank_actor
-from mlprune.runtime.ray_cluster import worker_environment
+from mlprune.runtime.connection import worker_environment
 from mlprune.runtime.worker_logging import LEVEL_VARIABLE, configure_worker_logging
 
 

@@ -19,7 +19,7 @@ from mlprune.planning.machine import HOST_TO_DEVICE, UNKNOWN_GPU_FLOPS, Machine,
 from mlprune.planning.model_size import ModelSize, measure_model
 from mlprune.planning.planner import Plan, largest_node_sum, make_plan
 from mlprune.planning.work import Work, build_work
-from mlprune.runtime.ray_cluster import cluster_machine
+from mlprune.runtime.nodes import cluster_machine
 from mlprune.spec.schema import PipelineSpec, SweepSpec
 from mlprune.spec.variants import MEASURED
 from mlprune.sweep.grid import variants_of

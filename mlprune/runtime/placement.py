@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mlprune.planning.machine import Machine
-from mlprune.runtime.ray_cluster import resources_text, usable_nodes, wait_until
+from mlprune.runtime.nodes import resources_text, usable_nodes, wait_until
 
 GRANULARITY = 10_000  # Ray counts resources in ten-thousandths
 

@@ -28,7 +28,8 @@ from mlprune.planning.machine import Machine, this_machine, with_disk
 from mlprune.planning.model_size import ModelSize, check_pattern, measure_model
 from mlprune.planning.planner import Plan, make_plan
 from mlprune.planning.work import Work, build_work
-from mlprune.runtime.ray_cluster import cluster_is_running, cluster_machine
+from mlprune.runtime.connection import cluster_is_running
+from mlprune.runtime.nodes import cluster_machine
 from mlprune.shards.masking import MaskRecipe, Side
 from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.schema import CalibrationSpec, SweepSpec

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mlprune.console import step
 from mlprune.models.zero import Offload, compile_disk_access
-from mlprune.runtime.ray_cluster import cluster_is_running, ray_session
+from mlprune.runtime.connection import cluster_is_running, ray_session
 from mlprune.runtime.replicas import ReplicaGroup, host_memory_per_worker, worker_count
 from mlprune.shards.pipeline import LocalPipeline, Pipeline
 from mlprune.shards.worker import Setup, ShardWorker
