@@ -94,6 +94,14 @@ def test_the_readmes_commands_are_understood(line: str) -> None:
     command.make_parser(Context(command)).parse_args(words)
 
 
+def test_the_tests_that_documents_name_exist() -> None:
+    for file in (ROOT / "SECURITY.md", ROOT / "docs" / "reliability.md"):
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", file.read_text())
+        assert len(named) > 10
+        for module, test in named:
+            assert re.search(rf"^def {test}\(", (ROOT / "tests" / module).read_text(), re.MULTILINE), test
+
+
 def test_contributing_names_what_exists() -> None:
     """Every test, file and all-caps constant in backticks, and every link."""
     text = (ROOT / "CONTRIBUTING.md").read_text()

@@ -25,8 +25,12 @@ SPEC = {"search": {"calibration": ["mono:en"], "score": ["wanda"], "sparsity": [
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A storage with one finished trial, and its run."""
-    spec = parse_spec({**SPEC, "storage": str(tmp_path_factory.mktemp("logged"))})
+    return logged_store(tmp_path_factory.mktemp("logged"))
+
+
+def logged_store(folder: Path) -> tuple[Path, str]:
+    """Create a storage with one finished trial; return it and the trial's run."""
+    spec = parse_spec({**SPEC, "storage": str(folder)})
     tracker = SweepTracker(spec.tracking_uri, "e", spec.artifacts_folder, spec.key, spec.name)
     tracker.log_sweep({}, {"spec.yaml": spec.yaml()})
     tracker.finish_trial(Result("a" * 24, WANDA, {}), partial(str, "items"))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from mlprune.errors import SpecError
 from mlprune.spec.urls import redact, without_credentials
-from mlprune.tracking.mlflow_client import open_client
+from mlprune.tracking.mlflow_client import mlflow_errors, open_client
 from mlprune.tracking.tracker import ITEMS, PARENT_TAG, SPEC, TRIAL_TAG, trial_params
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ def load_trial_items(uri: str, run_id: str, key: str) -> tuple[TrialRun, str]:
     Raises SpecError, naming `key`, if the run is not a trial's or the trial has not finished.
     """
     client = open_client(uri)
-    trial = _trial_run(client, uri, run_id, key)
-    items = _artifact(client, run_id, ITEMS, key)
+    with mlflow_errors(uri):
+        trial = _trial_run(client, uri, run_id, key)
+        items = _artifact(client, run_id, ITEMS, key)
     if items is None:
         remedy = f"has no {ITEMS}: it did not finish, or an older version of mlprune wrote it"
         raise SpecError(key, repr(run_id), remedy)
@@ -70,7 +71,8 @@ def load_trial_spec(uri: str, run_id: str) -> tuple[str, TrialParams]:
     Raises SpecError if the run is not a trial's, or was damaged.
     """
     client = open_client(uri)
-    trial = _trial_run(client, uri, run_id, "--run")
+    with mlflow_errors(uri):
+        trial = _trial_run(client, uri, run_id, "--run")
     if trial.params.get("score") == trial_params(None)["score"]:
         raise SpecError("--run", repr(run_id), "is the run of the dense model; use the run of a trial")
     try:
@@ -79,7 +81,8 @@ def load_trial_spec(uri: str, run_id: str) -> tuple[str, TrialParams]:
         first = error.errors()[0]
         name, problem = first["loc"][0], first["msg"][:1].lower() + first["msg"][1:]
         raise SpecError("--run", repr(run_id), f"is damaged: its param {name}: {problem}") from None
-    spec = _artifact(client, trial.parent_id, SPEC, "--run")
+    with mlflow_errors(uri):
+        spec = _artifact(client, trial.parent_id, SPEC, "--run")
     if spec is None:
         raise SpecError("--run", repr(run_id), f"its parent run {trial.parent_id} has no artifact {SPEC}")
     return spec, params

@@ -21,7 +21,7 @@ from filelock import FileLock
 from requests import HTTPError
 from sqlalchemy.exc import InterfaceError, SQLAlchemyError
 
-from mlprune.errors import SpecError
+from mlprune.errors import MlpruneError, SpecError
 from mlprune.spec.urls import redact
 from mlprune.storage.files import check_folder
 from mlprune.tracking.moved_storage import BESIDE_TAG, update_artifact_paths
@@ -143,6 +143,11 @@ def mlflow_errors(uri: str) -> Iterator[None]:
     except (MlflowException, OSError, SQLAlchemyError, sqlite3.Error, ImportError) as error:  # or no driver
         remedy = f"MLflow does not answer there: {root_cause(error)}"
         raise SpecError("tracking.uri", repr(redact(uri)), remedy) from None
+    except MlpruneError:
+        raise
+    except Exception as error:  # MLflow trusts the values in its database
+        remedy = f"what MLflow reads there is damaged: {type(error).__name__}: {root_cause(error)}"
+        raise SpecError("tracking.uri", repr(redact(uri)), remedy) from error
 
 
 def run_uninterrupted(work: Callable[[], T]) -> T:
@@ -157,10 +162,13 @@ def run_uninterrupted(work: Callable[[], T]) -> T:
 def is_transient(error: Exception) -> bool:
     """Return whether the same request may succeed later: the network, server or database is down, full or locked.
 
-    Not transient: what a server refuses (4xx, except 408 and 429: too slow, too many), and a missing file.
+    Not transient: what a server refuses (4xx, except 408 and 429: too slow, too many), a missing file, and a
+    damaged sqlite file.
     """
     from mlflow.exceptions import MlflowException
 
+    if _is_damage(error):
+        return False
     # MLflow reports a lost connection to its database (InterfaceError) as a bad request.
     if isinstance(error, MlflowException) and not isinstance(error.__cause__, InterfaceError):
         status = error.get_http_status_code()
@@ -170,6 +178,17 @@ def is_transient(error: Exception) -> bool:
         transient = (MlflowException, OSError, SQLAlchemyError)
         return isinstance(error, transient) and not isinstance(error, FileNotFoundError)
     return status in (408, 429) or not 400 <= status < 500
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether sqlite found its file malformed, or without a table or column of MLflow's."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, sqlite3.Error):
+        original = getattr(cause, "orig", None)  # of SQLAlchemy's errors
+        cause = original if isinstance(original, sqlite3.Error) else cause.__cause__ or cause.__context__
+    if isinstance(cause, sqlite3.OperationalError):
+        return str(cause).startswith("no such ")  # others: locked, full, unreadable
+    return isinstance(cause, sqlite3.DatabaseError)
 
 
 def root_cause(error: BaseException) -> str:

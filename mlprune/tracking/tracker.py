@@ -18,9 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requests import HTTPError
-
-from mlprune.errors import SpecError
+from mlprune.errors import MlpruneError, SpecError
 from mlprune.spec.urls import redact
 from mlprune.spec.variants import Variant
 from mlprune.storage.results import Result
@@ -260,17 +258,15 @@ class SweepTracker:
 
     def _deliver(self, update: Callable[[], object]) -> None:
         """Carry out an update. Raises UnavailableError if it is to be retried, SpecError if MLflow refuses it."""
-        from mlflow.exceptions import MlflowException
-
         try:
             update()
         except Exception as error:
             if is_transient(error):
                 raise UnavailableError(root_cause(error)) from error
-            if isinstance(error, (MlflowException, HTTPError)):
-                remedy = f"MLflow refuses what is logged: {root_cause(error)}"
-                raise SpecError("tracking.uri", repr(redact(self._uri)), remedy) from None
-            raise
+            if isinstance(error, MlpruneError):
+                raise
+            remedy = f"MLflow refuses what is logged: {root_cause(error)}"
+            raise SpecError("tracking.uri", repr(redact(self._uri)), remedy) from error
 
 
 def _now() -> int:
