@@ -56,6 +56,13 @@ def test_invalid_urls_are_refused(uri: str) -> None:
     refused("tracking.uri", uri, "not a URL")
 
 
+def test_an_invalid_url_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hidden@[::1")
+    with pytest.raises(SpecError) as caught:
+        load_spec("quickstart")
+    assert str(caught.value) == "MLFLOW_TRACKING_URI: 'https://...': not a URL: its host or port is invalid"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

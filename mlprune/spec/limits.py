@@ -61,17 +61,16 @@ def _check_text(key: str, text: str) -> None:
         )
     if key == "name" and len(text.encode()) > NAME_BYTES:
         raise SpecError(key, repr(text), f"is too long; a name has {NAME_BYTES} bytes at most")
-    if key == "tracking.uri":
-        _check_url(key, text)
+    if key == "tracking.uri" and not tracking_has_secret(text):  # those are refused elsewhere
+        check_url(key, text)
 
 
 def _is_too_long(path: str) -> bool:
     return len(path.encode()) > PATH_BYTES or any(len(part.encode()) > PART_BYTES for part in path.split("/"))
 
 
-def _check_url(key: str, url: str) -> None:
-    if tracking_has_secret(url):
-        return  # refused elsewhere, where secrets are
+def check_url(key: str, url: str) -> None:
+    """Raise SpecError, which shows no secret, if the host or port of a URL cannot be read."""
     try:
         urlsplit(url).port  # noqa: B018 - parsed when it is read
     except ValueError:  # whose message has a part of the URL

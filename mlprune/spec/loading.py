@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mlprune.errors import SpecError
-from mlprune.spec.limits import check_limits
+from mlprune.spec.limits import check_limits, check_url
 from mlprune.spec.schema import SweepSpec
 from mlprune.spec.urls import is_server, scheme_only, tracking_has_secret
 
@@ -73,6 +73,8 @@ def parse_spec(values: Mapping[str, object]) -> SweepSpec:
     except ValidationError as error:
         raise _spec_error(error) from None
     check_limits(spec)
+    if spec.tracking.uri is None:
+        check_url("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", ""))
     if spec.tracking.uri is not None and tracking_has_secret(spec.tracking.uri):
         remedy = (
             "no secrets in specs, which are logged: give the whole address in the environment, as "
