@@ -212,9 +212,10 @@ def _watch(file: str, package: JobPackage | None) -> Values:
 )
 @click.option("--score", help="wanda, magnitude, ria, sparsegpt, contrastive:KIND/KIND, ... (docs/spec.md).")
 @click.option("--sparsity", type=float, help="Share of the weights to drop, in [0, 1).")
-@click.option("--pattern", help="unstructured, or n:m, e.g. 2:4.")
+@click.option("--pattern", help="unstructured, n:m such as 2:4, or channels: a model that is really smaller.")
 @click.option("--allocation", help="uniform, owl, alpha, sensitivity-worst, ... (docs/spec.md).")
 @click.option("--propagation", help="sequential or dense.")
+@click.option("--repair", help="none, or least-squares: of what reads removed channels.")
 @_new_folder
 @_corpus
 def prune(
@@ -230,6 +231,7 @@ def prune(
     pattern: str | None,
     allocation: str | None,
     propagation: str | None,
+    repair: str | None,
 ) -> Values:
     """Prune a model and write the checkpoint to a new folder.
 
@@ -238,7 +240,7 @@ def prune(
     """
     from mlprune.commands import prune as command
 
-    options = command.VariantOptions(calibration, score, sparsity, pattern, allocation, propagation)
+    options = command.VariantOptions(calibration, score, sparsity, pattern, allocation, propagation, repair)
     settings = {"model.path": model, "calibration.corpus": corpus}
     if run_id is not None:
         if spec is not None:
@@ -247,7 +249,9 @@ def prune(
     else:
         checked, variant = command.select_variant(spec or "quickstart", options, settings, assignments)
     pruned = command.prune(checked, variant, output)
-    click.echo(f"{variant.label}: {pruned.sparsity:.2%} of the weights dropped", err=True)
+    of = "the feed-forward networks' weights" if variant.pattern.channels else "the weights"
+    click.echo(f"{variant.label}: {pruned.sparsity:.2%} of {of} dropped", err=True)
+    click.echo(command.size_line(pruned), err=True)
     click.echo(f"written to {output}; evaluate it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
     return pruned.manifest
 

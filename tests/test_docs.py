@@ -11,7 +11,9 @@ from click import Command, Context
 from pydantic import BaseModel
 
 from mlprune.cli import main
+from mlprune.models.feed_forward import FEED_FORWARD
 from mlprune.models.hollow import FAMILIES
+from mlprune.pruning.channels import CHANNEL_SCORES
 from mlprune.pruning.scores import SCORES
 from mlprune.report.ranking import LEGEND
 from mlprune.spec.calibrations import Calibration, CombinationKind
@@ -66,12 +68,18 @@ def test_the_tables_of_rules_and_combinations_are_complete() -> None:
     (table,) = re.findall(r"^\| combination \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
     examples = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
     assert [Calibration.parse(one).combination.kind for one in examples] == list(get_args(CombinationKind))
-    (table,) = re.findall(r"^\| `score` \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    (table,) = re.findall(r"^\| `score` \| importance of a weight.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
     names = [name for row in table.splitlines() for name in re.findall(r"`(.*?)`", row.split("|")[1])]
     assert names == list(SCORES)
     (table,) = re.findall(r"^\| `allocation` \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
     names = [name for row in table.splitlines() for name in re.findall(r"`(.*?)`", row.split("|")[1])]
     assert names == list(get_args(Allocation))
+    (table,) = re.findall(
+        r"^\| `score` \| importance of a channel.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE
+    )
+    assert re.findall(r"^\| `(.*?)`", table, re.MULTILINE) == list(CHANNEL_SCORES)
+    (families,) = re.findall(r"^Channels are removed from ([\w, ]+)\.", text, re.MULTILINE)
+    assert re.split(", | and ", families) == sorted(FEED_FORWARD)
 
 
 def test_the_readme_shows_a_ranking_as_it_is_printed() -> None:

@@ -96,8 +96,8 @@ def test_many_shards_and_files_write_the_same_weights(tmp_path: Path, monkeypatc
     with opened(prepared) as pipeline:
         gather_moments(prepared, pipeline, [WANDA])
         make_masks(prepared, pipeline, WANDA)
-        model, dtype = prepared.source, prepared.model_size.dtype
-        export.write_checkpoint(model, dtype, pipeline.weights(WANDA.key), {}, tmp_path / "many")
+        model, weights = prepared.source, pipeline.weights(WANDA.key)
+        export.write_checkpoint(model, model.config(), weights, {}, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     load: Any = AutoModelForCausalLM.from_pretrained
     one, many = load(tmp_path / "one").state_dict(), load(tmp_path / "many").state_dict()

@@ -155,7 +155,9 @@ def test_a_converted_model_is_exported_without_quantisation(folder: Path, tmp_pa
     source, _ = fp8_model(folder)
     weights = load_hollow(source, LoadedPart.whole(Span(0, 4, 4)), torch.bfloat16).state_dict()
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    write_checkpoint(source, torch.bfloat16, [weights], {}, tmp_path / "out")
+    config = source.config()
+    config.dtype = torch.bfloat16
+    write_checkpoint(source, config, [weights], {}, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     exported = find_model(str(tmp_path / "out"))
     check_tensors(exported)

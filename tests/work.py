@@ -1,6 +1,6 @@
 """Small jobs on tiny models, for tests of pipelines, trials and commands."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,14 @@ VARIANTS = (
 
 
 def ready(
-    storage: Path, model: ModelSource | None = None, shards: int = 1, pipeline: Any = None, **changes: Any
+    storage: Path,
+    model: ModelSource | None = None,
+    shards: int = 1,
+    pipeline: Any = None,
+    variants: Sequence[Variant] = VARIANTS,
+    **changes: Any,
 ) -> Prepared:
-    """Return a prepared job over VARIANTS on a tiny model: 24 prompts of up to 300 tokens, some padded."""
+    """Return a prepared job on a tiny model: 24 prompts of up to 300 tokens, some padded."""
     values = {
         "name": "tiny",
         "model": {"path": str((model or source()).folder)},
@@ -63,7 +68,7 @@ def ready(
         "storage": str(storage),
     }
     spec = parse_spec({**values, **changes})
-    return prepare(spec, [seeded(variant, spec.calibration.seed) for variant in VARIANTS])
+    return prepare(spec, [seeded(variant, spec.calibration.seed) for variant in variants])
 
 
 def seeded(variant: Variant, seed: int) -> Variant:

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from numpy.typing import NDArray
 
+from mlprune.spec.variants import Pattern
 from mlprune.storage.files import write_whole
 from mlprune.storage.results import Result
 
@@ -62,10 +63,11 @@ def method_words(result: Result) -> tuple[str, ...]:
     """Return how a trial was pruned, without the sparsity. Options with their most common value are empty."""
     variant = result.variant
     assert variant is not None
-    pattern = str(variant.pattern) if variant.pattern.group else ""
+    pattern = "" if variant.pattern == Pattern() else str(variant.pattern)
     allocation = "" if variant.allocation == "uniform" else variant.allocation
+    repair = "" if variant.repair == "none" else "repaired"
     propagation = "" if variant.propagation == "dense" else variant.propagation
-    return variant.score.name, variant.calibration_label, pattern, allocation, propagation
+    return variant.score.name, variant.calibration_label, pattern, allocation, repair, propagation
 
 
 def short_names(results: Sequence[Result]) -> dict[str, str]:

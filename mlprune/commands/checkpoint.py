@@ -12,11 +12,12 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from mlprune.console import size_text
@@ -48,34 +49,42 @@ def check_output(output: Path, weight_bytes: int) -> None:
         raise StorageError("--output", repr(str(output)), remedy)
 
 
+@dataclass(frozen=True)
+class WrittenSize:
+    """The weights of a written checkpoint; those that two modules share are counted once."""
+
+    parameters: int
+    bytes: int
+
+
 def write_checkpoint(
     source: ModelSource,
-    dtype: torch.dtype,
+    config: PretrainedConfig,
     weights: Iterable[dict[str, Tensor]],
     manifest: Mapping[str, object],
     output: Path,
     progress: Callable[[int], None] = lambda _: None,
-) -> None:
+) -> WrittenSize:
     """Write weights, tokenizer, configuration and `mlprune.json` to the new folder `output`.
 
-    `weights` are pieces of the model with the names of the loaded model; `progress` is called with the number of
-    pieces written.
+    `config` is that of the written model, with its dtype. `weights` are pieces of the model with the names of the
+    loaded model; `progress` is called with the number of pieces written. The size is added to the manifest.
     """
     with _complete_or_absent(output) as folder:
         files = _WeightFiles(folder)
-        for number, piece in enumerate(_as_saved(source, weights), start=1):
+        for number, piece in enumerate(_as_saved(config, weights), start=1):
             files.add(piece)
             progress(number)
         files.finish()
-        config = source.config()
-        config.dtype = dtype
         remove_quantization(config)
         with quiet_transformers():
             config.save_pretrained(folder)
             source.tokenizer().save_pretrained(folder)
         if (generation := source.folder / "generation_config.json").exists():
             shutil.copy(generation, folder)
+        manifest = {**manifest, "size": vars(files.size)}
         (folder / "mlprune.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return files.size
 
 
 @contextmanager
@@ -92,9 +101,9 @@ def _complete_or_absent(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _as_saved(source: ModelSource, pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _as_saved(config: PretrainedConfig, pieces: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Yield each piece with the names and shapes of the family's checkpoints (e.g. experts one by one)."""
-    model = meta_model(source.config())
+    model = meta_model(config)
     seen: set[str] = set()
     for piece in pieces:
         new = {name: tensor for name, tensor in piece.items() if name not in seen}
@@ -109,14 +118,15 @@ class _WeightFiles:
         self._folder = folder
         self._pending: dict[str, Tensor] = {}
         self._files: list[list[str]] = []  # tensor names, a list a file
-        self._bytes = 0
+        self.size = WrittenSize(0, 0)
 
     def add(self, piece: dict[str, Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in piece.values())
         if self._pending and size + sum(tensor.nbytes for tensor in self._pending.values()) > FILE_BYTES:
             self._flush()
         self._pending |= piece
-        self._bytes += size
+        numbers = sum(tensor.numel() for tensor in piece.values())
+        self.size = WrittenSize(self.size.parameters + numbers, self.size.bytes + size)
 
     def _flush(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self._pending.items()}
@@ -138,5 +148,5 @@ class _WeightFiles:
             weight_map = {
                 tensor: name for name, tensors in zip(names, self._files, strict=True) for tensor in tensors
             }
-            index = {"metadata": {"total_size": self._bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {"metadata": {"total_size": self.size.bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

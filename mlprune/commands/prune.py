@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from mlprune import __version__
-from mlprune.commands.checkpoint import check_output, write_checkpoint
-from mlprune.console import step
+from mlprune.commands.checkpoint import WrittenSize, check_output, write_checkpoint
+from mlprune.console import size_text, step
 from mlprune.errors import SpecError
 from mlprune.pruning.scores import find_score
 from mlprune.shards.pipeline import MaskOutcome, Pipeline
@@ -42,6 +42,7 @@ class VariantOptions:
     pattern: str | None = None
     allocation: str | None = None
     propagation: str | None = None
+    repair: str | None = None
 
 
 def select_variant(
@@ -72,6 +73,7 @@ def _search(options: VariantOptions) -> dict[str, list[str] | list[float]]:
         "pattern": [pattern],
         "propagation": [options.propagation or "sequential"],
         "allocation": [options.allocation or "uniform"],
+        "repair": [options.repair or "none"],
     }
 
 
@@ -114,6 +116,7 @@ def select_run(
         "pattern": [params.pattern],
         "propagation": [params.propagation],
         "allocation": [params.allocation],
+        "repair": [params.repair],
         "score": [f"{params.score}:{params.calibration}" if two_sided else params.score],
         "calibration": [] if two_sided or params.calibration == "none" else [params.calibration],
         "sparsity": [params.sparsity],
@@ -125,10 +128,21 @@ def select_run(
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A written checkpoint: the share of dropped weights, and the manifest in its folder."""
+    """A written checkpoint: the share of dropped weights, its size and the dense model's, and its manifest."""
 
     sparsity: float
+    size: WrittenSize
+    dense: WrittenSize
     manifest: dict[str, object]
+
+
+def size_line(pruned: PrunedModel) -> str:
+    """Return in one line how much smaller the checkpoint is."""
+    if pruned.size == pruned.dense:
+        return f"as large as before ({size_text(pruned.size.bytes)}): dropped weights are stored as zeros"
+    before, after = (f"{one.parameters / 1e6:,.1f}" for one in (pruned.dense, pruned.size))
+    sizes = f"{size_text(pruned.dense.bytes)} before, {size_text(pruned.size.bytes)} now"
+    return f"{after} of {before} million parameters are left; {sizes}"
 
 
 def prune(spec: SweepSpec, variant: Variant, output: Path) -> PrunedModel:
@@ -151,16 +165,22 @@ def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipelin
         logger.warning(unseen_warning(outcome.unseen))
     manifest = _manifest(prepared, variant, outcome)
     pieces = len(prepared.model_size.layers) + 1
+    config, channels = prepared.source.config(), prepared.recipe(variant).channels
+    config.dtype = prepared.model_size.dtype
+    if channels is not None:
+        setattr(config, channels.feed_forward.width_key, channels.kept)
     with step(f"writing {output}", "layers") as progress:
-        write_checkpoint(
+        size = write_checkpoint(
             prepared.source,
-            prepared.model_size.dtype,
-            pipeline.weights(variant.key),
+            config,
+            pipeline.weights(variant.key, channels.feed_forward if channels else None),
             manifest,
             output,
             lambda done: progress(done, pieces),
         )
-    return PrunedModel(outcome.sparsity, manifest)
+    total = prepared.model_size.total
+    dense = WrittenSize(total // prepared.model_size.dtype.itemsize, total)
+    return PrunedModel(outcome.sparsity, size, dense, manifest)
 
 
 def _manifest(prepared: Prepared, variant: Variant, outcome: MaskOutcome) -> dict[str, object]:

@@ -20,7 +20,7 @@ class Work:
     variants: int  # trials that are evaluated
     sequential: int = 0  # trials that are pruned layer by layer
     sequential_tokens: int = 0  # tokens of all calibration sets of the largest such trial
-    solved: int = 0  # trials whose remaining weights are changed (sparsegpt)
+    solved: int = 0  # trials whose remaining weights are changed (sparsegpt, repair)
     sorted_matrix: bool = False  # whether some trial ranks the weights of a whole matrix over several texts
     written: int = 0  # tokens of the rows that are generated at the same time, prompts included
     forecast: int = 0  # further trials of which only masks are made, in a search for mixtures
@@ -63,13 +63,17 @@ def build_work(
         variants=len(variants),
         sequential=len(sequential),
         sequential_tokens=max(sequential, default=0),
-        solved=sum(isinstance(find_score(variant.score.name), Solver) for variant in variants),
+        solved=sum(map(_changes_weights, variants)),
         sorted_matrix=any(map(_sorts_matrices, variants)),
         written=written,
         forecast=len(forecast),
         measuring=measuring,
         returning=len(variants) if stages else 0,
     )
+
+
+def _changes_weights(variant: Variant) -> bool:
+    return isinstance(find_score(variant.score.name), Solver) or variant.repair != "none"
 
 
 def _sorts_matrices(variant: Variant) -> bool:

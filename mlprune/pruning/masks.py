@@ -130,6 +130,11 @@ class PackedMask:
         return self.shape[0] * self.shape[1] - self.kept
 
     @property
+    def columns(self) -> Tensor:
+        """Return the columns of which a weight is kept, bool [I]."""
+        return self.unpack().any(0)
+
+    @property
     def bytes(self) -> int:
         """Return the memory that it takes."""
         return self.bits.nbytes
@@ -170,6 +175,10 @@ class PackedWeights:
     @property
     def dropped(self) -> int:
         return self.mask.dropped
+
+    @property
+    def columns(self) -> Tensor:
+        return self.mask.columns
 
     @property
     def bytes(self) -> int:

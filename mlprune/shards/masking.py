@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mlprune.errors import ModelError
+from mlprune.models.feed_forward import FeedForward
 from mlprune.models.matrices import matrices
 from mlprune.pruning.allocation import matrix_counts
 from mlprune.pruning.combinations import combine
@@ -29,6 +30,7 @@ from mlprune.spec.calibrations import MIX, Combination
 from mlprune.spec.variants import Variant
 
 UNSEEN = cast(Score, SCORES["magnitude"])  # replaces a solver for an expert that no token reached
+Energy = dict[str, list[float]]  # language -> the share of energy dropped of each matrix
 Gathered = Mapping[str, Mapping[str, Moments]]  # of one layer: calibration set key -> matrix name -> moments
 
 
@@ -65,6 +67,14 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class ChannelPlan:
+    """The feed-forward network that loses channels, and how many of them stay in every layer."""
+
+    feed_forward: FeedForward
+    kept: int
+
+
+@dataclass(frozen=True)
 class MaskRecipe:
     """All that determines masks besides moments: the variant, and the sides of its calibration.
 
@@ -75,6 +85,7 @@ class MaskRecipe:
     variant: Variant
     sides: tuple[Side, ...] = ()
     dropped: tuple[int, ...] = ()  # how many weights each layer of the model drops; empty: `uniform`
+    channels: ChannelPlan | None = None  # if the variant removes channels
     forecasts: tuple[tuple[str, str], ...] = ()  # (language, key)
 
     @property
@@ -88,8 +99,8 @@ class MaskRecipe:
 
     @property
     def gram(self) -> bool:
-        """Whether the rule needs products of channels, not only their squares."""
-        return isinstance(self.rule, Solver)
+        """Whether the rule or the repair needs products of channels, not only their squares."""
+        return isinstance(self.rule, Solver) or self.variant.repair != "none"
 
     def drops(self, layer: int, weights_OI: Mapping[str, Tensor]) -> Mapping[str, int]:
         """Return how many weights each matrix of a layer drops; empty: `uniform`."""
@@ -138,7 +149,7 @@ def masks_of_layer(
     Raises ModelError when a score is not finite, or a Hessian is singular.
     """
     masks, unseen = {}, []
-    energy: dict[str, list[float]] = {language: [] for language, _ in recipe.forecasts}
+    energy: Energy = {language: [] for language, _ in recipe.forecasts}
     weights_OI = layer_weights(layer)
     drops = recipe.drops(index, weights_OI)
     for name, weight_OI in weights_OI.items():
@@ -149,10 +160,9 @@ def masks_of_layer(
             if not readings[0].is_complete:
                 unseen.append(f"{index}.{name}")
             keep_OI, masks[name] = _mask(index, name, weight_OI, recipe, readings, drops.get(name))
-        for language, share in _forecast(index, name, weight_OI, keep_OI, recipe, dense).items():
-            energy[language].append(share)
+        forecast(name, weight_OI, keep_OI, recipe, dense, energy)
     weights = sum(weight_OI.numel() for weight_OI in weights_OI.values())
-    return masks, _summary(masks, weights, unseen, energy)
+    return masks, summarize(masks, weights, unseen, energy)
 
 
 def layer_weights(layer: torch.nn.Module) -> dict[str, Tensor]:
@@ -175,16 +185,16 @@ def _mask(
     rule, where = recipe.rule, f"layer {index}, {name}"
     for reading in readings:
         for side in reading.sides:
-            _check_finite(side.sumsq_I, "the sums of its inputs", where)
+            check_finite(side.sumsq_I, "the sums of its inputs", where)
     if isinstance(rule, Solver) and readings[0].is_complete:
         keep_OI, changed_OI = _solved(rule, weight_OI, readings[0].sides[0], recipe, drop, where)
         return keep_OI, PackedWeights.pack(keep_OI, changed_OI)
     score = rule if isinstance(rule, Score) else UNSEEN
-    seed, pattern = _seed(recipe.variant.seed, index, name), recipe.variant.pattern
+    seed, pattern = matrix_seed(recipe.variant.seed, index, name), recipe.variant.pattern
 
     def scored(reading: Reading) -> Tensor:
         score_OI = score.function(weight_OI, reading.sides, seed)
-        _check_finite(score_OI, "the scores", where)
+        check_finite(score_OI, "the scores", where)
         return score_OI
 
     if len(readings) == 1:
@@ -209,36 +219,38 @@ def _solved(
         remedy = "its Hessian is not positive definite; raise calibration.samples, or load it in float32"
         raise ModelError("search.score", f"{recipe.variant.score.name} at {where}", remedy) from None
     changed_OI = changed_OI.to(weight_OI.dtype)
-    _check_finite(changed_OI, "the changed weights", where)
+    check_finite(changed_OI, "the changed weights", where)
     return keep_OI, changed_OI
 
 
-def _forecast(
-    index: int, name: str, weight_OI: Tensor, keep_OI: Tensor, recipe: MaskRecipe, dense: Gathered
-) -> Mapping[str, float]:
-    """Return the share of energy dropped on each language's text, if that text reaches the matrix.
+def forecast(
+    name: str, weight_OI: Tensor, keep_OI: Tensor, recipe: MaskRecipe, dense: Gathered, energy: Energy
+) -> None:
+    """Append to `energy` the share of energy dropped on each language's text, if that text reaches the matrix.
 
     It is NaN where the text's sums are not finite: then nothing is forecast, but masks may not need these sums.
     """
     if not recipe.forecasts:
-        return {}
+        return
     sumsq_LI = torch.stack([dense[key][name].sumsq_I for _, key in recipe.forecasts])
     shares = dropped_energy(weight_OI, keep_OI, sumsq_LI).tolist()
     finite = sumsq_LI.isfinite().all(1).tolist()
-    languages = [language for language, _ in recipe.forecasts]
-    by_language = zip(languages, shares, finite, strict=True)
-    return {code: share for code, share, known in by_language if not (known and math.isnan(share))}
+    for (language, _), share, known in zip(recipe.forecasts, shares, finite, strict=True):
+        if not (known and math.isnan(share)):
+            energy[language].append(share)
 
 
-def _check_finite(values: Tensor, what: str, where: str) -> None:
+def check_finite(values: Tensor, what: str, where: str) -> None:
+    """Raise ModelError, which names `what` and `where`, if a value is infinite or NaN."""
     if not torch.stack(torch.aminmax(values)).isfinite().all():  # NaN is the largest, and the smallest
         remedy = f"{what} are not finite; load the model in float32, or check its weights"
         raise ModelError("model.dtype", where, remedy)
 
 
-def _summary(
+def summarize(
     masks: LayerMasks, weights: int, unseen: Sequence[str], energy: Mapping[str, Sequence[float]]
 ) -> MaskSummary:
+    """Return the summary of a layer's masks; `weights` are all weights of the matrices that they concern."""
     return MaskSummary(
         dropped=sum(mask.dropped for mask in masks.values()),
         weights=weights,
@@ -248,5 +260,6 @@ def _summary(
     )
 
 
-def _seed(seed: int, layer: int, name: str) -> int:
+def matrix_seed(seed: int, layer: int, name: str) -> int:
+    """Return the seed of a matrix's random scores."""
     return int.from_bytes(hashlib.sha256(f"{seed} {layer} {name}".encode()).digest()[:8], "big") >> 1

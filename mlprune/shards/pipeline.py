@@ -25,6 +25,7 @@ from torch import Tensor
 from mlprune.data.batches import Batch, RowSet
 from mlprune.data.calibration import CalibrationSet
 from mlprune.errors import WorkerLostError
+from mlprune.models.feed_forward import FeedForward
 from mlprune.models.hollow import Span
 from mlprune.planning.memory import Chunks
 from mlprune.shards.decoding import Ended, Step, grouped, waves
@@ -290,14 +291,17 @@ class Pipeline(ABC):
         futures = [self.call(shard, ShardWorker.peak_bytes) for shard in range(len(self.spans))]
         return [max(self.get(future)) for future in futures]
 
-    def weights(self, variant: str | None) -> Iterator[dict[str, Tensor]]:
-        """Yield all weights of the model, masked by `variant`: those outside the layers, then each layer's."""
+    def weights(self, variant: str | None, cut: FeedForward | None = None) -> Iterator[dict[str, Tensor]]:
+        """Yield all weights of the model, masked by `variant`: those outside the layers, then each layer's.
+
+        `cut`: without the channels of this network that the variant removes.
+        """
         for shard, span in enumerate(self.spans):
             if span.is_first or span.is_last:
                 yield self.get(self.call(shard, ShardWorker.other_weights))[0]
         for shard, span in enumerate(self.spans):
             for index in span.layers:
-                yield self.get(self.call(shard, ShardWorker.layer_weights, index, variant))[0]
+                yield self.get(self.call(shard, ShardWorker.layer_weights, index, variant, cut))[0]
 
     # how a pass is sent
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mlprune.data.batches import Batch
+from mlprune.models.feed_forward import FeedForward, cut_channels
 from mlprune.models.hollow import Span
 from mlprune.models.matrices import Observer
 from mlprune.models.memory import peak_memory
@@ -25,6 +26,7 @@ from mlprune.planning.machine import usable_cores
 from mlprune.planning.memory import LOGIT_TOKENS
 from mlprune.pruning.masks import LayerMasks
 from mlprune.pruning.moments import Moments
+from mlprune.shards.channel_masks import masks_of_channels
 from mlprune.shards.decoding import Session, Step
 from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
 from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
@@ -303,7 +305,11 @@ class ShardWorker:
     def _make_masks(
         self, index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered
     ) -> LayerMasks:
-        masks, summary = masks_of_layer(index, layer, recipe, gathered, self._dense(recipe, index))
+        dense = self._dense(recipe, index)
+        if recipe.channels is None:
+            masks, summary = masks_of_layer(index, layer, recipe, gathered, dense)
+        else:
+            masks, summary = masks_of_channels(index, layer, recipe, recipe.channels, gathered, dense)
         self._masks.setdefault(recipe.variant.key, {})[index] = masks
         self._summaries.setdefault(recipe.variant.key, []).append(summary)
         return masks
@@ -377,17 +383,21 @@ class ShardWorker:
     # weights, for export
 
     @torch.inference_mode()
-    def layer_weights(self, index: int, variant: str | None) -> dict[str, Tensor]:
+    def layer_weights(self, index: int, variant: str | None, cut: FeedForward | None = None) -> dict[str, Tensor]:
         """Return a layer's weights on the CPU, masked by `variant`, by name in the model.
 
-        Ranks other than the first return nothing.
+        `cut`: without the channels of this network that the variant removes. Ranks other than the first return
+        nothing.
         """
         with self._residency.borrow(index, self._next(index)) as layer:
             if not self.ranks.is_first:
                 return {}
             weights = dict(layer.state_dict())
             if variant:
-                weights.update(masked(layer, self._masks[variant][index]))
+                masks = self._masks[variant][index]
+                weights.update(masked(layer, masks))
+                if cut is not None and cut.behind in masks:
+                    weights = cut_channels(layer, weights, cut, masks[cut.behind].columns)
             prefix = f"{self._model.prefix}.{index}."
             return {prefix + name: data.cpu().clone() for name, data in weights.items()}
 

@@ -12,7 +12,7 @@ from mlprune.spec.calibrations import Calibration
 from mlprune.spec.mixtures import MixtureSpec, mixture_list
 from mlprune.spec.pretraining import PREFIX, Pretraining, pretraining_mixture
 from mlprune.spec.section import Count, Section
-from mlprune.spec.variants import Allocation, Pattern, Propagation, Scoring, two_sides
+from mlprune.spec.variants import Allocation, Pattern, Propagation, Repair, Scoring, two_sides
 
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 # text in a file, parsed objects in the spec, and text again wherever the spec is written
@@ -34,6 +34,7 @@ class SearchSpec(Section):
     pattern: Annotated[tuple[PatternItem, ...], Field(min_length=1)] = (Pattern(),)
     allocation: Annotated[tuple[Allocation, ...], Field(min_length=1)] = ("uniform",)
     propagation: Annotated[tuple[Propagation, ...], Field(min_length=1)] = ("sequential",)
+    repair: Annotated[tuple[Repair, ...], Field(min_length=1)] = ("none",)
     seed: Annotated[tuple[Annotated[int, Field(strict=True)], ...], Field(min_length=1)] | None = None
     samples: Count | None = None
     searcher: Literal["random", "optuna"] = "random"

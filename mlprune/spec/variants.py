@@ -5,9 +5,10 @@ themselves are in `pruning/scores.py`. The text form, as users write it:
 
     calibration   see `spec/calibrations.py`
     score         wanda | ... | contrastive:KEEP/AGAINST (two calibrations)
-    pattern       unstructured | n:m (n weights kept of every m along a row)
+    pattern       unstructured | n:m (n weights kept of every m along a row) | channels | channels/MULTIPLE
     allocation    uniform | owl | alpha | agreement | disagreement | sensitivity-mean | sensitivity-worst
     propagation   sequential | dense
+    repair        none | least-squares
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from mlprune.errors import SpecError
 from mlprune.spec.calibrations import Calibration, Demonstration
 
 Propagation = Literal["sequential", "dense"]
+Repair = Literal["none", "least-squares"]  # of the weights that read removed channels
 Allocation = Literal[
     "uniform", "owl", "alpha", "agreement", "disagreement", "sensitivity-mean", "sensitivity-worst"
 ]
@@ -56,29 +58,43 @@ def two_sides(name: str) -> str:
     return f"{name}: {{keep: translation:en-fr, against: code}}, or {name}:translation:en-fr/code"
 
 
+CHANNELS = "channels"
+
+
 @dataclass(frozen=True)
 class Pattern:
-    """What a mask must satisfy. `unstructured`: the same count in every row; else `kept` of every `group`."""
+    """What a mask must satisfy. `unstructured`: the same count in every row; `n:m`: `kept` of every `group`.
+
+    `channels`: whole channels of the feed-forward networks are removed, in every layer so many that a multiple of
+    `multiple` stays; 0 means 64 where the width is a multiple of it, else 1.
+    """
 
     kept: int = 0
     group: int = 0
+    channels: bool = False
+    multiple: int = 0
 
     def __str__(self) -> str:
+        if self.channels:
+            return f"{CHANNELS}/{self.multiple}" if self.multiple else CHANNELS
         return f"{self.kept}:{self.group}" if self.group else "unstructured"
 
     @property
     def sparsity(self) -> Fraction | None:
-        """The sparsity that the pattern fixes; None for unstructured, where it is free."""
+        """The sparsity that an n:m pattern fixes; None for the others, where it is free."""
         return 1 - Fraction(self.kept, self.group) if self.group else None
 
     @classmethod
     def parse(cls, text: str, key: str = "pattern") -> "Pattern":
-        """Parse `unstructured` or `n:m`. Raises SpecError, naming `key`."""
+        """Parse `unstructured`, `n:m`, `channels` or `channels/MULTIPLE`. Raises SpecError, naming `key`."""
         if text == "unstructured":
             return cls()
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match := re.fullmatch(rf"{CHANNELS}(?:/([1-9]\d{{0,5}}))?", text):
+            return cls(channels=True, multiple=int(match[1] or 0))
+        match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text)
         if not match or not 0 < int(match[1]) < int(match[2]) <= 64:
-            raise SpecError(key, repr(text), "write unstructured, or n:m (n weights kept of every m), e.g. 2:4")
+            remedy = "write unstructured, n:m (n weights kept of every m) such as 2:4, channels, or channels/128"
+            raise SpecError(key, repr(text), remedy)
         return cls(int(match[1]), int(match[2]))
 
 
@@ -92,6 +108,7 @@ class VariantValues(TypedDict):
     propagation: Propagation
     allocation: Allocation
     seed: int
+    repair: Repair
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,7 @@ class Variant:
     propagation: Propagation = "dense"
     allocation: Allocation = "uniform"
     seed: int = 0
+    repair: Repair = "none"
 
     def to_dict(self) -> VariantValues:
         """Return the variant as plain values, from which `from_dict` makes an equal one."""
@@ -120,19 +138,23 @@ class Variant:
             "propagation": self.propagation,
             "allocation": self.allocation,
             "seed": self.seed,
+            "repair": self.repair,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "Variant":
         """Return the variant that `to_dict` wrote. Raises KeyError or ValueError for anything else.
 
-        Values without a seed were written by versions that had none; there, seed 0 means the spec's only seed.
+        Values without a seed or a repair were written by versions that had none; there, seed 0 means the spec's
+        only seed.
         """
         if unknown := values.keys() - VariantValues.__annotations__.keys():
             raise ValueError(f"a variant has no {', '.join(sorted(unknown))}")
         propagation, allocation = values["propagation"], values["allocation"]
-        if propagation not in get_args(Propagation) or allocation not in get_args(Allocation):
-            raise ValueError(f"{propagation} and {allocation} are not a propagation and an allocation")
+        repair = values.get("repair", "none")
+        for value, kind in ((propagation, Propagation), (allocation, Allocation), (repair, Repair)):
+            if value not in get_args(kind):
+                raise ValueError(f"{value} is none of {', '.join(get_args(kind))}")
         try:
             calibration, score = parse_sides(cast(str | None, values["calibration"]), str(values["score"]))
             pattern = Pattern.parse(str(values["pattern"]))
@@ -147,6 +169,7 @@ class Variant:
             cast(Propagation, propagation),
             cast(Allocation, allocation),
             seed,
+            cast(Repair, repair),
         )
 
     @property
@@ -163,9 +186,10 @@ class Variant:
     def key(self) -> str:
         """A content hash of the plain values, the same in every process and version.
 
-        Seed 0 is left out, so that the key is the one of versions without seeds.
+        Seed 0 and no repair are left out, so that the key is the one of versions without them.
         """
-        values = {name: value for name, value in self.to_dict().items() if name != "seed" or value}
+        plain = {"seed": 0, "repair": "none"}
+        values = {name: value for name, value in self.to_dict().items() if plain.get(name) != value}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -192,14 +216,17 @@ class Variant:
 
     @property
     def shape(self) -> str:
-        """The sparsity, or the n:m pattern that fixes it."""
-        return str(self.pattern) if self.pattern.group else f"{self.sparsity:.4g}"
+        """The sparsity, or the n:m pattern that fixes it; with the pattern where it is not unstructured."""
+        if self.pattern.group:
+            return str(self.pattern)
+        return f"{self.sparsity:.4g} {self.pattern}" if self.pattern.channels else f"{self.sparsity:.4g}"
 
     @property
     def special(self) -> tuple[str, ...]:
-        """Allocation and propagation where they are not the plain ones."""
-        sequential = ("sequential",) if self.propagation == "sequential" else ()
-        return (*(() if self.allocation == "uniform" else (self.allocation,)), *sequential)
+        """Allocation, repair and propagation where they are not the plain ones."""
+        words = {"uniform": "", "none": "", "dense": "", "least-squares": "repaired"}
+        every = (self.allocation, self.repair, self.propagation)
+        return tuple(filter(None, (words.get(word, word) for word in every)))
 
     @property
     def sides(self) -> tuple[Calibration, ...]:

@@ -109,7 +109,7 @@ def _check_search(spec: SweepSpec, confirms: bool) -> None:
         if value is not None:
             remedy = f"may leave out trials that claims compare; leave {name} or the claims out"
             raise SpecError(f"search.{name}", value, remedy)
-    axes = {"pattern": search.pattern, "propagation": search.propagation}
+    axes = {"pattern": search.pattern, "propagation": search.propagation, "repair": search.repair}
     for name, values in axes.items():
         if len(values) > 1:
             remedy = f"claims compare calibrations, rules and allocations at each sparsity; write one {name}"
@@ -148,11 +148,13 @@ def _planned(spec: SweepSpec, n: int, sparsity: float, variants: set[Variant]) -
 
 
 def _variant(spec: SweepSpec, side: Side, sparsity: float, seed: int, key: str) -> Variant:
-    """Return one side as a trial with the search's only pattern and propagation."""
+    """Return one side as a trial with the search's only pattern, propagation and repair."""
     search = spec.search
-    (pattern,), (propagation,) = search.pattern, search.propagation
+    (pattern,), (propagation,), (repair,) = search.pattern, search.propagation, search.repair
     allocation = side.allocation or search.allocation[0]
-    return canonical_variant(side.calibration, side.score, sparsity, pattern, propagation, allocation, seed, key)
+    return canonical_variant(
+        side.calibration, side.score, sparsity, pattern, propagation, allocation, seed, key, repair
+    )
 
 
 def claim_tests(

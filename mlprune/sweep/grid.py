@@ -9,10 +9,20 @@ from __future__ import annotations
 from itertools import product
 
 from mlprune.errors import SpecError
+from mlprune.pruning.channels import CHANNEL_SCORES
 from mlprune.pruning.scores import Score, Solver, find_score
 from mlprune.spec.calibrations import MIX, Calibration
 from mlprune.spec.search import SearchSpec
-from mlprune.spec.variants import Allocation, Pattern, Propagation, Scoring, Variant, parse_sides, two_sides
+from mlprune.spec.variants import (
+    Allocation,
+    Pattern,
+    Propagation,
+    Repair,
+    Scoring,
+    Variant,
+    parse_sides,
+    two_sides,
+)
 
 # within a group of m, the order of wanda-alpha's scores is that of Wanda's
 SAME_IN_GROUPS = {"wanda-alpha": "wanda"}
@@ -27,32 +37,54 @@ def canonical_variant(
     allocation: Allocation = "uniform",
     seed: int = 0,
     key: str = "score",
+    repair: Repair = "none",
 ) -> Variant:
     """Return the trial in canonical form.
 
     A score that reads no moments has no calibration and no propagation, and if it is not random, no seed. A rule
-    that changes weights goes layer by layer, as its authors' does. An n:m pattern fixes the sparsity of every
-    layer. Raises SpecError, naming `key`, for an unknown score, or one whose calibrations are not those that it
-    needs.
+    that changes weights goes layer by layer, as its authors' does, and so does a repair, which only patterns with
+    channels have. An n:m pattern fixes the sparsity of every layer. Raises SpecError, naming `key`, for an unknown
+    score, or one whose calibrations are not those that it needs.
     """
     rule = find_score(score.name, key)
+    repair = repair if pattern.channels else "none"
     fixed = pattern.sparsity
     if fixed is not None:
         score, allocation = Scoring(SAME_IN_GROUPS.get(score.name, score.name), score.sides), "uniform"
     _check_sides(score, rule.sides, key)
     _check_combinations(calibration, score, rule)
+    if pattern.channels:
+        _check_channels(calibration, score, allocation, repair, key)
     if score.sides:
         calibration = None
-    if not rule.sides:
+    if not rule.sides and repair == "none":
         propagation = "dense"
         if allocation != "owl":
             calibration = None
             seed = seed if isinstance(rule, Score) and rule.seeded else 0
-    if isinstance(rule, Solver):
+    if isinstance(rule, Solver) or repair != "none":
         propagation = "sequential"
-    return Variant(
-        calibration, score, float(sparsity if fixed is None else fixed), pattern, propagation, allocation, seed
-    )
+    share = float(sparsity if fixed is None else fixed)
+    return Variant(calibration, score, share, pattern, propagation, allocation, seed, repair)
+
+
+def _check_channels(
+    calibration: Calibration | None, score: Scoring, allocation: Allocation, repair: Repair, key: str
+) -> None:
+    """Refuse what has no meaning for whole channels."""
+    if score.name not in CHANNEL_SCORES:
+        remedy = f"channels are ranked by {', '.join(CHANNEL_SCORES)}; write one of them, or another pattern"
+        raise SpecError(key, repr(str(score)), remedy)
+    if allocation != "uniform":
+        remedy = "every layer loses the same number of channels; write uniform, or another pattern"
+        raise SpecError("search.allocation", repr(allocation), remedy)
+    if repair == "none":
+        return
+    if calibration is None:
+        raise SpecError("search.repair", repr(repair), "it needs calibration text; write search.calibration")
+    if calibration.combination != MIX:
+        remedy = f"{repair} reads products of channels, which only mix combines; write mix, or repair: [none]"
+        raise SpecError("search.calibration", repr(str(calibration)), remedy)
 
 
 def _check_sides(score: Scoring, needed: int, key: str) -> None:
@@ -83,10 +115,13 @@ def parse_variant(
     propagation: Propagation,
     allocation: Allocation = "uniform",
     seed: int = 0,
+    repair: Repair = "none",
 ) -> Variant:
     """Return the canonical trial of plain values, such as a search space's or `Variant.to_dict`'s."""
     parsed, scoring = parse_sides(calibration, score)
-    return canonical_variant(parsed, scoring, sparsity, Pattern.parse(pattern), propagation, allocation, seed)
+    return canonical_variant(
+        parsed, scoring, sparsity, Pattern.parse(pattern), propagation, allocation, seed, repair=repair
+    )
 
 
 def variants_of(search: SearchSpec, seed: int = 0) -> tuple[Variant, ...]:
@@ -108,13 +143,22 @@ def variants_of(search: SearchSpec, seed: int = 0) -> tuple[Variant, ...]:
         search.pattern,
         search.propagation,
         search.allocation,
+        search.repair,
         search.seed or (seed,),
     )
     variants = [
         canonical_variant(
-            calibration, search.score[n], sparsity, pattern, propagation, allocation, seed, f"search.score[{n}]"
+            calibration,
+            search.score[n],
+            sparsity,
+            pattern,
+            propagation,
+            allocation,
+            seed,
+            f"search.score[{n}]",
+            repair,
         )
-        for calibration, n, sparsity, pattern, propagation, allocation, seed in grid
+        for calibration, n, sparsity, pattern, propagation, allocation, repair, seed in grid
     ]
     return tuple(dict.fromkeys(variants))
 

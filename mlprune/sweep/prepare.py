@@ -20,6 +20,7 @@ from mlprune.data.corpora import Corpus, open_corpus
 from mlprune.errors import ModelError, SpecError
 from mlprune.evaluation.build import Evaluation, build_evaluation, build_measuring, required_languages
 from mlprune.evaluation.suite import Suite
+from mlprune.models.feed_forward import FeedForward
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
 from mlprune.models.tensor_check import check_tensors
@@ -38,6 +39,7 @@ from mlprune.spec.variants import MEASURED, OF_LANGUAGES, Variant
 from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
+from mlprune.sweep.channels import channel_plan, check_channels
 from mlprune.sweep.mixtures import MixtureSearch, evaluated_trials, forecast_trials
 from mlprune.sweep.set_names import SetName, dense_set_names, forecast_set_names, reads_languages, set_names
 
@@ -59,6 +61,7 @@ class Prepared:
     sets: Mapping[SetName, CalibrationSet]
     evaluation: Evaluation | None  # None: nothing is evaluated
     measuring: Suite | None = None  # on which single pruned layers are measured, if an allocation needs it
+    feed_forward: FeedForward | None = None  # the network whose channels are removed, if a variant does that
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -120,7 +123,7 @@ class Prepared:
             )
             for side in variant.sides
         )
-        return MaskRecipe(variant, sides)
+        return MaskRecipe(variant, sides, channels=channel_plan(variant, self.model_size, self.feed_forward))
 
     @property
     def forecasts(self) -> tuple[tuple[str, str], ...]:
@@ -178,6 +181,7 @@ def prepare(
     check_tensors(source)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(model_size, pattern, "search.pattern")
+    feed_forward = check_channels(source.config(), model_size, [*variants, *forecast])
     sets, evaluation, measuring = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
     work = _work(spec, variants, forecast, sets, evaluation, measuring)
@@ -187,7 +191,7 @@ def prepare(
     if plan.residency.offload == "nvme" and not cluster_is_running():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         check_disk_access(machine.device)
-    return Prepared(spec, source, model_size, machine, plan, sets, evaluation, measuring)
+    return Prepared(spec, source, model_size, machine, plan, sets, evaluation, measuring, feed_forward)
 
 
 def _tokenise(

@@ -24,7 +24,7 @@ from mlprune.sweep.stage_runner import StageRunner
 BATCH = 4  # points of a batch; fixed, because suggestions must not depend on the size of the cluster
 RANDOM_POINTS = 5  # before Optuna models the results, and after the points that the search begins with
 REPEATS = 100  # suggestions of known points in a row, after which a random new point is taken
-AXES = ("calibration", "score", "sparsity", "pattern", "propagation", "allocation")
+AXES = ("calibration", "score", "sparsity", "pattern", "propagation", "allocation", "repair")
 
 Point = Mapping[str, Any]  # a value for each axis of a search space, as Optuna holds it
 T = TypeVar("T", bound=Hashable)

@@ -63,6 +63,7 @@ class TrialParams(BaseModel, frozen=True):
     propagation: str
     allocation: str
     seed: int | None = None  # runs of older versions have none
+    repair: str = "none"
 
 
 def load_trial_spec(uri: str, run_id: str) -> tuple[str, TrialParams]:

@@ -45,7 +45,7 @@ CAUSE_LENGTH = 5000
 def trial_params(variant: Variant | None) -> dict[str, str]:
     """Return a trial's params; every trial, and the dense model (None), has the same names."""
     if variant is None:
-        none = dict.fromkeys(("calibration", "pattern", "propagation", "allocation", "seed"), "none")
+        none = dict.fromkeys(("calibration", "pattern", "propagation", "allocation", "seed", "repair"), "none")
         return {**none, "score": "dense", "sparsity": "0"}
     return {
         "calibration": variant.calibration_text or "none",
@@ -55,6 +55,7 @@ def trial_params(variant: Variant | None) -> dict[str, str]:
         "propagation": variant.propagation,
         "allocation": variant.allocation,
         "seed": str(variant.seed),
+        "repair": variant.repair,
     }
 
 
