@@ -184,12 +184,29 @@ def test_a_pattern_is_read_and_written(text: str, canonical: str, sparsity: Frac
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:", ":4", "0:4", "4:4", "5:4", "1:65", "2:4:8", "-1:4", "2 : 4", "2:4\n", "Unstructured"]
+    "text",
+    [
+        "",
+        "2",
+        "2:",
+        ":4",
+        "0:4",
+        "4:4",
+        "5:4",
+        "1:65",
+        "2:4:8",
+        "-1:4",
+        "2 : 4",
+        "2:4\n",
+        "Unstructured",
+        "channels/0",
+        "channels/",
+    ],
 )
 def test_a_pattern_that_cannot_be_is_answered(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         Pattern.parse(text, "search.pattern[0]")
-    remedy = "write unstructured, or n:m (n weights kept of every m), e.g. 2:4"
+    remedy = "write unstructured, n:m (n weights kept of every m) such as 2:4, channels, or channels/128"
     assert line_of(caught) == f"search.pattern[0]: {text!r}: {remedy}"
 
 
@@ -231,11 +248,11 @@ def test_the_key_follows_every_field() -> None:
     assert int(VARIANT.key, 16)
 
 
-def test_the_key_of_seed_0_is_that_of_versions_without_seeds() -> None:
+def test_the_key_without_seed_and_repair_is_that_of_versions_without_them() -> None:
     """Literals from such a version: results that it stored are found by these keys."""
     assert VARIANT.key == "d5642cc03f31d653"
     assert parse_variant(None, "magnitude", 0.3, "2:4", "dense").key == "8118d5608d5cb0c3"
-    without = {name: value for name, value in VARIANT.to_dict().items() if name != "seed"}
+    without = {name: value for name, value in VARIANT.to_dict().items() if name not in ("seed", "repair")}
     assert Variant.from_dict(without) == VARIANT
 
 

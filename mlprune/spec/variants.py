@@ -189,7 +189,7 @@ class Variant:
         Seed 0 and no repair are left out, so that the key is the one of versions without them.
         """
         plain = {"seed": 0, "repair": "none"}
-        values = {name: value for name, value in self.to_dict().items() if plain.get(name) != value}
+        values = {name: value for name, value in self.to_dict().items() if (name, value) not in plain.items()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
