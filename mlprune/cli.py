@@ -212,10 +212,10 @@ def _watch(file: str, package: JobPackage | None) -> Values:
 )
 @click.option("--score", help="wanda, magnitude, ria, sparsegpt, contrastive:KIND/KIND, ... (docs/spec.md).")
 @click.option("--sparsity", type=float, help="Share of the weights to drop, in [0, 1).")
-@click.option("--pattern", help="unstructured, n:m such as 2:4, or channels: a model that is really smaller.")
+@click.option("--pattern", help="unstructured, n:m such as 2:4; channels or heads: a really smaller model.")
 @click.option("--allocation", help="uniform, owl, alpha, sensitivity-worst, ... (docs/spec.md).")
 @click.option("--propagation", help="sequential or dense.")
-@click.option("--repair", help="none, or least-squares: of what reads removed channels.")
+@click.option("--repair", help="none, or least-squares: of what reads removed units.")
 @_new_folder
 @_corpus
 def prune(
@@ -249,8 +249,10 @@ def prune(
     else:
         checked, variant = command.select_variant(spec or "quickstart", options, settings, assignments)
     pruned = command.prune(checked, variant, output)
-    of = "the feed-forward networks' weights" if variant.pattern.channels else "the weights"
-    click.echo(f"{variant.label}: {pruned.sparsity:.2%} of {of} dropped", err=True)
+    concerned = "the weights"
+    if variant.pattern.structure:
+        concerned += f" of the matrices with {variant.pattern.structure}"
+    click.echo(f"{variant.label}: {pruned.sparsity:.2%} of {concerned} dropped", err=True)
     click.echo(command.size_line(pruned), err=True)
     click.echo(f"written to {output}; evaluate it with: mlprune evaluate {shlex.quote(str(output))}", err=True)
     return pruned.manifest

@@ -47,7 +47,7 @@ LIBRARIES = {
         "planning.model_size",
         "evaluation",
         "commands.checkpoint",
-        "sweep.channels",
+        "sweep.structures",
         "sweep.prepare",
     ),
 }

@@ -11,10 +11,10 @@ from click import Command, Context
 from pydantic import BaseModel
 
 from mlprune.cli import main
-from mlprune.models.feed_forward import FEED_FORWARD
 from mlprune.models.hollow import FAMILIES
-from mlprune.pruning.channels import CHANNEL_SCORES
+from mlprune.models.structures import FEED_FORWARD, HEADS
 from mlprune.pruning.scores import SCORES
+from mlprune.pruning.structured import UNIT_SCORES
 from mlprune.report.ranking import LEGEND
 from mlprune.spec.calibrations import Calibration, CombinationKind
 from mlprune.spec.loading import load_spec, parse_spec, sweeps_folder
@@ -74,12 +74,11 @@ def test_the_tables_of_rules_and_combinations_are_complete() -> None:
     (table,) = re.findall(r"^\| `allocation` \|.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
     names = [name for row in table.splitlines() for name in re.findall(r"`(.*?)`", row.split("|")[1])]
     assert names == list(get_args(Allocation))
-    (table,) = re.findall(
-        r"^\| `score` \| importance of a channel.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE
-    )
-    assert re.findall(r"^\| `(.*?)`", table, re.MULTILINE) == list(CHANNEL_SCORES)
-    (families,) = re.findall(r"^Channels are removed from ([\w, ]+)\.", text, re.MULTILINE)
-    assert re.split(", | and ", families) == sorted(FEED_FORWARD)
+    (table,) = re.findall(r"^\| `score` \| importance of a unit.*\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert re.findall(r"^\| `(.*?)`", table, re.MULTILINE) == list(UNIT_SCORES)
+    for structure, known in (("Channels", FEED_FORWARD), ("Heads", HEADS)):
+        (families,) = re.findall(rf"^{structure} are removed from ([\w,\s]+);", text, re.MULTILINE)
+        assert re.split(r",\s|\sand\s", families) == sorted(known)
 
 
 def test_the_readme_shows_a_ranking_as_it_is_printed() -> None:

@@ -206,7 +206,7 @@ def test_a_pattern_is_read_and_written(text: str, canonical: str, sparsity: Frac
 def test_a_pattern_that_cannot_be_is_answered(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         Pattern.parse(text, "search.pattern[0]")
-    remedy = "write unstructured, n:m (n weights kept of every m) such as 2:4, channels, or channels/128"
+    remedy = "write unstructured, n:m (n weights kept of every m) such as 2:4, channels, or heads"
     assert line_of(caught) == f"search.pattern[0]: {text!r}: {remedy}"
 
 

@@ -15,6 +15,7 @@ from mlprune import __version__
 from mlprune.commands.checkpoint import WrittenSize, check_output, write_checkpoint
 from mlprune.console import size_text, step
 from mlprune.errors import SpecError
+from mlprune.models.structures import smaller_config
 from mlprune.pruning.scores import find_score
 from mlprune.shards.pipeline import MaskOutcome, Pipeline
 from mlprune.spec.calibrations import Calibration
@@ -165,15 +166,15 @@ def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipelin
         logger.warning(unseen_warning(outcome.unseen))
     manifest = _manifest(prepared, variant, outcome)
     pieces = len(prepared.model_size.layers) + 1
-    config, channels = prepared.source.config(), prepared.recipe(variant).channels
+    config, removal = prepared.source.config(), prepared.recipe(variant).removal
+    if removal is not None:
+        config = smaller_config(config, removal.units, removal.kept)
     config.dtype = prepared.model_size.dtype
-    if channels is not None:
-        setattr(config, channels.feed_forward.width_key, channels.kept)
     with step(f"writing {output}", "layers") as progress:
         size = write_checkpoint(
             prepared.source,
             config,
-            pipeline.weights(variant.key, channels.feed_forward if channels else None),
+            pipeline.weights(variant.key, removal.units if removal else None),
             manifest,
             output,
             lambda done: progress(done, pieces),

@@ -11,7 +11,7 @@ quantization    which quantised checkpoints are read, and how
 hollow          a model of which only one shard's layers are loaded
 tensor_check    a checkpoint's tensors compared with the model's, without reading them
 matrices        the matrices of a layer that are pruned, and the moments of their inputs
-feed_forward    the feed-forward network of a layer, and how it is made narrower
+structures      the channels and heads of a layer, and how they are cut out
 memory          the memory of this process
 cache           keys and values of earlier tokens, per layer
 replay          runs single layers exactly as the whole model would

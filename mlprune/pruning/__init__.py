@@ -5,7 +5,7 @@ combinations norms of several texts as one, so that a mask serves all of them
 ranks        the best rank of a weight over several texts
 scores       the rules that rank weights, and the registry SCORES
 sparsegpt    SparseGPT, which also updates the weights that it keeps
-channels     which channels of a feed-forward network are removed, and the repair of what reads them
+structured   which channels or heads are removed, and the repair of what reads them
 allocation   how many weights each layer and matrix drops
 outliers     the signal of the allocation owl
 spectra      the signal of the allocation alpha

@@ -3,7 +3,7 @@
 worker      a shard's worker: its layers, moments and masks
 pipeline    all shards of a model in order: the interface to the model
 masking     a variant's masks of one layer
-channel_masks  the same, where whole channels are removed
+structured_masks  the same, where whole units are removed
 signals     the signal of a layer by which an allocation distributes sparsity
 kept_masks  masks that are kept between the stages of a sweep
 gathering   moments over ranks and from the store

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mlprune.errors import ModelError
-from mlprune.models.feed_forward import FeedForward
 from mlprune.models.matrices import matrices
+from mlprune.models.structures import Units
 from mlprune.pruning.allocation import matrix_counts
 from mlprune.pruning.combinations import combine
 from mlprune.pruning.energy import dropped_energy
@@ -67,10 +67,11 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class ChannelPlan:
-    """The feed-forward network that loses channels, and how many of them stay in every layer."""
+class UnitPlan:
+    """The units that a variant removes, how many each layer has, and how many of them stay."""
 
-    feed_forward: FeedForward
+    units: Units
+    count: int
     kept: int
 
 
@@ -85,7 +86,7 @@ class MaskRecipe:
     variant: Variant
     sides: tuple[Side, ...] = ()
     dropped: tuple[int, ...] = ()  # how many weights each layer of the model drops; empty: `uniform`
-    channels: ChannelPlan | None = None  # if the variant removes channels
+    removal: UnitPlan | None = None  # if the variant removes whole units
     forecasts: tuple[tuple[str, str], ...] = ()  # (language, key)
 
     @property

@@ -25,8 +25,8 @@ from torch import Tensor
 from mlprune.data.batches import Batch, RowSet
 from mlprune.data.calibration import CalibrationSet
 from mlprune.errors import WorkerLostError
-from mlprune.models.feed_forward import FeedForward
 from mlprune.models.hollow import Span
+from mlprune.models.structures import Units
 from mlprune.planning.memory import Chunks
 from mlprune.shards.decoding import Ended, Step, grouped, waves
 from mlprune.shards.features import SharedDrops
@@ -291,10 +291,10 @@ class Pipeline(ABC):
         futures = [self.call(shard, ShardWorker.peak_bytes) for shard in range(len(self.spans))]
         return [max(self.get(future)) for future in futures]
 
-    def weights(self, variant: str | None, cut: FeedForward | None = None) -> Iterator[dict[str, Tensor]]:
+    def weights(self, variant: str | None, cut: Units | None = None) -> Iterator[dict[str, Tensor]]:
         """Yield all weights of the model, masked by `variant`: those outside the layers, then each layer's.
 
-        `cut`: without the channels of this network that the variant removes.
+        `cut`: without those of these units that the variant removes.
         """
         for shard, span in enumerate(self.spans):
             if span.is_first or span.is_last:

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 
 from mlprune.data.batches import Batch
-from mlprune.models.feed_forward import FeedForward, cut_channels
 from mlprune.models.hollow import Span
 from mlprune.models.matrices import Observer
 from mlprune.models.memory import peak_memory
 from mlprune.models.replay import Call, ReplayModel, load_layer
 from mlprune.models.residency import SINGLE_RANK, Ranks, Residency, Resident, masked, masked_by
 from mlprune.models.source import ModelSource
+from mlprune.models.structures import Units, cut_out
 from mlprune.models.zero import Offload, Zero
 from mlprune.planning.machine import usable_cores
 from mlprune.planning.memory import LOGIT_TOKENS
 from mlprune.pruning.masks import LayerMasks
 from mlprune.pruning.moments import Moments
-from mlprune.shards.channel_masks import masks_of_channels
 from mlprune.shards.decoding import Session, Step
 from mlprune.shards.features import SharedDrops, prompt_norms, shared_drops
 from mlprune.shards.gathering import StoredMoments, from_store, over_ranks, real_tokens
@@ -34,6 +33,7 @@ from mlprune.shards.kept_masks import KeptMasks
 from mlprune.shards.likelihood import row_likelihood
 from mlprune.shards.masking import Gathered, MaskRecipe, MaskSummary, masks_of_layer
 from mlprune.shards.signals import layer_signal
+from mlprune.shards.structured_masks import masks_of_units
 from mlprune.storage.moments import MomentStore
 
 
@@ -306,10 +306,10 @@ class ShardWorker:
         self, index: int, layer: torch.nn.Module, recipe: MaskRecipe, gathered: Gathered
     ) -> LayerMasks:
         dense = self._dense(recipe, index)
-        if recipe.channels is None:
+        if recipe.removal is None:
             masks, summary = masks_of_layer(index, layer, recipe, gathered, dense)
         else:
-            masks, summary = masks_of_channels(index, layer, recipe, recipe.channels, gathered, dense)
+            masks, summary = masks_of_units(index, layer, recipe, recipe.removal, gathered, dense)
         self._masks.setdefault(recipe.variant.key, {})[index] = masks
         self._summaries.setdefault(recipe.variant.key, []).append(summary)
         return masks
@@ -383,11 +383,10 @@ class ShardWorker:
     # weights, for export
 
     @torch.inference_mode()
-    def layer_weights(self, index: int, variant: str | None, cut: FeedForward | None = None) -> dict[str, Tensor]:
+    def layer_weights(self, index: int, variant: str | None, cut: Units | None = None) -> dict[str, Tensor]:
         """Return a layer's weights on the CPU, masked by `variant`, by name in the model.
 
-        `cut`: without the channels of this network that the variant removes. Ranks other than the first return
-        nothing.
+        `cut`: without those of these units that the variant removes. Ranks other than the first return nothing.
         """
         with self._residency.borrow(index, self._next(index)) as layer:
             if not self.ranks.is_first:
@@ -397,7 +396,8 @@ class ShardWorker:
                 masks = self._masks[variant][index]
                 weights.update(masked(layer, masks))
                 if cut is not None and cut.behind in masks:
-                    weights = cut_channels(layer, weights, cut, masks[cut.behind].columns)
+                    keep_U = masks[cut.behind].columns[:: cut.columns]
+                    weights = cut_out(layer, weights, cut, keep_U)
             prefix = f"{self._model.prefix}.{index}."
             return {prefix + name: data.cpu().clone() for name, data in weights.items()}
 

@@ -5,7 +5,7 @@ themselves are in `pruning/scores.py`. The text form, as users write it:
 
     calibration   see `spec/calibrations.py`
     score         wanda | ... | contrastive:KEEP/AGAINST (two calibrations)
-    pattern       unstructured | n:m (n weights kept of every m along a row) | channels | channels/MULTIPLE
+    pattern       unstructured | n:m (n weights kept of every m along a row) | channels | channels/MULTIPLE | heads
     allocation    uniform | owl | alpha | agreement | disagreement | sensitivity-mean | sensitivity-worst
     propagation   sequential | dense
     repair        none | least-squares
@@ -23,7 +23,8 @@ from mlprune.errors import SpecError
 from mlprune.spec.calibrations import Calibration, Demonstration
 
 Propagation = Literal["sequential", "dense"]
-Repair = Literal["none", "least-squares"]  # of the weights that read removed channels
+Structure = Literal["channels", "heads"]  # whole units that are removed from every layer
+Repair = Literal["none", "least-squares"]  # of the weights that read removed units
 Allocation = Literal[
     "uniform", "owl", "alpha", "agreement", "disagreement", "sensitivity-mean", "sensitivity-worst"
 ]
@@ -58,25 +59,22 @@ def two_sides(name: str) -> str:
     return f"{name}: {{keep: translation:en-fr, against: code}}, or {name}:translation:en-fr/code"
 
 
-CHANNELS = "channels"
-
-
 @dataclass(frozen=True)
 class Pattern:
     """What a mask must satisfy. `unstructured`: the same count in every row; `n:m`: `kept` of every `group`.
 
-    `channels`: whole channels of the feed-forward networks are removed, in every layer so many that a multiple of
-    `multiple` stays; 0 means 64 where the width is a multiple of it, else 1.
+    `structure`: whole units are removed, the same number in every layer. `multiple`: as many channels stay as a
+    multiple of it; 0 means 64 where their number is one, else 1.
     """
 
     kept: int = 0
     group: int = 0
-    channels: bool = False
+    structure: Structure | None = None
     multiple: int = 0
 
     def __str__(self) -> str:
-        if self.channels:
-            return f"{CHANNELS}/{self.multiple}" if self.multiple else CHANNELS
+        if self.structure:
+            return f"{self.structure}/{self.multiple}" if self.multiple else self.structure
         return f"{self.kept}:{self.group}" if self.group else "unstructured"
 
     @property
@@ -86,14 +84,16 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str, key: str = "pattern") -> "Pattern":
-        """Parse `unstructured`, `n:m`, `channels` or `channels/MULTIPLE`. Raises SpecError, naming `key`."""
+        """Parse the text form. Raises SpecError, naming `key`."""
         if text == "unstructured":
             return cls()
-        if match := re.fullmatch(rf"{CHANNELS}(?:/([1-9]\d{{0,5}}))?", text):
-            return cls(channels=True, multiple=int(match[1] or 0))
+        if text == "heads":
+            return cls(structure="heads")
+        if match := re.fullmatch(r"channels(?:/([1-9]\d{0,5}))?", text):
+            return cls(structure="channels", multiple=int(match[1] or 0))
         match = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text)
         if not match or not 0 < int(match[1]) < int(match[2]) <= 64:
-            remedy = "write unstructured, n:m (n weights kept of every m) such as 2:4, channels, or channels/128"
+            remedy = "write unstructured, n:m (n weights kept of every m) such as 2:4, channels, or heads"
             raise SpecError(key, repr(text), remedy)
         return cls(int(match[1]), int(match[2]))
 
@@ -219,7 +219,7 @@ class Variant:
         """The sparsity, or the n:m pattern that fixes it; with the pattern where it is not unstructured."""
         if self.pattern.group:
             return str(self.pattern)
-        return f"{self.sparsity:.4g} {self.pattern}" if self.pattern.channels else f"{self.sparsity:.4g}"
+        return f"{self.sparsity:.4g} {self.pattern}" if self.pattern.structure else f"{self.sparsity:.4g}"
 
     @property
     def special(self) -> tuple[str, ...]:

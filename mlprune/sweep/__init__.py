@@ -7,7 +7,7 @@ set_names       the names of the calibration sets that trials read
 prepare         checks a spec; all that is known before weights are loaded
 session         opens the model: in this process or over Ray
 allocations     how many weights each layer drops, and the measurements that this needs
-channels        how many channels a variant keeps
+structures      how many channels or heads a variant keeps
 masks           gathers moments, makes masks
 trial           one trial, and the dense model
 objective       the metrics by which trials can be ranked

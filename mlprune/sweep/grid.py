@@ -9,8 +9,8 @@ from __future__ import annotations
 from itertools import product
 
 from mlprune.errors import SpecError
-from mlprune.pruning.channels import CHANNEL_SCORES
 from mlprune.pruning.scores import Score, Solver, find_score
+from mlprune.pruning.structured import UNIT_SCORES
 from mlprune.spec.calibrations import MIX, Calibration
 from mlprune.spec.search import SearchSpec
 from mlprune.spec.variants import (
@@ -42,19 +42,19 @@ def canonical_variant(
     """Return the trial in canonical form.
 
     A score that reads no moments has no calibration and no propagation, and if it is not random, no seed. A rule
-    that changes weights goes layer by layer, as its authors' does, and so does a repair, which only patterns with
-    channels have. An n:m pattern fixes the sparsity of every layer. Raises SpecError, naming `key`, for an unknown
+    that changes weights goes layer by layer, as its authors' does, and so does a repair, which only structured
+    patterns have. An n:m pattern fixes the sparsity of every layer. Raises SpecError, naming `key`, for an unknown
     score, or one whose calibrations are not those that it needs.
     """
     rule = find_score(score.name, key)
-    repair = repair if pattern.channels else "none"
+    repair = repair if pattern.structure else "none"
     fixed = pattern.sparsity
     if fixed is not None:
         score, allocation = Scoring(SAME_IN_GROUPS.get(score.name, score.name), score.sides), "uniform"
     _check_sides(score, rule.sides, key)
     _check_combinations(calibration, score, rule)
-    if pattern.channels:
-        _check_channels(calibration, score, allocation, repair, key)
+    if pattern.structure:
+        _check_structured(calibration, score, allocation, repair, key)
     if score.sides:
         calibration = None
     if not rule.sides and repair == "none":
@@ -68,15 +68,15 @@ def canonical_variant(
     return Variant(calibration, score, share, pattern, propagation, allocation, seed, repair)
 
 
-def _check_channels(
+def _check_structured(
     calibration: Calibration | None, score: Scoring, allocation: Allocation, repair: Repair, key: str
 ) -> None:
-    """Refuse what has no meaning for whole channels."""
-    if score.name not in CHANNEL_SCORES:
-        remedy = f"channels are ranked by {', '.join(CHANNEL_SCORES)}; write one of them, or another pattern"
+    """Refuse what has no meaning for whole units."""
+    if score.name not in UNIT_SCORES:
+        remedy = f"channels and heads are ranked by {', '.join(UNIT_SCORES)}; write one of them"
         raise SpecError(key, repr(str(score)), remedy)
     if allocation != "uniform":
-        remedy = "every layer loses the same number of channels; write uniform, or another pattern"
+        remedy = "every layer loses the same number of units; write uniform, or another pattern"
         raise SpecError("search.allocation", repr(allocation), remedy)
     if repair == "none":
         return

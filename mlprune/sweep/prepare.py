@@ -9,7 +9,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlprune.console import step
@@ -20,9 +20,9 @@ from mlprune.data.corpora import Corpus, open_corpus
 from mlprune.errors import ModelError, SpecError
 from mlprune.evaluation.build import Evaluation, build_evaluation, build_measuring, required_languages
 from mlprune.evaluation.suite import Suite
-from mlprune.models.feed_forward import FeedForward
 from mlprune.models.hollow import Span
 from mlprune.models.source import ModelSource, find_model
+from mlprune.models.structures import Units
 from mlprune.models.tensor_check import check_tensors
 from mlprune.models.zero import check_disk_access
 from mlprune.planning.machine import Machine, this_machine, with_disk
@@ -35,13 +35,13 @@ from mlprune.shards.masking import MaskRecipe, Side
 from mlprune.spec.calibrations import Demonstration
 from mlprune.spec.schema import CalibrationSpec, SweepSpec
 from mlprune.spec.templates import check_template
-from mlprune.spec.variants import MEASURED, OF_LANGUAGES, Variant
+from mlprune.spec.variants import MEASURED, OF_LANGUAGES, Structure, Variant
 from mlprune.storage.files import FORMAT, Storage, check_folder, check_storage
 from mlprune.storage.moments import MomentStore
 from mlprune.storage.results import ResultStore
-from mlprune.sweep.channels import channel_plan, check_channels
 from mlprune.sweep.mixtures import MixtureSearch, evaluated_trials, forecast_trials
 from mlprune.sweep.set_names import SetName, dense_set_names, forecast_set_names, reads_languages, set_names
+from mlprune.sweep.structures import find_structures, unit_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class Prepared:
     sets: Mapping[SetName, CalibrationSet]
     evaluation: Evaluation | None  # None: nothing is evaluated
     measuring: Suite | None = None  # on which single pruned layers are measured, if an allocation needs it
-    feed_forward: FeedForward | None = None  # the network whose channels are removed, if a variant does that
+    structures: Mapping[Structure, Units] = field(default_factory=dict)  # of which variants remove units
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -123,7 +123,7 @@ class Prepared:
             )
             for side in variant.sides
         )
-        return MaskRecipe(variant, sides, channels=channel_plan(variant, self.model_size, self.feed_forward))
+        return MaskRecipe(variant, sides, removal=unit_plan(variant, self.model_size, self.structures))
 
     @property
     def forecasts(self) -> tuple[tuple[str, str], ...]:
@@ -181,7 +181,7 @@ def prepare(
     check_tensors(source)
     for pattern in dict.fromkeys(variant.pattern for variant in variants):
         check_pattern(model_size, pattern, "search.pattern")
-    feed_forward = check_channels(source.config(), model_size, [*variants, *forecast])
+    structures = find_structures(source.config(), model_size, [*variants, *forecast])
     sets, evaluation, measuring = _tokenise(spec, variants, source, model_size, evaluate)
     machine = cluster_machine(spec.pipeline.wait_minutes) or with_disk(this_machine(), spec.offload_folder)
     work = _work(spec, variants, forecast, sets, evaluation, measuring)
@@ -191,7 +191,7 @@ def prepare(
     if plan.residency.offload == "nvme" and not cluster_is_running():
         check_folder(spec.offload_folder, "pipeline.offload_folder", spec.offload_folder)
         check_disk_access(machine.device)
-    return Prepared(spec, source, model_size, machine, plan, sets, evaluation, measuring, feed_forward)
+    return Prepared(spec, source, model_size, machine, plan, sets, evaluation, measuring, structures)
 
 
 def _tokenise(

@@ -1,4 +1,4 @@
-"""Channels of feed-forward networks: how many stay, which, the repair, and a checkpoint that is really smaller."""
+"""Channels and heads: how many stay, which, the repair, and a checkpoint that is really smaller."""
 
 import json
 from fractions import Fraction
@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM
 from mlprune.commands.evaluate import evaluate_checkpoint
 from mlprune.commands.prune import prune
 from mlprune.errors import SpecError
-from mlprune.models.feed_forward import FEED_FORWARD
-from mlprune.pruning.channels import DAMPING, energy, kept_channels, magnitude, refit
+from mlprune.models.structures import FEED_FORWARD, HEADS, find_units
 from mlprune.pruning.moments import Moments
+from mlprune.pruning.structured import DAMPING, energy, kept_units, magnitude, refit
 from mlprune.spec.variants import Pattern, Variant
 from mlprune.sweep.grid import parse_variant
 from mlprune.sweep.masks import gather_moments, make_masks
 from mlprune.sweep.prepare import Prepared
 from mlprune.sweep.trial import trial_metrics
-from tests.tiny_models import source
+from tests.tiny_models import config, save, source
 from tests.work import masks_of, opened, ready
 
 PLAIN = parse_variant("mono:hi", "wanda", 0.25, "channels", "dense")
@@ -31,35 +31,39 @@ REPAIRED = parse_variant(
 MAGNITUDE = parse_variant("mono:hi", "magnitude", 0.25, "channels", "dense", repair="least-squares")
 LARGEST = parse_variant("max:mono:hi,mono:en", "wanda", 0.25, "channels/16", "sequential")
 RANKED = parse_variant("rank:mono:hi,mono:en", "wanda", 0.25, "channels", "dense")
-EVERY = (PLAIN, REPAIRED, MAGNITUDE, LARGEST, RANKED)
+HEADLESS = parse_variant("mono:hi", "wanda", 0.5, "heads", "dense")
+HEADLESS_REPAIRED = parse_variant("mono:hi", "wanda", 0.5, "heads", "dense", repair="least-squares")
+RANDOM = parse_variant(None, "random", 0.5, "heads", "dense")
+EVERY = (PLAIN, REPAIRED, MAGNITUDE, LARGEST, RANKED, HEADLESS, HEADLESS_REPAIRED, RANDOM)
 
 
 # the arithmetic
 
 
 @pytest.mark.parametrize(
-    ("width", "sparsity", "multiple", "kept"),
+    ("count", "sparsity", "multiple", "kept"),
     [
-        (1536, 0.2, 0, 1216),  # 1228.8 is nearer to 19 * 64 than to 20 * 64
+        (1536, 0.2, 64, 1216),  # 1228.8 is nearer to 19 * 64 than to 20 * 64
         (1536, 0.2, 1, 1229),
         (1536, 0.2, 128, 1280),  # 9.6 of 128
-        (48, 0.25, 0, 36),  # no multiple of 64: in steps of 1
         (100, 0.29, 1, 71),  # read as a decimal: in binary, 29 of 100 would be 28.99...
         (64, 0.5, 64, 64),  # a tie goes upwards
         (64, 0.6, 64, 0),
-        (1536, 0.0, 0, 1536),
+        (3, 0.4, 1, 2),
+        (1536, 0.0, 64, 1536),
     ],
 )
-def test_kept_channels_are_a_multiple(width: int, sparsity: float, multiple: int, kept: int) -> None:
-    assert kept_channels(width, sparsity, multiple) == kept
+def test_kept_units_are_a_multiple(count: int, sparsity: float, multiple: int, kept: int) -> None:
+    assert kept_units(count, sparsity, multiple) == kept
 
 
 def test_energy_by_hand() -> None:
-    """Two tokens; channel 0 has squares 1 and 9, channel 1 has 4 and 4."""
-    down_OC = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    """Two tokens; column 0 has squares 1 and 9, column 1 has 4 and 4. As two channels, and as one head."""
+    reader_OC = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     moments = Moments(2, torch.tensor([10.0, 8.0], dtype=torch.float64))
-    assert magnitude(down_OC, (), 0).tolist() == [10.0, 4.0]
-    assert energy(down_OC, (moments,), 0).tolist() == [10.0 * 5, 4.0 * 4]
+    assert magnitude(reader_OC, (), 2, 0).tolist() == [10.0, 4.0]
+    assert energy(reader_OC, (moments,), 2, 0).tolist() == [10.0 * 5, 4.0 * 4]
+    assert energy(reader_OC, (moments,), 1, 0).tolist() == [66.0]
 
 
 def problem(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,8 +133,19 @@ def test_the_removed_channels_are_those_of_least_energy(tmp_path: Path) -> None:
     assert outcome.sparsity == Fraction(1, 4), "of the weights of the feed-forward networks"
 
 
-@pytest.mark.parametrize("family", sorted(FEED_FORWARD))
-@pytest.mark.parametrize("variant", [PLAIN, REPAIRED], ids=str)
+def parameters(folder: Path) -> int:
+    return sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(folder).parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(family, variant, id=f"{family} {variant.label}")
+        for families, variants in ((FEED_FORWARD, (PLAIN, REPAIRED)), (HEADS, (HEADLESS, HEADLESS_REPAIRED)))
+        for family in sorted(families)
+        for variant in variants
+    ],
+)
 def test_the_smaller_checkpoint_has_the_metrics_of_the_variant(
     family: str, variant: Variant, tmp_path: Path
 ) -> None:
@@ -139,13 +154,18 @@ def test_the_smaller_checkpoint_has_the_metrics_of_the_variant(
         gather_moments(prepared, pipeline, [variant])
         make_masks(prepared, pipeline, variant)
         before = trial_metrics(prepared.suite.run(pipeline, variant.key))
-    prune(prepared.spec, variant, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert getattr(model.config, FEED_FORWARD[family].width_key) == 36
-    dense = AutoModelForCausalLM.from_pretrained(source(family).folder)
-    assert sum(one.numel() for one in model.parameters()) < sum(one.numel() for one in dense.parameters())
-    model_section = prepared.spec.model.model_copy(update={"path": str(tmp_path / "out")})
-    after = evaluate_checkpoint(prepared.spec.model_copy(update={"model": model_section}))
+    pruned = prune(prepared.spec, variant, tmp_path / "out")
+    sizes = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    if variant.pattern.structure == "channels":
+        (key,) = FEED_FORWARD[family].sizes
+        assert getattr(sizes, key) == 36, "of 48"
+    else:
+        groups = prepared.source.config().num_key_value_heads // 2
+        assert (sizes.num_key_value_heads, sizes.num_attention_heads, sizes.head_dim) == (groups, 2, 8)
+    assert pruned.size.parameters == parameters(tmp_path / "out") < pruned.dense.parameters
+    assert pruned.dense.parameters == parameters(source(family).folder)
+    model = prepared.spec.model.model_copy(update={"path": str(tmp_path / "out")})
+    after = evaluate_checkpoint(prepared.spec.model_copy(update={"model": model}))
     for name, value in before.items():
         assert after[name] == pytest.approx(value, rel=1e-5), name
 
@@ -193,8 +213,8 @@ def test_what_is_left_out_of_the_canonical_form() -> None:
     ("values", "line"),
     [
         ({"pattern": "channels/0"}, "pattern: 'channels/0': write unstructured, n:m"),
-        ({"score": "ria"}, "score: 'ria': channels are ranked by random, magnitude, wanda; "),
-        ({"allocation": "owl"}, "search.allocation: 'owl': every layer loses the same number of channels; "),
+        ({"score": "ria"}, "score: 'ria': channels and heads are ranked by random, magnitude, wanda; "),
+        ({"allocation": "owl"}, "search.allocation: 'owl': every layer loses the same number of units; "),
         ({"calibration": "max:mono:en,mono:fr"}, "search.calibration: 'max:mono:en,mono:fr': least-squares reads"),
         (
             {"calibration": None, "score": "magnitude"},
@@ -202,7 +222,7 @@ def test_what_is_left_out_of_the_canonical_form() -> None:
         ),
     ],
 )
-def test_what_has_no_meaning_for_channels_is_refused(values: dict[str, Any], line: str) -> None:
+def test_what_has_no_meaning_for_units_is_refused(values: dict[str, Any], line: str) -> None:
     plain = {"calibration": "mono:en", "score": "wanda", "pattern": "channels", "propagation": "dense"}
     with pytest.raises(SpecError) as caught:
         parse_variant(**{"sparsity": 0.2, "repair": "least-squares", **plain, **values})
@@ -212,11 +232,13 @@ def test_what_has_no_meaning_for_channels_is_refused(values: dict[str, Any], lin
 @pytest.mark.parametrize(
     ("family", "pattern", "sparsity", "line"),
     [
-        ("bloom", "channels", 0.2, "search.pattern: 'channels': the width of bloom cannot be configured; "),
-        ("mixtral", "channels", 0.2, "search.pattern: 'channels': the width of mixtral cannot be configured; "),
-        ("llama", "channels/64", 0.2, "search.pattern: 'channels/64': the model has 48 channels in each layer"),
-        ("llama", "channels/32", 0.8, "search.sparsity: 0.8: leaves no channel of 48, rounded"),
-        ("llama", "channels", 0.001, "search.sparsity: 0.001: removes no channel of 48, rounded"),
+        ("bloom", "channels", 0.2, "search.pattern: 'channels': those of bloom have no size in config.json; "),
+        ("mixtral", "channels", 0.2, "search.pattern: 'channels': those of mixtral have no size in config.json"),
+        ("olmo2", "heads", 0.5, "search.pattern: 'heads': those of olmo2 have no size in config.json; "),
+        ("llama", "channels/64", 0.2, "search.pattern: 'channels/64': a layer of the model has 48 channels"),
+        ("llama", "channels/32", 0.8, "search.sparsity: 0.8: leaves none of the 48 channels of a layer, in steps"),
+        ("llama", "heads", 0.8, "search.sparsity: 0.8: leaves none of the 2 heads of a layer, in steps of 1; "),
+        ("llama", "channels", 0.001, "search.sparsity: 0.001: removes none of the 48 channels of a layer, in "),
     ],
 )
 def test_what_a_model_cannot_lose_is_refused(
@@ -226,3 +248,25 @@ def test_what_a_model_cannot_lose_is_refused(
     with pytest.raises(SpecError) as caught:
         ready(tmp_path, source(family), variants=[variant])
     assert str(caught.value).startswith(line)
+
+
+def test_sizes_that_transformers_refuses_are_answered(tmp_path: Path) -> None:
+    four = save(config("llama", num_attention_heads=4, num_key_value_heads=4), tmp_path / "model")
+    with pytest.raises(SpecError) as caught:
+        ready(tmp_path, four, variants=[parse_variant(None, "magnitude", 0.25, "heads", "dense")])
+    line = str(caught.value)
+    assert line.startswith("search.sparsity: 0.25: transformers refuses a model with head_dim=8, ")
+    assert "num_attention_heads=3, num_key_value_heads=3: " in line
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_rows_and_columns_of_a_head(family: str) -> None:
+    """Of a group: queries of two heads, one key head and one value head."""
+    units = find_units(source(family).config(), "heads")
+    keep_U = torch.tensor([True, False])
+    assert units.kept_columns(keep_U).tolist() == [True] * 16 + [False] * 16
+    kept = [name for name in units.before for one in units.rows(name, keep_U).tolist() if one]
+    assert len(kept) == 16 + 8 + 8
+    if family == "phi3":
+        rows = units.rows("self_attn.qkv_proj", keep_U)
+        assert rows.nonzero()[:, 0].tolist() == [*range(16), *range(32, 40), *range(48, 56)]
