@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -26,10 +27,13 @@ from mlprune.models.hollow import meta_model
 from mlprune.models.quantization import remove_quantization
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
+from mlprune.models.vocabulary import cut_tokenizer, renumber_config, tokenizer_values
 from mlprune.storage.files import check_folder
 
 FILE_BYTES = 2 * 2**30  # size of one weights file; a layer is never split
 NAME_BYTES = 255  # longest folder name on every common file system
+# files of a tokenizer in other forms, which would have the whole vocabulary
+SLOW_TOKENIZERS = ("vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
 MARGIN_BYTES = 64 * 2**20  # tokenizer, configuration, overhead of the file system
 
 
@@ -64,13 +68,19 @@ def write_checkpoint(
     manifest: Mapping[str, object],
     output: Path,
     progress: Callable[[int], None] = lambda _: None,
+    vocabulary: Sequence[int] | None = None,
 ) -> WrittenSize:
     """Write weights, tokenizer, configuration and `mlprune.json` to the new folder `output`.
 
     `config` is that of the written model, with its dtype. `weights` are pieces of the model with the names of the
     loaded model; `progress` is called with the number of pieces written. The size is added to the manifest.
+    `vocabulary`: only these tokens (ids, ascending) are written, renumbered; all if None.
     """
     with _complete_or_absent(output) as folder:
+        if vocabulary is not None:
+            weights = _with_tokens(config, weights, vocabulary)
+            changes = {"vocab_size": len(vocabulary), **renumber_config(config.to_dict(), vocabulary)}
+            config = type(config).from_dict({**config.to_dict(), **changes})
         files = _WeightFiles(folder)
         for number, piece in enumerate(_as_saved(config, weights), start=1):
             files.add(piece)
@@ -82,9 +92,42 @@ def write_checkpoint(
             source.tokenizer().save_pretrained(folder)
         if (generation := source.folder / "generation_config.json").exists():
             shutil.copy(generation, folder)
+        if vocabulary is not None:
+            _cut_saved_tokenizer(folder, source, vocabulary)
         manifest = {**manifest, "size": vars(files.size)}
         (folder / "mlprune.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return files.size
+
+
+def _with_tokens(
+    config: PretrainedConfig, pieces: Iterable[dict[str, Tensor]], vocabulary: Sequence[int]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the pieces with these rows alone of the embedding and the head."""
+    model, rows = meta_model(config), torch.tensor(vocabulary)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ours = {id(parameter) for end in ends for parameter in end.parameters()}
+    names = {name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in ours}
+    for piece in pieces:
+        yield {name: tensor[rows] if name in names else tensor for name, tensor in piece.items()}
+
+
+def _cut_saved_tokenizer(folder: Path, source: ModelSource, vocabulary: Sequence[int]) -> None:
+    """Rewrite the files of the tokenizer in `folder`, and the ids in `generation_config.json`."""
+    for name in SLOW_TOKENIZERS:
+        (folder / name).unlink(missing_ok=True)
+    values = cut_tokenizer(tokenizer_values(source), vocabulary)
+    (folder / "tokenizer.json").write_text(json.dumps(values, ensure_ascii=False))
+    new = {str(old): str(number) for number, old in enumerate(vocabulary)}
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        file = folder / name
+        if not file.exists():
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content |= renumber_config(content, vocabulary)
+        if "added_tokens_decoder" in content:
+            tokens = content["added_tokens_decoder"]
+            content["added_tokens_decoder"] = {new[old]: token for old, token in tokens.items() if old in new}
+        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

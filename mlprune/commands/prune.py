@@ -13,7 +13,9 @@ from pathlib import Path
 
 from mlprune import __version__
 from mlprune.commands.checkpoint import WrittenSize, check_output, write_checkpoint
+from mlprune.commands.trim import find_vocabulary
 from mlprune.console import size_text, step
+from mlprune.data.corpora import Corpus
 from mlprune.errors import SpecError
 from mlprune.models.structures import smaller_config
 from mlprune.pruning.scores import find_score
@@ -146,18 +148,22 @@ def size_line(pruned: PrunedModel) -> str:
     return f"{after} of {before} million parameters are left; {sizes}"
 
 
-def prune(spec: SweepSpec, variant: Variant, output: Path) -> PrunedModel:
+def prune(spec: SweepSpec, variant: Variant, output: Path, text: Corpus | None = None) -> PrunedModel:
     """Write `variant` of the spec's model to the new folder `output`.
 
-    Raises UserError for a mistake in the spec or the folder, before weights are loaded.
+    `text`: keep only the tokens that this text needs, all if None. Raises UserError for a mistake in the spec or
+    the folder, before weights are loaded.
     """
     check_output(output, 0)  # report an existing folder before any other work
     prepared = prepare(spec, [variant], evaluate=False)
     check_output(output, prepared.model_size.total)
-    return run_on_model(prepared, "pruning", partial(_write, prepared, variant, output))
+    vocabulary = find_vocabulary(prepared.source, text) if text else None
+    return run_on_model(prepared, "pruning", partial(_write, prepared, variant, output, vocabulary))
 
 
-def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipeline) -> PrunedModel:
+def _write(
+    prepared: Prepared, variant: Variant, output: Path, vocabulary: Sequence[int] | None, pipeline: Pipeline
+) -> PrunedModel:
     gather_moments(prepared, pipeline, [variant])
     measure_model_for(prepared, pipeline, [variant])
     with step(f"masks: {variant.label}", "layers") as progress:
@@ -178,6 +184,7 @@ def _write(prepared: Prepared, variant: Variant, output: Path, pipeline: Pipelin
             manifest,
             output,
             lambda done: progress(done, pieces),
+            vocabulary,
         )
     total = prepared.model_size.total
     dense = WrittenSize(total // prepared.model_size.dtype.itemsize, total)

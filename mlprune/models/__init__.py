@@ -12,6 +12,7 @@ hollow          a model of which only one shard's layers are loaded
 tensor_check    a checkpoint's tensors compared with the model's, without reading them
 matrices        the matrices of a layer that are pruned, and the moments of their inputs
 structures      the channels and heads of a layer, and how they are cut out
+vocabulary      a smaller vocabulary: which tokens, and the tokenizer without the others
 memory          the memory of this process
 cache           keys and values of earlier tokens, per layer
 replay          runs single layers exactly as the whole model would

@@ -39,6 +39,9 @@ def worker_environment() -> dict[str, str]:
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         # every shard uses all cores (see ShardWorker); waiting threads must not spin on them
         "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc keeps freed memory for the next tensors: else the kernel maps and clears every large one again
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
         LEVEL_VARIABLE: worker_log_level(),
     }
 

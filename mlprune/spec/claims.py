@@ -15,32 +15,34 @@ from mlprune.errors import SpecError
 from mlprune.spec.calibrations import Calibration
 from mlprune.spec.evaluation import checked_languages
 from mlprune.spec.section import Section
-from mlprune.spec.variants import Allocation, Scoring
+from mlprune.spec.variants import Allocation, Repair, Scoring
 
 PLACEHOLDER = "{xx}"
 DENSE = "dense"
 RULE = "wanda"  # of a side that names none
-FORMS = "write a calibration, a rule, or both, e.g. mono:fr, magnitude or sparsegpt mono:fr, then an allocation"
+FORMS = "write a calibration, a rule, or both, e.g. mono:fr or sparsegpt mono:fr, then an allocation, a repair"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: the trials of this rule, calibration and allocation.
+    """One side of a comparison: the trials of this rule, calibration, allocation and repair.
 
-    `allocation` None: the first one of the search.
+    `allocation` or `repair` None: the first one of the search.
     """
 
     score: Scoring
     calibration: Calibration | None
     allocation: Allocation | None = None
+    repair: Repair | None = None
 
     @classmethod
     def parse(cls, text: str, key: str) -> Side:
-        """Parse `[RULE] [CALIBRATION] [ALLOCATION]`, of which rule or calibration may be missing.
+        """Parse `[RULE] [CALIBRATION] [ALLOCATION] [REPAIR]`, of which rule or calibration may be missing.
 
         Raises SpecError, naming `key`; whether the rule exists is not checked.
         """
         words = text.split()
+        repair = cast(Repair, words.pop()) if words and words[-1] in get_args(Repair) else None
         allocation = cast(Allocation, words.pop()) if words and words[-1] in get_args(Allocation) else None
         last = words[-1] if words else ""
         calibrated = last == "code" or (":" in last and "/" not in last)  # the slash is a contrastive rule's
@@ -48,7 +50,7 @@ class Side:
         if not words or len(rule) > 1:
             raise SpecError(key, repr(text), FORMS)
         calibration = Calibration.parse(last, key) if calibrated else None
-        return cls(Scoring.parse(rule[0] if rule else RULE, key), calibration, allocation)
+        return cls(Scoring.parse(rule[0] if rule else RULE, key), calibration, allocation, repair)
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,10 @@ def _check_search(spec: SweepSpec, confirms: bool) -> None:
         if value is not None:
             remedy = f"may leave out trials that claims compare; leave {name} or the claims out"
             raise SpecError(f"search.{name}", value, remedy)
-    axes = {"pattern": search.pattern, "propagation": search.propagation, "repair": search.repair}
+    axes = {"pattern": search.pattern, "propagation": search.propagation}
     for name, values in axes.items():
         if len(values) > 1:
-            remedy = f"claims compare calibrations, rules and allocations at each sparsity; write one {name}"
+            remedy = f"claims compare calibrations, rules, allocations and repairs; write one {name}"
             raise SpecError(f"search.{name}", f"[{', '.join(map(str, values))}]", remedy)
 
 
@@ -148,10 +148,10 @@ def _planned(spec: SweepSpec, n: int, sparsity: float, variants: set[Variant]) -
 
 
 def _variant(spec: SweepSpec, side: Side, sparsity: float, seed: int, key: str) -> Variant:
-    """Return one side as a trial with the search's only pattern, propagation and repair."""
+    """Return one side as a trial with the search's only pattern and propagation."""
     search = spec.search
-    (pattern,), (propagation,), (repair,) = search.pattern, search.propagation, search.repair
-    allocation = side.allocation or search.allocation[0]
+    (pattern,), (propagation,) = search.pattern, search.propagation
+    allocation, repair = side.allocation or search.allocation[0], side.repair or search.repair[0]
     return canonical_variant(
         side.calibration, side.score, sparsity, pattern, propagation, allocation, seed, key, repair
     )
