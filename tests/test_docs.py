@@ -93,7 +93,7 @@ def test_the_readme_lists_the_families() -> None:
     assert row.replace("gemma3 (text)", "gemma3_text").split(", ") == list(FAMILIES)
 
 
-@pytest.mark.parametrize("line", re.findall(r"^ {4}(mlprune .*)$", README, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^ {4}(mlprune (?:.*\\\n)*.*)$", README, re.MULTILINE))
 def test_the_readmes_commands_are_understood(line: str) -> None:
     _, name, *words = shlex.split(line, comments=True)
     command = main.commands[name]
