@@ -196,7 +196,8 @@ pipeline: {shards: 3, residency: zero, offload: nvme, offload_folder: /fast, ran
 calibration: {corpus: texts.tsv, samples: 7, shots: 3, max_tokens: 99, seed: 11, template: "{text}",
   separator: "|", count_padding: true, code: sources}
 search: {calibration: ["mono:no", "mix:mono:en=0.5,mono:fr=0.5"], score: [random], sparsity: [0.1, 0.25],
-  pattern: ["2:4"], allocation: [owl], propagation: [sequential], seed: [3, 4], samples: 2, searcher: random,
+  pattern: ["2:4"], allocation: [owl], propagation: [sequential], repair: [least-squares],
+  seed: [3, 4], samples: 2, searcher: random,
   objective: worst, screen: 6, racing: true, pretraining: {"no": 0.75, sw: 0.25},
   mixture: [{searcher: optuna, parts: ["mono:no", code], combination: power=2, trials: 4, evaluate: 2,
     objective: mean},
@@ -252,6 +253,10 @@ def test_pruned_checkpoint_is_an_ordinary_one_with_its_zeros(model: str) -> None
     assert metrics_of("out") != metrics_of(model)
 
 
+def weights_count(folder: str) -> int:
+    return sum(weight.numel() for weight in weights_of(folder).values())
+
+
 def test_manifest_says_how_to_make_it_again(model: str) -> None:
     manifest = values_of(
         "prune", model, *PRUNE, "--set", "calibration.max_tokens=400", "--set", "calibration.seed=8"
@@ -259,7 +264,8 @@ def test_manifest_says_how_to_make_it_again(model: str) -> None:
     assert manifest == strict_json(Path("out/mlprune.json").read_text(encoding="utf-8"))
     expected = {"calibration": "translation:en-fr", "score": "wanda", "sparsity": 0.3}
     plain = {"pattern": "unstructured", "propagation": "sequential", "allocation": "uniform", "seed": 8}
-    assert manifest["variant"] == expected | plain
+    assert manifest["variant"] == {**expected, **plain, "repair": "none"}
+    assert manifest["size"] == {"parameters": weights_count("out"), "bytes": 4 * weights_count("out")}
     fingerprint = find_model(model).fingerprint()
     assert manifest["model"] == {"path": model, "fingerprint": fingerprint, "dtype": "float32"}
     settings = {"corpus": "sample", "samples": 4, "shots": 2, "max_tokens": 400, "seed": 8}

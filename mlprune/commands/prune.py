@@ -188,7 +188,7 @@ def _write(
         )
     total = prepared.model_size.total
     dense = WrittenSize(total // prepared.model_size.dtype.itemsize, total)
-    return PrunedModel(outcome.sparsity, size, dense, manifest)
+    return PrunedModel(outcome.sparsity, size, dense, {**manifest, "size": vars(size)})
 
 
 def _manifest(prepared: Prepared, variant: Variant, outcome: MaskOutcome) -> dict[str, object]:
