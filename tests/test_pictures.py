@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from mlprune.analysis import trade_off
+from mlprune.analysis import claim_picture, trade_off
+from mlprune.analysis.claim_picture import ClaimPoint, draw_claims
 from mlprune.analysis.dot_plot import draw_dot_plot, language_colors
 from mlprune.analysis.figures import short_names
 from mlprune.analysis.forecast_picture import draw_forecasts
@@ -279,3 +282,25 @@ def test_models_pruned_to_pieces_have_pictures_too(tmp_path: Path) -> None:
     for value in (math.nan, math.inf):
         files = draw_pictures(dense, [broken(one, value) for one in results], ["en", "fr"], "gone", tmp_path, "s")
         assert [file.name for file in files] == ["s.png", "s-calibrations.png"]
+
+
+def test_the_picture_of_claims_has_an_interval_for_each_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(claim_picture, "write_png", lambda figure, title, file: drawn.append(figure))
+    points = [
+        ClaimPoint("text is better", 0.3, Estimate(-0.02, -0.03, -0.01, 0.0), True),
+        ClaimPoint("text is better", 0.5, Estimate(-0.5, -0.6, -0.4, 0.0), True),
+        ClaimPoint("direction matters", 0.3, Estimate(0.001, -0.01, 0.012, 0.8), False),
+    ]
+    draw_claims(points, "claims", tmp_path / "c.png")
+    panel: Any = drawn[0].axes[0]
+    markers = [line for line in panel.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in markers] == pytest.approx([-2.0, -50.0, 0.1])
+    assert [isinstance(line.get_markerfacecolor(), str) for line in markers] == [False, False, True]
+    ends = [tuple(lines.get_segments()[0][:, 0]) for lines in panel.collections]
+    assert np.allclose(ends, [(-3, -1), (-60, -40), (-1, 1.2)])
+    rows = [line.get_ydata()[0] for line in markers]
+    assert rows[0] < rows[1] < 0.5 < rows[2], "sparsities of a claim are side by side, claims below each other"
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["-30", "-10", "-3", "-1", "0", "+1", "+3"]

@@ -6,6 +6,7 @@ sweep_pictures: decides which pictures of a sweep are worth drawing, and draws t
 lines: bits per byte against sparsity, per language
 heat_map: the change of each language by each calibration
 dot_plot: the loss of each language by each variant
+claim_picture: the differences of tested claims
 trade_off: the worst language against the mean
 forecast_picture: forecasts against measured losses, per language
 figures: what all pictures share

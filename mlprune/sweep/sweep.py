@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 
+from mlprune.analysis.claim_picture import ClaimPoint, draw_claims
 from mlprune.analysis.sweep_pictures import draw_pictures
 from mlprune.errors import SpecError, SweepError
 from mlprune.evaluation.items import signatures, to_json
@@ -169,6 +170,13 @@ def _conclude(
             spec.name,
             {entry.key: entry.loss for entry in verdict.ranking if entry.loss and shows_mean},
         )
+        if verdict.claims:
+            pictures.append(spec.local_folder / f"{spec.name}-claims.png")
+            points = [
+                ClaimPoint(test.claim.claim, test.sparsity, test.mean.estimate, test.mean.verdict != "unknown")
+                for test in verdict.claims
+            ]
+            draw_claims(points, f"{spec.name}: {spec.model.path}", pictures[-1])
     _flush(tracker, MLFLOW_PATIENCE_SECONDS)  # run ids are known only when runs have been created
     results = (verdict.dense, *(result for entry in verdict.ranking for result in entry.seeds))
     return SweepOutcome(
