@@ -189,7 +189,17 @@ MISTAKES = [
     setting("all of it", ALL, "search.sparsity=[1]", "search.sparsity[0]: 1: ", RANGE),
     setting("more than all", ALL, "search.sparsity=[1.5]", "search.sparsity[0]: 1.5: ", RANGE),
     setting("score", PRUNES, "search.score=[wonda]", "search.score[0]: 'wonda': ", "magnitude, wanda"),
-    setting("n:m", ALL, "search.pattern=['4:2']", "search.pattern[0]: '4:2': ", "e.g. 2:4"),
+    setting("n:m", ALL, "search.pattern=['4:2']", "search.pattern[0]: '4:2': ", "such as 2:4"),
+    setting(
+        "rule of channels",
+        SWEEPS,
+        ["search.pattern=[channels]", "search.score=[ria]"],
+        "search.score[0]: 'ria': ",
+        "channels and heads are ranked by random, magnitude, wanda",
+    ),
+    setting(
+        "no channels", SWEEPS, "search.pattern=[channels/99999]", "search.pattern: 'channels/99999': ", "channels"
+    ),
     setting("no calibration", SWEEPS, "search.calibration=[]", "search.calibration: []: ", "wanda needs"),
     setting(
         "claim", SWEEPS, CLAIM, "claims[0].better: 'wanda 0.5 mono:fr': ", "no such trial", "French is spared"
@@ -274,7 +284,7 @@ MISTAKES = [
     option("--score", "prune", ("--score", "wonda"), "--score: 'wonda': ", "random, magnitude, wanda"),
     option("--calibration", "prune", ("--calibration", "mono:qq"), "--calibration: 'qq': ", "ISO 639"),
     option("--calibration it", "prune", ("--calibration", "mono:it"), "calibration.corpus: 'sample': ", *HAS),
-    option("--pattern", "prune", ("--pattern", "2-4"), "--pattern: '2-4': ", "e.g. 2:4"),
+    option("--pattern", "prune", ("--pattern", "2-4"), "--pattern: '2-4': ", "such as 2:4"),
     option("--propagation", "prune", ("--propagation", "x"), "", "propagation", "'x'", "'sequential' or 'dense'"),
     option("contradiction", "prune", ("--pattern", "1:4"), "--sparsity: 0.5: ", "pattern 1:4 drops 0.75"),
     option("no --calibration", "bare prune", ("--sparsity", "0.5"), "--calibration: ", "wanda needs it"),
