@@ -6,8 +6,11 @@ What tests/test_deaths.py does on purpose, this does by chance; and here Ray's o
 
 import os
 import random
+import re
+import secrets
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from mlprune.runtime.restarts import RESTARTS
+from mlprune.runtime.connection import _kill_processes_of
+from mlprune.runtime.restarts import CLUSTER_LOST_SECONDS, RESTARTS
 from tests import faults
 from tests.numbers import Numbers, numbers, plain_numbers
+from tests.servers import free_port
 from tests.test_deaths import check_runs, done, spec, start
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
@@ -142,3 +147,35 @@ def test_ray_is_started_again_three_times_and_then_the_command_ends(
     outcome = sweep_with_deaths(tmp_path, short, [("raylet", "ranking")], random.Random(0))
     assert numbers(outcome) == undisturbed
     check_runs(outcome, {"FINISHED"})
+
+
+@pytest.mark.timeout(300)
+def test_a_cluster_that_is_lost_ends_the_command_in_one_line(tmp_path: Path, short: Path) -> None:
+    """Before Ray aborts the process with a C++ stack."""
+    port = free_port()
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_TMPDIR": str(short),
+    }
+    words = f"start --head --num-cpus=2 --port={port} --node-ip-address=127.0.0.1 --include-dashboard=false"
+    ray = str(Path(sys.executable).with_name("ray"))
+    try:
+        subprocess.run([ray, *words.split()], env={**os.environ, **environment}, check=True, capture_output=True)
+        faults.order(tmp_path / "faults", "mask", ["hold:"])
+        environment |= {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        process = start(tmp_path, "sweep", str(spec(tmp_path)), **environment)
+        await_file(tmp_path / "faults" / "mask" / "000.held", process, tmp_path)
+        (gcs,) = [one for one in psutil.process_iter(["cmdline"]) if is_gcs_in(one, short)]
+        gcs.kill()
+        assert process.wait(120) == 1
+    finally:
+        _kill_processes_of(short)
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    lost = rf"error: the Ray cluster at [\d.]+:{port} has not answered for {CLUSTER_LOST_SECONDS} s; "
+    assert re.fullmatch(lost + "run the same command to resume when it is up", last)
+
+
+def is_gcs_in(process: psutil.Process, folder: Path) -> bool:
+    words = process.info["cmdline"] or [""]
+    return words[0].endswith("gcs_server") and any(f"{folder}/" in word for word in words)
