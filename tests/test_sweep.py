@@ -99,7 +99,7 @@ def test_every_result_is_in_mlflow_under_plain_names(undisturbed: dict[str, Any]
         assert run.data.params["calibration"] == (result["variant"]["calibration"] or "none")
         assert float(run.data.params["sparsity"]) == result["variant"]["sparsity"]
         assert run.data.params.keys() == {
-            *("calibration", "score", "sparsity", "pattern", "propagation", "allocation", "seed")
+            *("calibration", "score", "sparsity", "pattern", "propagation", "allocation", "seed", "repair")
         }
         assert run.data.metrics["bits_per_byte"] == result["metrics"]["bits_per_byte.mean"]
         estimates = {"loss": "loss", "to_best": "to_best", "confirmation.loss": "confirmed"}

@@ -264,7 +264,7 @@ class SweepTracker:
         except Exception as error:
             if is_transient(error):
                 raise UnavailableError(root_cause(error)) from error
-            if isinstance(error, MlpruneError):
+            if isinstance(error, MlpruneError | OSError):  # ours: the items could not be read, say
                 raise
             remedy = f"MLflow refuses what is logged: {root_cause(error)}"
             raise SpecError("tracking.uri", repr(redact(self._uri)), remedy) from error
