@@ -7,6 +7,8 @@ from mlprune.console import results as out
 from mlprune.console import size_text
 from mlprune.report.tables import new_table
 
+MUCH_LONGER = 0.05  # share of further tokens, from which on a larger corpus is suggested
+
 
 def show_trimmed(trimmed: TrimmedModel) -> None:
     """Print what was removed, and how much longer and less likely held-out text became."""
@@ -31,9 +33,15 @@ def show_trimmed(trimmed: TrimmedModel) -> None:
             f"{worse / bits - 1:+.2%}",
         )
     out.print(table)
+    longer = [code for code, (length, now) in trimmed.lengths.items() if now > (1 + MUCH_LONGER) * length]
+    if longer:
+        out.print(
+            f"{', '.join(longer)}: much longer, because the corpus lacks many words; give a larger one with --corpus",
+            soft_wrap=True,
+        )
     out.print(
-        "Text whose tokens were all kept is cut as before, and their logits are as before; its bits per byte can\n"
-        "only fall, because fewer tokens share the probability.",
+        "Text whose tokens were all kept is cut as before, with the same logits: its bits per byte only fall, because\n"
+        "fewer tokens share the probability. Other text is cut into more tokens, and usually predicted worse.",
         style="dim",
         soft_wrap=True,
     )
