@@ -33,15 +33,15 @@ def show_trimmed(trimmed: TrimmedModel) -> None:
             f"{worse / bits - 1:+.2%}",
         )
     out.print(table)
-    longer = [code for code, (length, now) in trimmed.lengths.items() if now > (1 + MUCH_LONGER) * length]
-    if longer:
+    lengths = trimmed.lengths.items()
+    if longer := [code for code, (length, more) in lengths if more > (1 + MUCH_LONGER) * length]:
+        codes = ", ".join(longer)
         out.print(
-            f"{', '.join(longer)}: much longer, because the corpus lacks many words; give a larger one with --corpus",
-            soft_wrap=True,
+            f"{codes}: much longer, because the corpus lacks many words; give a larger --corpus", soft_wrap=True
         )
     out.print(
-        "Text whose tokens were all kept is cut as before, with the same logits: its bits per byte only fall, because\n"
-        "fewer tokens share the probability. Other text is cut into more tokens, and usually predicted worse.",
+        "Text whose tokens were all kept is cut as before, with the same logits: its bits per byte only fall,\n"
+        "because fewer tokens share the probability. Other text is cut into other tokens, and predicted worse.",
         style="dim",
         soft_wrap=True,
     )
