@@ -34,7 +34,7 @@ def show_trimmed(trimmed: TrimmedModel) -> None:
         )
     out.print(table)
     lengths = trimmed.lengths.items()
-    if longer := [code for code, (length, more) in lengths if more > (1 + MUCH_LONGER) * length]:
+    if grown := [code for code, (length, more) in lengths if more > (1 + MUCH_LONGER) * length]:
         codes = ", ".join(longer)
         out.print(
             f"{codes}: much longer, because the corpus lacks many words; give a larger --corpus", soft_wrap=True
