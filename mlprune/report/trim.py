@@ -35,10 +35,8 @@ def show_trimmed(trimmed: TrimmedModel) -> None:
     out.print(table)
     lengths = trimmed.lengths.items()
     if grown := [code for code, (length, more) in lengths if more > (1 + MUCH_LONGER) * length]:
-        codes = ", ".join(longer)
-        out.print(
-            f"{codes}: much longer, because the corpus lacks many words; give a larger --corpus", soft_wrap=True
-        )
+        cause = "much longer, because the corpus lacks many words; give a larger --corpus"
+        out.print(f"{', '.join(grown)}: {cause}", soft_wrap=True)
     out.print(
         "Text whose tokens were all kept is cut as before, with the same logits: its bits per byte only fall,\n"
         "because fewer tokens share the probability. Other text is cut into other tokens, and predicted worse.",
