@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from mlprune.errors import SpecError
 
 if TYPE_CHECKING:
     from mlprune.commands.calibration import Form
+    from mlprune.commands.prune import VariantOptions
+    from mlprune.spec.schema import SweepSpec
+    from mlprune.spec.variants import Variant
 
 
 @command
@@ -59,11 +63,7 @@ def prune(
 
     options = pruning.VariantOptions(calibration, score, sparsity, pattern, allocation, propagation, repair)
     settings = {"model.path": model, "calibration.corpus": corpus}
-    if run_id is not None:
-        _check_no_spec(spec)
-        checked, variant = pruning.select_run(run_id, options, settings, assignments)
-    else:
-        checked, variant = pruning.select_variant(spec or "quickstart", options, settings, assignments)
+    checked, variant = _selected(run_id, spec, options, settings, assignments)
     text = None
     if vocabulary is not None:
         where, key = vocabulary_corpus or checked.calibration.corpus, "--vocabulary-corpus"
@@ -88,9 +88,21 @@ def _codes(languages: str, option: str) -> list[str]:
     return list(dict.fromkeys(codes))
 
 
-def _check_no_spec(spec: str | None) -> None:
+def _selected(
+    run_id: str | None,
+    spec: str | None,
+    options: VariantOptions,
+    settings: Mapping[str, object],
+    assignments: tuple[str, ...],
+) -> tuple[SweepSpec, Variant]:
+    """Return the spec and the variant of a run, or those that the options describe."""
+    from mlprune.commands import prune as pruning
+
+    if run_id is None:
+        return pruning.select_variant(spec or "quickstart", options, settings, assignments)
     if spec is not None:
         raise SpecError("--spec", repr(spec), "the run determines the spec; leave out --spec or --run")
+    return pruning.select_run(run_id, options, settings, assignments)
 
 
 @command
@@ -129,13 +141,9 @@ def calibration(
     from mlprune.commands.calibration import write_calibration
 
     settings = {"model.path": model, "calibration.corpus": corpus}
-    if run_id is not None:
-        _check_no_spec(spec)
-        chosen = pruning.VariantOptions(calibration=kind)
-        checked, variant = pruning.select_run(run_id, chosen, settings, assignments)
-    else:
-        chosen = pruning.VariantOptions(calibration=kind, sparsity=0.5)  # no text depends on the sparsity
-        checked, variant = pruning.select_variant(spec or "quickstart", chosen, settings, assignments)
+    sparsity = 0.5 if run_id is None else None  # no text depends on it
+    chosen = pruning.VariantOptions(calibration=kind, sparsity=sparsity)
+    checked, variant = _selected(run_id, spec, chosen, settings, assignments)
     written = write_calibration(checked, variant, output, form)
     click.echo(f"{written.prompts} prompts, {written.tokens:,} tokens: {written.file}, {written.card}", err=True)
     return {
@@ -230,7 +238,7 @@ def trim(
     """Keep only the tokens that some languages need.
 
     MODEL is a folder, a Hugging Face model id, or demo. Writes the model with a smaller vocabulary to a new
-    folder. Other text is still encoded, in more tokens. Prints how much longer held-out text becomes.
+    folder. Other text is still encoded, by other tokens. Prints how much longer held-out text becomes.
     """
     settings = {
         "model.path": model,

@@ -28,6 +28,7 @@ from mlprune.models.quantization import remove_quantization
 from mlprune.models.quiet import quiet_transformers
 from mlprune.models.source import ModelSource
 from mlprune.models.vocabulary import cut_tokenizer, renumber_config, tokenizer_values
+from mlprune.planning.model_size import ModelSize
 from mlprune.storage.files import check_folder
 
 FILE_BYTES = 2 * 2**30  # size of one weights file; a layer is never split
@@ -59,6 +60,11 @@ class WrittenSize:
 
     parameters: int
     bytes: int
+
+    @classmethod
+    def of_dense(cls, model: ModelSize) -> WrittenSize:
+        """Return the size of a model as it is."""
+        return cls(model.total // model.dtype.itemsize, model.total)
 
 
 def write_checkpoint(

@@ -186,8 +186,7 @@ def _write(
             lambda done: progress(done, pieces),
             vocabulary,
         )
-    total = prepared.model_size.total
-    dense = WrittenSize(total // prepared.model_size.dtype.itemsize, total)
+    dense = WrittenSize.of_dense(prepared.model_size)
     return PrunedModel(outcome.sparsity, size, dense, {**manifest, "size": vars(size)})
 
 

@@ -50,7 +50,6 @@ def trim(spec: SweepSpec, output: Path) -> TrimmedModel:
     size = run_on_model(prepared, "writing the model", partial(_write, prepared, vocabulary, output))
     smaller = spec.model_copy(update={"model": spec.model.model_copy(update={"path": str(output)})})
     before, now = evaluate_checkpoint(spec), evaluate_checkpoint(smaller)
-    total = prepared.model_size.total
     lengths = [
         held_out_tokens(source.tokenizer(), corpus) for source in (prepared.source, find_model(str(output)))
     ]
@@ -58,7 +57,7 @@ def trim(spec: SweepSpec, output: Path) -> TrimmedModel:
     return TrimmedModel(
         tokens=(prepared.model_size.vocabulary, len(vocabulary)),
         size=size,
-        dense=WrittenSize(total // prepared.model_size.dtype.itemsize, total),
+        dense=WrittenSize.of_dense(prepared.model_size),
         lengths={language: (lengths[0][language], lengths[1][language]) for language in languages},
         bits_per_byte={language: (before[name], now[name]) for language, name in names.items()},
     )

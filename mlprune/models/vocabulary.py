@@ -28,7 +28,7 @@ SINGLE = set(string.printable) | {"▁", "Ġ", "Ċ"}  # digits, punctuation, and
 def kept_tokens(tokenizer: Values, used: Iterable[int]) -> tuple[int, ...]:
     """Return the ids of the tokens to keep, ascending: the used ones and what their encoding needs.
 
-    Besides them special tokens, bytes, digits and punctuation. Raises ModelError for other kinds of tokenizers.
+    Besides them special tokens, bytes, digits and punctuation. `tokenizer`: see `tokenizer_values`.
     """
     model, text_of = tokenizer["model"], _texts(tokenizer)
     id_of = {text: number for number, text in text_of.items()}
